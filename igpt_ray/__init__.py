@@ -1,0 +1,1 @@
+"""Image GPT ("Generative Pretraining from Pixels") as a distributed system on Ray."""

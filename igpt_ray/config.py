@@ -1,0 +1,355 @@
+"""Settings: what each job takes, with units; and PRESETS, the published sizes.
+
+All are frozen and strict: an unknown name or an impossible value is refused where it is read. A function takes the
+section it needs (`Optim`, not `Pretrain`). Derived values are properties.
+"""
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from igpt_ray import storage
+
+Uri = Annotated[str, AfterValidator(storage.absolute)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ------------------------------------------------------------------------------------------------ pretraining
+
+
+class Model(Section):
+    """The network [facts of the paper, section 2, and OpenAI's `src/model.py`]."""
+
+    n_layer: Count = 24
+    """Blocks."""
+    n_embd: Count = 512
+    """Width."""
+    n_head: Count = 8
+    """Attention heads; must divide the width."""
+    n_px: Count = 32
+    """Pixels a side; the sequence has n_px * n_px positions."""
+    n_vocab: Annotated[int, Field(ge=2, le=65536)] = 512
+    """Colours of the palette."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        return self
+
+    @property
+    def n_positions(self) -> int:
+        return self.n_px * self.n_px
+
+    @property
+    def n_params(self) -> int:
+        d, n = self.n_embd, self.n_positions
+        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + 2 * d
+
+
+class Optim(Section):
+    """Adam as in the paper, section 3.3: no weight decay, one epoch of warm-up, cosine to zero.
+
+    Not stated there, chosen here: linear warm-up, Adam's epsilon 1e-8, no clipping.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    batch_size: Count = 128
+    """Images per step, over all workers."""
+    steps: Count = 1_000_000
+    """Optimiser steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10_009
+    """Steps of linear warm-up; the default is one ImageNet epoch of 128."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm; None does not clip."""
+
+
+class Data(Section):
+    """What is trained on."""
+
+    tokens: str = ""
+    """URI of a token store written by jobs/prepare.py (required)."""
+    split: str = "train"
+    """Split of the store."""
+
+
+class Workers(Section):
+    """Who trains."""
+
+    n: Count = 1
+    """Workers; the model is sharded over all of them (FSDP2)."""
+    cpus: Annotated[float, Field(gt=0)] = 1
+    """CPUs per worker; also its threads."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs per worker, 0 or 1."""
+    micro_batch: Count = 32
+    """Largest number of images per worker in one forward pass; the rest of its share is accumulated."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations inside the step; master weights, reductions and loss stay float32."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a run may lose workers and go on from its last checkpoint."""
+
+
+class Run(Section):
+    """Where the run lives and what it writes."""
+
+    root: Uri = storage.absolute("runs")
+    """URI of the folder of runs; must be reachable from every worker."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
+    """Name of the run. The same name and settings resume it."""
+    log_every: Count = 10
+    """Steps between lines of metrics."""
+    checkpoint_every: Count = 1000
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Checkpoints kept; older ones are deleted once a newer one is committed."""
+
+    @property
+    def uri(self) -> str:
+        return storage.join(self.root, self.name)
+
+
+class Pretrain(Section):
+    """Pretrain ImageGPT on a token store."""
+
+    model: Model = Model()
+    optim: Optim = Optim()
+    data: Data = Data()
+    workers: Workers = Workers()
+    run: Run = Run()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the weights and the order of the images."""
+
+
+def _paper(n_layer: int, n_embd: int, n_head: int, n_px: int, lr: float) -> Pretrain:
+    return Pretrain(
+        model=Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px),
+        optim=Optim(lr=lr),
+    )
+
+
+PRESETS: dict[str, tuple[str, Pretrain]] = {
+    "tiny": (
+        "4 layers x 128 at 8x8, 64 colours: learns something on a laptop in a minute",
+        Pretrain(
+            model=Model(n_layer=4, n_embd=128, n_head=4, n_px=8, n_vocab=64),
+            optim=Optim(lr=3e-3, batch_size=64, steps=330, warmup_steps=30),
+            workers=Workers(micro_batch=64),
+            run=Run(checkpoint_every=110),
+        ),
+    ),
+    "igpt-s": ("iGPT-S of the paper, 76.6M parameters", _paper(24, 512, 8, 32, 3e-3)),
+    "igpt-m": ("iGPT-M of the paper, 455M parameters", _paper(36, 1024, 8, 32, 3e-3)),
+    "igpt-l": ("iGPT-L of the paper at 32x32, 1.36B parameters", _paper(48, 1536, 16, 32, 1e-3)),
+    "igpt-l-48": ("iGPT-L of the paper at 48x48, 1.36B parameters", _paper(48, 1536, 16, 48, 1e-2)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ the other jobs
+
+
+class Pool(Section):
+    """Ray Data actors that share the work."""
+
+    size: Annotated[int, Field(ge=0)] = 0
+    """Largest number of actors; 0 is one for each free CPU (or GPU, if they use one)."""
+    cpus: Annotated[float, Field(gt=0)] = 1
+    """CPUs per actor."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs per actor."""
+
+
+class Pixels(Section):
+    """How pictures become pixels. Palette and token store must agree on it."""
+
+    n_px: Annotated[int, Field(gt=0, le=224)] = 32
+    """Pixels a side."""
+    crop: Literal["random", "centre"] = "random"
+    """Training views: the paper's random crops, or the evaluation view. Other splits always take the centre."""
+
+
+class Palette(Section):
+    """Fit a palette to the training split of a folder of images."""
+
+    source: Uri
+    """URI of images in class folders, or of train/ and other splits that hold them."""
+    out: Uri
+    """URI of the palette to write, a .npy; a .json beside it says how it was made."""
+    k: Annotated[int, Field(ge=2, le=65536)] = 512
+    """Colours."""
+    images: Count = 10_000
+    """About how many images are sampled."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the sample and the clustering."""
+    pixels: Pixels = Pixels()
+    pool: Pool = Pool()
+
+
+class Prepare(Section):
+    """Turn a folder of images into a committed token store."""
+
+    source: Uri
+    """URI of images in class folders, or of train/ and other splits that hold them."""
+    palette: Uri
+    """URI of the palette (.npy)."""
+    tokens: Uri
+    """URI of the token store to write, or to complete."""
+    views: Count = 1
+    """Differently cropped copies of the training split; epoch e reads view e mod views."""
+    shard_images: Count = 10_000
+    """Images per shard."""
+    budget: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of images that may be unreadable (they go to quarantine) before the job fails."""
+    pixels: Pixels = Pixels()
+    pool: Pool = Pool()
+
+
+class Evaluate(Section):
+    """Nats per token of a release on a split."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store."""
+    split: str = "test"
+    """Split to evaluate."""
+    baselines: str = ""
+    """Split to fit count models on for comparison (train, say); empty for none. Runs on the driver."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    pool: Pool = Pool()
+
+
+class Score(Section):
+    """Nats of every image of a split, to Parquet."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store."""
+    out: Uri
+    """URI of the folder to write: a Parquet file per shard with key, label, nats, tokens."""
+    split: str = "test"
+    """Split to score."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    pool: Pool = Pool()
+
+
+class Probe(Section):
+    """Linear probe of every layer: L-BFGS logistic regression on mean-pooled features."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store with labels."""
+    out: Uri
+    """URI of the folder for features and report."""
+    fit_split: str = "train"
+    """Split to fit on; a fifth of it chooses layer and regularisation."""
+    split: str = "test"
+    """Split whose accuracy is reported."""
+    baselines: bool = False
+    """Also probe the same network untrained, and raw pixels."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the held-out fifth and the untrained network."""
+    pool: Pool = Pool()
+
+
+class Complete(Section):
+    """Finish the lower part of pictures."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store."""
+    out: Uri
+    """URI of the folder to write: completions.parquet and completions.png."""
+    split: str = "test"
+    """Split the pictures come from."""
+    images: Count = 8
+    """Pictures, spread evenly over the split."""
+    n: Count = 4
+    """Completions of each."""
+    rows: Annotated[int, Field(ge=0)] | None = None
+    """Rows of pixels that are given; None is half of them."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits; 0 takes the likeliest colour."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample among the k likeliest colours; 0 is all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the samples; each has its own stream, so neighbours in a batch do not matter."""
+    pool: Pool = Pool()
+
+
+class Serve(Section):
+    """Serve a release over HTTP."""
+
+    release: Uri
+    """URI of a release."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication yet: keep it on loopback or behind a gateway."""
+    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
+    """Port to listen on."""
+    replicas: Count = 1
+    """Copies of the model."""
+    cpus: Annotated[float, Field(gt=0)] = 1
+    """CPUs per replica."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs per replica."""
+
+
+class Demo(Section):
+    """The whole path on handwritten digits, on this machine."""
+
+    out: Uri = storage.absolute("demo-out")
+    """Folder for the report, the figure and (with the local store) all data. Its earlier content is replaced."""
+    store: Literal["local", "s3"] = "local"
+    """Keep the data in files below `out`, or in an S3 server on loopback under a random key."""
+    steps: Count = 330
+    """Training steps."""
+    workers: Count = 2
+    """Training workers."""
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+def provenance(settings: BaseModel) -> dict[str, Any]:
+    """What is written beside every artefact: resolved settings, package versions, git revision."""
+    packages = ("igpt_ray", "ray", "torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "pillow")
+    versions = {p: v for p in packages if (v := _version(p)) is not None}
+    return {"settings": settings.model_dump(mode="json"), "versions": versions, "git": _git_revision()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """None in an installed package and in a Ray job's working directory, which carries no .git."""
+    here = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    if not (here / ".git").exists():
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

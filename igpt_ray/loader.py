@@ -1,0 +1,119 @@
+"""The rows of a global batch, as a function of (seed, step): whatever the number of workers, exact after a resume.
+
+Position p = step * batch_size + i counts images since the start; epoch e = p // n_rows reads the rows in the order of
+a permutation that is a function of (seed, e), computed index by index, so that a billion rows cost no memory.
+Tokens come from a memory map that each node fills once from the store, verified.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igpt_ray import storage
+from igpt_ray.shards import Tokens, TokenStore, tokens_of
+
+Rows = NDArray[np.int64]
+ROUNDS = 6
+
+
+class Batch(NamedTuple):
+    """Which images make up a global batch, in order."""
+
+    epochs: Rows
+    rows: Rows
+
+
+def global_batch(seed: int, step: int, batch_size: int, n_rows: int) -> Batch:
+    """The images of one step; a batch may span the end of an epoch, and no image is left out of any."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n_rows
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permute(positions[here] % n_rows, n_rows, seed, int(epoch))
+    return Batch(epochs, rows)
+
+
+def share(batch: Batch, rank: int, world_size: int) -> Batch:
+    """A worker's contiguous part; parts differ by at most one image."""
+    n = len(batch.rows)
+    part = slice(rank * n // world_size, (rank + 1) * n // world_size)
+    return Batch(batch.epochs[part], batch.rows[part])
+
+
+def permute(index: Rows, n: int, seed: int, epoch: int) -> Rows:
+    """A bijection of 0 .. n-1 keyed by (seed, epoch), applied to `index`.
+
+    A Feistel network permutes the numbers below the next power of four; results that fall outside are sent through
+    again until they land inside ("cycle walking"), which keeps it a bijection of 0 .. n-1.
+    """
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    digest = hashlib.sha256(f"{seed}\0{epoch}".encode()).digest()
+    keys = [np.uint64(int.from_bytes(digest[4 * r : 4 * r + 4], "little")) for r in range(ROUNDS)]
+    x = index.astype(np.uint64)
+    outside = np.ones(len(x), bool)
+    while outside.any():
+        x[outside] = _feistel(x[outside], bits, keys)
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+def _feistel(x: NDArray[np.uint64], bits: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
+    mask = np.uint64((1 << bits) - 1)
+    left, right = x >> np.uint64(bits), x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ (key << np.uint64(32))) & mask)
+    return left << np.uint64(bits) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser: every input bit reaches every output bit. Wraps around by design."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class SplitCache:
+    """A split's tokens on this node: one (rows, positions) uint16 memory map per view."""
+
+    def __init__(self, store: TokenStore, split: str, folder: Path | None = None):
+        self.views = [_fill(store, split, v, folder or storage.CACHE) for v in range(store.manifest.views(split))]
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __getitem__(self, batch: Batch) -> Tokens:
+        """(len(batch), positions): epoch e reads view e mod the number of views."""
+        if len(self.views) == 1:
+            return np.asarray(self.views[0][batch.rows])
+        views = batch.epochs % len(self.views)
+        return np.stack([self.views[v][row] for v, row in zip(views, batch.rows, strict=True)])
+
+
+def _fill(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
+    """One process per node writes the file, the others wait; it appears only when every shard has been verified."""
+    shape = (store.manifest.rows(split), store.kind.n_positions)
+    path = folder / f"tokens-{store.sha256[:24]}-{split}-v{view}.u16"
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "wb") as f:
+                for shard in store.manifest.select(split, view):
+                    f.write(tokens_of(store.read(shard)).tobytes())
+            os.replace(temporary, path)
+    return np.memmap(path, np.uint16, "r", shape=shape)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

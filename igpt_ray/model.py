@@ -1,0 +1,158 @@
+"""ImageGPT: the network of "Generative Pretraining from Pixels", after OpenAI's `src/model.py`.
+
+Parallelism, precision and compilation are applied from outside (`parallel.py`); sampling lives in `sampling.py`.
+
+    B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from igpt_ray import config
+
+NORM_EPS = 1e-5
+
+
+class ImageGPT(nn.Module):
+    """Predicts each pixel from those before it.
+
+    Position t sees sos, x_0 .. x_{t-1} and predicts x_t: the first pixel is predicted from the learned start vector
+    `sos` alone, and the last is never an input. Input and output embeddings are separate (`wte`, `wtet`).
+    """
+
+    def __init__(self, config: config.Model):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.n_vocab, config.n_embd)
+        self.wpe = nn.Parameter(torch.empty(config.n_positions, config.n_embd))
+        self.sos = nn.Parameter(torch.empty(config.n_embd))
+        self.h = nn.ModuleList(Block(config.n_embd, config.n_head) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.wtet = nn.Linear(config.n_embd, config.n_vocab, bias=False)
+        self.init_weights()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t."""
+        h = self.embed(tokens)
+        for block in self.h:
+            h = block(h)
+        return self.wtet(self.ln_f(h))  # (B, T, V)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C): shifted right by the start vector, positions added."""
+        B, T = tokens.shape
+        sos = self.sos.expand(B, 1, -1)
+        return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[:T]
+
+    def features(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """The paper's features (section 3.4): (B, T) -> (B, last + 1, C), the mean over positions of each block's
+        ln_1 output, and of ln_f's output at layer L. Stops at layer `last` (default L)."""
+        last = len(self.h) if last is None else last
+        h = self.embed(tokens)
+        pooled = []
+        for block in self.h[: last + 1]:
+            pooled.append(block.ln_1(h).mean(1))
+            if len(pooled) <= last:
+                h = block(h)
+        if last == len(self.h):
+            pooled.append(self.ln_f(h).mean(1))
+        return torch.stack(pooled, dim=1)  # (B, last + 1, C)
+
+    def prefill(self, given: Tensor, cache: "KVCache") -> Tensor:
+        """The logits that predict pixel S from S given ones, filling an empty cache: (B, S) -> (B, V)."""
+        B, S = given.shape
+        sos = self.sos.expand(B, 1, -1)
+        h = torch.cat([sos, self.wte(given)], dim=1) + self.wpe[: S + 1]  # (B, S + 1, C)
+        return self._extend(h, cache)
+
+    def step(self, previous: Tensor, cache: "KVCache") -> Tensor:
+        """The logits that predict the next pixel after `previous`: (B,) -> (B, V)."""
+        h = self.wte(previous)[:, None] + self.wpe[cache.length]  # (B, 1, C)
+        return self._extend(h, cache)
+
+    def _extend(self, h: Tensor, cache: "KVCache") -> Tensor:
+        for block, kv in zip(self.h, cache.kv, strict=True):
+            h = block(h, kv, cache.length)
+        cache.length += h.shape[1]
+        return self.wtet(self.ln_f(h[:, -1]))  # (B, V)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """OpenAI's initialisation. The zero head makes the first loss exactly ln V."""
+        C = self.config.n_embd
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe, std=0.01)
+        nn.init.normal_(self.sos, std=0.02)
+        nn.init.zeros_(self.wtet.weight)
+        for block in self.h:
+            nn.init.normal_(block.attn.c_attn.weight, std=C**-0.5)
+            nn.init.normal_(block.attn.c_proj.weight, std=(C * self.config.n_layer) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
+            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+
+
+class Block(nn.Module):
+    """Pre-norm: attention, then the MLP. The norms are RMS norms with a gain and no bias."""
+
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.ln_1 = nn.RMSNorm(n_embd, NORM_EPS)
+        self.attn = Attention(n_embd, n_head)
+        self.ln_2 = nn.RMSNorm(n_embd, NORM_EPS)
+        self.mlp = MLP(n_embd)
+
+    def forward(self, h: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        h = h + self.attn(self.ln_1(h), kv, start)
+        return h + self.mlp(self.ln_2(h))
+
+
+class Attention(nn.Module):
+    """Causal self-attention. OpenAI's q, k and v projections lie fused, in this order, in `c_attn`."""
+
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        """`kv`: this layer's cache, whose first `start` positions are filled; x continues there."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
+        if kv is not None:
+            assert start == 0 or T == 1, f"{T} positions at once onto a cache of {start}"
+            kv[:, :, :, start : start + T] = torch.stack([k, v])
+            k, v = kv[:, :, :, : start + T]  # each (B, N, start + T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, N, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """C -> 4C -> C with OpenAI's GELU, x * sigmoid(1.702 x)."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        return self.c_proj(x * torch.sigmoid(1.702 * x))
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: (L, 2, B, N, T, D), of which `length` positions are filled."""
+
+    def __init__(self, model: ImageGPT, batch_size: int):
+        c, like = model.config, model.wpe
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.n_positions, c.n_embd // c.n_head)
+        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def repeat(self, n: int) -> "KVCache":
+        """Every lane n times, neighbours together: the samples of a picture share its prefill."""
+        copy = object.__new__(KVCache)
+        copy.kv = self.kv.repeat_interleave(n, dim=2)
+        copy.length = self.length
+        return copy

@@ -1,0 +1,21 @@
+"""Parallelism, applied from outside to a plain model: FSDP2 on every worker count, one included."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from igpt_ray.model import ImageGPT
+
+
+def shard(model: ImageGPT, mesh: DeviceMesh, precision: str) -> ImageGPT:
+    """Shard every block, then the rest, over `mesh`, in place.
+
+    Blocks are gathered one at a time on the way in and out; embeddings and head, used first and last, stay gathered
+    in between. Parameters rest in float32 and are cast to `precision` as they are gathered; gradients are reduced in
+    float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, precision), reduce_dtype=torch.float32)
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model

@@ -1,0 +1,79 @@
+"""The linear probe: multinomial logistic regression by L-BFGS on features of every layer (paper, section 3.4).
+
+Features are standardised with the mean and deviation of the fitting images. A fifth of the fitting split chooses the
+regularisation of each layer and then the best layer; the reported split is looked at once. The paper does not state
+its regularisation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igpt_ray.errors import TokenStoreError
+
+Features = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+L2 = (1e-5, 1e-4, 1e-3, 1e-2)
+"""Penalties tried: l2 / 2 * |W|^2 beside the mean loss, on standardised features."""
+HELD_OUT = 5
+"""One in this many fitting images chooses."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images as the probe sees them."""
+
+    features: Features
+    """(N, D)"""
+    labels: Labels
+    """(N,)"""
+
+
+def probe(fit: Labelled, test: Labelled, n_classes: int, seed: int) -> dict[str, float]:
+    """Accuracies in [0, 1]: `validation` at the best penalty, `test` of a refit on all fitting images; and `l2`.
+
+    Raises `TokenStoreError` if there are fewer than two classes to tell apart, or features are not finite.
+    """
+    if len(np.unique(fit.labels)) < 2:
+        raise TokenStoreError("a probe needs labels of at least two classes in the split it is fitted on")
+    if not (np.isfinite(fit.features).all() and np.isfinite(test.features).all()):
+        raise TokenStoreError("features are not finite: the release or the token store is damaged")
+    held = np.random.default_rng(seed).permutation(len(fit.labels)) % HELD_OUT == 0
+    tried = {l2: _accuracy(fit, ~held, fit, held, n_classes, l2) for l2 in L2}
+    best = max(tried, key=lambda l2: tried[l2])
+    everything, all_test = np.ones(len(fit.labels), bool), np.ones(len(test.labels), bool)
+    return {"validation": tried[best], "test": _accuracy(fit, everything, test, all_test, n_classes, best), "l2": best}
+
+
+def _accuracy(
+    fit: Labelled, fit_rows: NDArray[np.bool_], on: Labelled, on_rows: NDArray[np.bool_], n_classes: int, l2: float
+) -> float:
+    x = fit.features[fit_rows]
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    weight, bias = fit_logistic((x - mean) / deviation, fit.labels[fit_rows], n_classes, l2)
+    logits = (on.features[on_rows] - mean) / deviation @ weight.T + bias
+    return float((logits.argmax(1) == on.labels[on_rows]).mean())
+
+
+def fit_logistic(x: Features, y: Labels, n_classes: int, l2: float) -> tuple[Features, Features]:
+    """Minimise mean cross-entropy + l2 / 2 * |W|^2: (N, D), (N,) -> weight (classes, D), bias (classes,)."""
+    features, labels = torch.from_numpy(x).float(), torch.from_numpy(y)
+    weight = torch.zeros(n_classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(n_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(features @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach().numpy(), bias.detach().numpy()

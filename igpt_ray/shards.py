@@ -1,0 +1,192 @@
+"""The token store: Parquet shards {key, label, tokens}, named and committed by one manifest.
+
+    <root>/manifest.json                     written last, conditionally: the commit
+    <root>/palette.npy
+    <root>/<split>/<unit>-v<view>.parquet
+    <root>/quarantine/<split>-<unit>-v<view>.json    what could not be read, and why
+
+Readers see only what a manifest names, and compare bytes and sha256 before they use a shard. A shard's name follows
+from its unit and view, and its bytes from its rows, so that a repeated task overwrites its own output with the same.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from igpt_ray import storage
+from igpt_ray.errors import NotFound, TokenStoreError
+from igpt_ray.palette import Palette
+
+FORMAT = "igpt_ray tokens 1"
+Tokens = NDArray[np.uint16]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Kind(Strict):
+    """What tokens mean. Two stores, or a store and a release, fit together only if these are equal."""
+
+    n_px: int
+    n_vocab: int
+    palette: str
+    """Fingerprint of the palette."""
+    pipeline: str
+    """Id and version of the pixel pipeline."""
+
+    @property
+    def n_positions(self) -> int:
+        return self.n_px * self.n_px
+
+
+class Shard(Strict):
+    """One Parquet file, relative to the store's root."""
+
+    path: str
+    split: str
+    view: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Quarantined(Strict):
+    """An image that could not be read."""
+
+    key: str
+    reason: str
+
+
+class Manifest(Strict):
+    format: str
+    kind: Kind
+    classes: list[str]
+    shards: list[Shard]
+    """Ordered by split, view and unit: the order of the rows."""
+    quarantined: dict[str, int]
+    """Per split, how many images were left out; the files in quarantine/ say which and why."""
+    made_by: dict[str, Any]
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted({shard.split for shard in self.shards})
+
+    def views(self, split: str) -> int:
+        return 1 + max(shard.view for shard in self.shards if shard.split == split)
+
+    def select(self, split: str, view: int = 0) -> list[Shard]:
+        """The shards of a split. Raises `TokenStoreError` if there is no such split."""
+        chosen = [shard for shard in self.shards if shard.split == split and shard.view == view]
+        if not chosen:
+            raise TokenStoreError(f"no split {split!r} in this token store: it has {', '.join(self.splits)}")
+        return chosen
+
+    def rows(self, split: str) -> int:
+        return sum(shard.rows for shard in self.select(split))
+
+
+class TokenStore:
+    """A committed token store, open for reading."""
+
+    def __init__(self, root: str, manifest: Manifest, sha256: str):
+        self.root = root
+        self.manifest = manifest
+        self.sha256 = sha256
+        """Of the manifest's bytes: names the whole content."""
+
+    @classmethod
+    def open(cls, root: str) -> "TokenStore":
+        """Raises `TokenStoreError` if nothing is committed there, or its manifest is not one of ours."""
+        root = storage.absolute(root)
+        try:
+            data = storage.read(storage.join(root, "manifest.json"))
+        except NotFound as error:
+            raise TokenStoreError(f"no token store is committed at {root}: run jobs/prepare.py ({error})") from error
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise TokenStoreError(f"{root}/manifest.json is damaged or of another version: {_first(error)}") from error
+        if manifest.format != FORMAT:
+            raise TokenStoreError(f"{root} is {manifest.format!r}; this version reads {FORMAT!r}")
+        return cls(root, manifest, hashlib.sha256(data).hexdigest())
+
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
+    def palette(self) -> Palette:
+        """The store's palette; raises `TokenStoreError` if the file is not the one the manifest names."""
+        palette = Palette.load(storage.join(self.root, "palette.npy"))
+        if palette.fingerprint != self.kind.palette:
+            raise TokenStoreError(f"{self.root}/palette.npy is not the palette that its tokens were made with")
+        return palette
+
+    def read(self, shard: Shard) -> pa.Table:
+        """The rows of a shard, verified. Raises `TokenStoreError` naming the file if a single bit is wrong."""
+        uri = storage.join(self.root, shard.path)
+        data = storage.read(uri)
+        if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise TokenStoreError(
+                f"{uri} is damaged ({len(data)} bytes, expected {shard.bytes} with sha256"
+                f" {shard.sha256[:12]}...): delete it and repeat jobs/prepare.py"
+            )
+        return parse(data)
+
+    def read_split(self, split: str) -> Iterator[pa.Table]:
+        """The shards of a split, one table at a time."""
+        for shard in self.manifest.select(split):
+            yield self.read(shard)
+
+
+def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, str]) -> bytes:
+    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px)."""
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(tokens, np.uint16))
+    table = pa.table({"key": keys, "label": pa.array(labels, pa.int32()), "tokens": column})
+    about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
+    table = table.replace_schema_metadata({"igpt_ray": about})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", use_dictionary=["key"], write_page_checksum=True)
+    return out.getvalue()
+
+
+def parse(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+
+
+def about(table: pa.Table) -> dict[str, Any]:
+    """What a shard says of itself: its kind, unit, split and view."""
+    found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"igpt_ray", b"{}"))
+    return found
+
+
+def tokens_of(table: pa.Table) -> Tokens:
+    """The token column as (rows, n_px * n_px) uint16."""
+    column = table["tokens"].combine_chunks()
+    return np.asarray(column.to_numpy_ndarray())
+
+
+def commit(root: str, manifest: Manifest) -> TokenStore:
+    """Write the manifest, the last step of a preparation. A repeat finds its equal there and changes nothing.
+
+    Raises `TokenStoreError` if another store has been committed under this root in the meantime.
+    """
+    data = (manifest.model_dump_json(indent=1) + "\n").encode()
+    if not storage.write_new(storage.join(root, "manifest.json"), data):
+        there = TokenStore.open(root)
+        if there.manifest.shards != manifest.shards or there.kind != manifest.kind:
+            raise TokenStoreError(f"another token store was committed at {root} meanwhile: choose another place")
+    return TokenStore.open(root)
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,312 @@
+"""Places: one URI names a file, locally (`/a/b`, `file:///a/b`) or in a bucket (`s3://bucket/a/b`).
+
+Every byte the project keeps goes through here. A write is atomic: readers see the old object or the new one, never
+a part (locally a rename, in a bucket one PUT or a completed multipart upload). `write_new` is also conditional: of
+several writers exactly one wins. Failures arrive as `StorageError` with the URI and a hint, retried as `RETRIES` says.
+
+Endpoints and credentials come from the standard AWS chain (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, instance roles ...).
+"""
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from igpt_ray.errors import NotFound, StorageError
+
+if TYPE_CHECKING:
+    from botocore.config import Config
+
+CACHE = Path.home() / ".cache" / "igpt_ray"
+"""Where a node keeps what it can always make or fetch again: colour tables, token caches."""
+
+RETRIES = 10
+"""Attempts per request (503, 429, 500, dropped connections), with botocore's jittered exponential back-off."""
+
+
+class Entry(NamedTuple):
+    """One stored file."""
+
+    uri: str
+    size: int
+    """Bytes."""
+
+
+def absolute(uri: str) -> str:
+    """The one spelling of a place: no trailing slash, local paths absolute and without `file://`.
+
+    Settings pass through here where they are read, because Ray's workers have other working directories.
+    Raises `StorageError` for an empty URI or a scheme that is not supported.
+    """
+    if not uri:
+        raise StorageError("an empty URI: expected a local path, file:// or s3://bucket/key")
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise StorageError(f"{uri!r} names no bucket: expected s3://bucket/key")
+        return uri.rstrip("/")
+    if parts.scheme == "file":
+        return str(Path(unquote(parts.path)).absolute())
+    if "://" in uri:
+        raise StorageError(f"{uri!r}: scheme {parts.scheme!r} is not supported; use a local path, file:// or s3://")
+    return str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *names: str) -> str:
+    """`join("s3://b/x", "y", "z.png") == "s3://b/x/y/z.png"`."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def name(uri: str) -> str:
+    """The last part of a URI."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
+    """The bytes of a file, or `length` of them from `start`. Raises `NotFound` or `StorageError`."""
+    with _errors(uri):
+        if _is_s3(uri):
+            bucket, key = _split(uri)
+            ranged = {} if start == 0 and length is None else {"Range": _range(start, length)}
+            body: bytes = _s3().get_object(Bucket=bucket, Key=key, **ranged)["Body"].read()
+            return body
+        with open(uri, "rb") as f:
+            f.seek(start)
+            return f.read() if length is None else f.read(length)
+
+
+def write(uri: str, data: bytes) -> None:
+    """Store `data` under `uri`, replacing what was there."""
+    with _errors(uri):
+        if _is_s3(uri):
+            bucket, key = _split(uri)
+            _s3().put_object(Bucket=bucket, Key=key, Body=data)
+            return
+        with _beside(uri) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            os.replace(temporary, uri)
+
+
+def write_new(uri: str, data: bytes) -> bool:
+    """Store `data` only if nothing is there. True if this call wrote it, False if somebody else had.
+
+    In a bucket this is a conditional PUT (`If-None-Match: *`), which S3 and most servers enforce; on a server that
+    ignores it the last writer wins.
+    """
+    with _errors(uri):
+        if _is_s3(uri):
+            return _put_if_absent(*_split(uri), data)
+        with _beside(uri) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, uri)
+            except FileExistsError:
+                return False
+            return True
+
+
+def upload(path: Path, uri: str) -> None:
+    """Store a local file of any size under `uri`, in parts where the store wants that."""
+    with _errors(uri):
+        if _is_s3(uri):
+            bucket, key = _split(uri)
+            _s3().upload_file(str(path), bucket, key)
+            return
+        with _beside(uri) as temporary:
+            shutil.copyfile(path, temporary)
+            _sync(temporary)
+            os.replace(temporary, uri)
+
+
+def download(uri: str, path: Path) -> None:
+    """Bring a file of any size to the local `path`; the path appears only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _errors(uri), _beside(str(path)) as temporary:
+        if _is_s3(uri):
+            bucket, key = _split(uri)
+            _s3().download_file(bucket, key, str(temporary))
+        else:
+            shutil.copyfile(uri, temporary)
+        os.replace(temporary, path)
+
+
+def walk(uri: str) -> Iterator[Entry]:
+    """Every file below `uri`, in the order of their URIs. Names that begin with a dot are passed over.
+
+    Yields nothing where there is nothing; raises `StorageError` if the bucket is missing or refuses.
+    """
+    with _errors(uri):
+        if _is_s3(uri):
+            yield from _walk_s3(uri)
+        else:
+            yield from _walk_local(uri)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file (not a folder) is stored under `uri`."""
+    if not _is_s3(uri):
+        return os.path.isfile(uri)
+    try:
+        with _errors(uri):
+            bucket, key = _split(uri)
+            _s3().head_object(Bucket=bucket, Key=key)
+    except NotFound:
+        return False
+    return True
+
+
+def delete(uri: str) -> None:
+    """Remove a file; nothing happens if it is not there."""
+    with _errors(uri):
+        if _is_s3(uri):
+            bucket, key = _split(uri)
+            _s3().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(uri).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ local files
+
+
+@contextmanager
+def _beside(uri: str) -> Iterator[Path]:
+    """A temporary path in the same folder (so that a rename is atomic), removed whatever happens."""
+    folder, final = os.path.split(uri)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{final}.", dir=folder)
+    os.close(handle)
+    os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users of a shared disk
+    try:
+        yield Path(temporary)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush to disk before the rename, or a power cut could leave a complete name on an empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _walk_local(uri: str) -> Iterator[Entry]:
+    """Depth first; a folder sorts as its name with a slash, so the order equals that of a bucket's keys."""
+    if not os.path.isdir(uri):
+        return
+    entries = [e for e in os.scandir(uri) if not e.name.startswith(".")]
+    for entry in sorted(entries, key=lambda e: e.name + "/" if e.is_dir() else e.name):
+        if entry.is_dir():
+            yield from _walk_local(entry.path)
+        else:
+            yield Entry(entry.path, entry.stat().st_size)
+
+
+# ------------------------------------------------------------------------------------------------ buckets
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _range(start: int, length: int | None) -> str:
+    return f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
+
+
+def s3_config() -> "Config":
+    """How we talk to every S3 server: retries, timeouts, and checksums only where the server asks for them.
+
+    The last because third-party servers refuse botocore's trailing checksums; our own manifests carry sha256.
+    """
+    from botocore.config import Config
+
+    return Config(
+        retries={"mode": "standard", "max_attempts": RETRIES},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=32,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+
+
+@functools.cache
+def _s3() -> Any:
+    import boto3
+
+    return boto3.client("s3", config=s3_config())
+
+
+def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    while True:
+        try:
+            _s3().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return True
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 412:
+                return False
+            if status != 409:  # 409: a concurrent writer was under way; ask again who won
+                raise
+
+
+def _walk_s3(uri: str) -> Iterator[Entry]:
+    bucket, key = _split(uri)
+    prefix = f"{key}/" if key else ""
+    for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            below = item["Key"][len(prefix) :]
+            if below.endswith("/") or any(part.startswith(".") for part in below.split("/")):
+                continue
+            yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Say every failure of the disk or the object store in our own words."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"{uri} does not exist") from error
+    except OSError as error:
+        raise StorageError(f"{uri}: {error.strerror or error}") from error
+    except Exception as error:
+        if not _is_s3(uri) or not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+            raise
+        raise _s3_error(uri, error) from error
+
+
+def _s3_error(uri: str, error: Exception) -> StorageError:
+    bucket = _split(uri)[0]
+    endpoint = _s3().meta.endpoint_url
+    code = getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__)
+    if code == "NoSuchBucket":
+        return NotFound(f"bucket {bucket!r} does not exist at {endpoint}: create it, or mend {uri}")
+    if code in ("NoSuchKey", "404"):
+        return NotFound(f"{uri} does not exist at {endpoint}")
+    if code in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
+        return StorageError(
+            f"{uri}: no credentials for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+            " a profile, or an instance role"
+        )
+    if code in ("AccessDenied", "403", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken"):
+        return StorageError(
+            f"{uri}: {endpoint} refused the key ({code}): check AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, and that the role may reach this bucket"
+        )
+    return StorageError(f"{uri}: {endpoint} failed ({code}): {error}")

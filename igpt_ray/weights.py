@@ -1,0 +1,145 @@
+"""Releases: the one form in which a model is served, scored and shared. No pickle on this path.
+
+<release>/model.safetensors   float32 weights, named as in model.py
+<release>/palette.npy
+<release>/README.md           model card
+<release>/config.json         shape, palette, pixel pipeline, training; written last: the commit
+"""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from igpt_ray import config, storage
+from igpt_ray.errors import CheckpointError, NotFound
+from igpt_ray.model import ImageGPT
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind, Strict
+
+FORMAT = "igpt_ray release 1"
+
+
+class ReleaseConfig(Strict):
+    format: str
+    model: config.Model
+    kind: Kind
+    """What the tokens it was trained on mean."""
+    sha256: str
+    """Of model.safetensors."""
+    classes: list[str]
+    trained: dict[str, Any]
+    """Steps, last nats per token, settings, versions."""
+
+
+@dataclass(frozen=True)
+class Release:
+    model: ImageGPT
+    palette: Palette
+    config: ReleaseConfig
+
+    def check(self, kind: Kind, where: str) -> None:
+        """Raises `CheckpointError` unless tokens of this kind are what the model was trained on."""
+        for field in Kind.model_fields:
+            ours, theirs = getattr(self.config.kind, field), getattr(kind, field)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the release was trained with {field} {ours}, but {where} has {theirs}:"
+                    " use the token store (or prepare one) of the same kind"
+                )
+
+
+def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, about: ReleaseConfig) -> None:
+    """Write a release; `about.sha256` is filled in here."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save_file({name: t.float().contiguous() for name, t in weights.items()}, path)
+        about = about.model_copy(update={"sha256": _sha256(path)})
+        storage.upload(path, storage.join(uri, "model.safetensors"))
+    palette.save(storage.join(uri, "palette.npy"))
+    storage.write(storage.join(uri, "README.md"), _card(about).encode())
+    storage.write(storage.join(uri, "config.json"), (about.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_config(uri: str) -> ReleaseConfig:
+    """Raises `CheckpointError` if there is no release, or not one of ours."""
+    try:
+        data = storage.read(storage.join(uri, "config.json"))
+    except NotFound as error:
+        raise CheckpointError(f"no release at {uri}: expected the release/ folder of a run ({error})") from error
+    try:
+        about = ReleaseConfig.model_validate_json(data)
+    except ValidationError as error:
+        raise CheckpointError(f"{uri}/config.json is not a release of this version: {error.errors()[0]}") from error
+    if about.format != FORMAT:
+        raise CheckpointError(f"{uri} is {about.format!r}; this version reads {FORMAT!r}")
+    return about
+
+
+def load_release(uri: str, device: str = "cpu") -> Release:
+    """The model in evaluation mode on `device`, with its palette. Raises `CheckpointError` if anything is damaged,
+    missing, left over, of another shape, or not finite."""
+    about = load_config(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        storage.download(storage.join(uri, "model.safetensors"), path)
+        if _sha256(path) != about.sha256:
+            raise CheckpointError(f"{uri}/model.safetensors is damaged: its sha256 is not the one in config.json")
+        try:
+            weights = load_file(path, device=device)
+        except SafetensorError as error:
+            raise CheckpointError(f"{uri}/model.safetensors is not a safetensors file: {error}") from error
+    palette = Palette.load(storage.join(uri, "palette.npy"))
+    if palette.fingerprint != about.kind.palette:
+        raise CheckpointError(f"{uri}/palette.npy is not the palette that the model was trained with")
+    model = ImageGPT(about.model).to(device)
+    load_weights(model, weights, uri)
+    return Release(model.eval(), palette, about)
+
+
+def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str) -> None:
+    """Copy `weights` into the model: every name, every shape, every value finite."""
+    own = model.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise CheckpointError(f"{where} lacks {', '.join(missing[:3])}")
+    if foreign := sorted(weights.keys() - own.keys()):
+        raise CheckpointError(f"{where} holds weights this model does not have: {', '.join(foreign[:3])}")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise CheckpointError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{where}: {name} has values that are not finite")
+    model.load_state_dict(weights)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _card(about: ReleaseConfig) -> str:
+    m, k = about.model, about.kind
+    nats = about.trained.get("nats_per_token")
+    return f"""# ImageGPT, {m.n_layer} layers x {m.n_embd}, {m.n_px}x{m.n_px}, {m.n_vocab} colours
+
+Autoregressive model of pixels ("Generative Pretraining from Pixels", Chen et al., 2020), trained with igpt_ray.
+
+| | |
+|---|---|
+| parameters | {m.n_params:,} |
+| steps | {about.trained.get("steps")} |
+| training nats per token, last line | {nats if nats is None else f"{nats:.4f}"} |
+| palette | sha256 {k.palette[:16]} |
+| pixel pipeline | {k.pipeline} |
+| classes in the data | {len(about.classes)} |
+
+Weights are in `model.safetensors`, settings and versions in `config.json`. The model reproduces what its training
+images show, their biases included; it has no notion of what a picture means.
+"""
