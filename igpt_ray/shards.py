@@ -57,6 +57,8 @@ class Shard(Strict):
     rows: int
     bytes: int
     sha256: str
+    source: str
+    """Digest of the unit of work it was made from."""
 
 
 class Quarantined(Strict):

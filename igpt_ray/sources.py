@@ -42,6 +42,8 @@ class Unit:
     """URI below which the keys lie."""
     keys: tuple[str, ...]
     labels: tuple[int, ...]
+    digest: str
+    """sha256 of keys, labels and sizes in bytes: another listing is another unit."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,18 @@ def plan(source: str, images_per_unit: int) -> Plan:
     the training split lacks.
     """
     files, nested = _by_split(source)
-    classes = sorted({_class_of(key) for key in files.get(TRAIN) or chain.from_iterable(files.values())})
+    classes = sorted({_class_of(key) for key, _ in files.get(TRAIN) or chain.from_iterable(files.values())})
     index = {name: i for i, name in enumerate(classes)}
     units = []
-    for split, keys in sorted(files.items()):
-        if foreign := sorted({_class_of(key) for key in keys} - set(classes)):
+    for split, listing in sorted(files.items()):
+        if foreign := sorted({_class_of(key) for key, _ in listing} - set(classes)):
             raise SourceError(f"{source}/{split} has classes that {TRAIN} lacks: {', '.join(foreign[:5])}")
         root = storage.join(source, split) if nested else source
-        for i, part in enumerate(_batched(sorted(keys), images_per_unit)):
-            units.append(Unit(f"{i:05d}", split, root, part, tuple(index[_class_of(key)] for key in part)))
+        for i, part in enumerate(_batched(sorted(listing), images_per_unit)):
+            keys = tuple(key for key, _ in part)
+            labels = tuple(index[_class_of(key)] for key in keys)
+            digest = hashlib.sha256(repr((part, labels)).encode()).hexdigest()
+            units.append(Unit(f"{i:05d}", split, root, keys, labels, digest))
     return Plan(tuple(classes), tuple(units))
 
 
@@ -85,28 +90,23 @@ def sampled(key: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "little") < fraction * 2**64
 
 
-def _by_split(source: str) -> tuple[dict[str, list[str]], bool]:
-    """Split -> keys, and whether the splits are folders (every top folder is one) or all is the training split."""
+def _by_split(source: str) -> tuple[dict[str, list[tuple[str, int]]], bool]:
+    """Split -> (key, bytes) pairs, and whether the splits are folders (every top folder is one) or all is training."""
     layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
-    keys = [entry.uri[len(source) + 1 :] for entry in storage.walk(source)]
-    if not keys:
+    listing = [(entry.uri[len(source) + 1 :], entry.size) for entry in storage.walk(source)]
+    if not listing:
         raise SourceError(f"{source} holds no files: expected images in class folders, {layout}")
-    tops = {key.partition("/")[0] for key in keys}
+    tops = {key.partition("/")[0] for key, _ in listing}
     nested = not tops.isdisjoint(SPLITS)
-    files = defaultdict(list)
-    if not nested:
-        files[TRAIN] = keys
-    elif tops <= set(SPLITS):
-        for key in keys:
-            split, _, rest = key.partition("/")
-            files[split].append(rest)
-    else:
+    if nested and not tops <= set(SPLITS):
         mixed = ", ".join(sorted(tops - set(SPLITS))[:5])
         raise SourceError(f"{source} holds split folders and others beside them ({mixed}): expected {layout}")
-    for split, inside in files.items():
-        if loose := [key for key in inside if "/" not in key]:
-            where = storage.join(source, split, loose[0]) if nested else storage.join(source, loose[0])
-            raise SourceError(f"{where} lies in no class folder: expected {layout}")
+    files: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for key, size in listing:
+        split, _, inside = key.partition("/") if nested else (TRAIN, "", key)
+        if "/" not in inside:
+            raise SourceError(f"{storage.join(source, key)} lies in no class folder: expected {layout}")
+        files[split].append((inside, size))
     return files, nested
 
 

@@ -1,0 +1,73 @@
+"""The body of every job: words -> settings -> Ray -> one flow -> one JSON line on stdout, and an exit code.
+
+Exit codes: 0 done; 1 something the user can mend (one line on stderr) or a bug (a traceback); 2 settings refused.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+import tyro
+from pydantic import BaseModel
+
+from igpt_ray.config import PRESETS, Pretrain
+from igpt_ray.errors import IgptError
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def run(flow: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
+    """Read settings from the command line, join or start Ray, run the flow, print what it returns."""
+    finish(flow, tyro.cli(settings))
+
+
+def run_preset(flow: Callable[[Pretrain], dict[str, Any]]) -> None:
+    """The same for pretraining, whose first word is a preset."""
+    finish(flow, tyro.extras.overridable_config_cli(PRESETS))
+
+
+def finish(flow: Callable[[S], dict[str, Any]], settings: S) -> None:
+    try:
+        connect()
+        report = flow(settings)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        known = mendable(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps(report), flush=True)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one in this process.
+
+    Never a cluster that merely happens to run on this machine.
+    """
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("igpt_ray").setLevel(logging.INFO)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def mendable(error: BaseException | None) -> IgptError | None:
+    """The error for the user inside what Ray wrapped around it, if there is one."""
+    seen = set()
+    pending = [error]
+    while pending:
+        e = pending.pop()
+        if e is None or id(e) in seen:
+            continue
+        if isinstance(e, IgptError) and not hasattr(e, "cause"):  # Ray's wrapper inherits from the cause it wraps
+            return e
+        seen.add(id(e))
+        pending += [e.__cause__, e.__context__, getattr(e, "cause", None)]
+        pending += list(getattr(e, "worker_failures", {}).values())
+    return None

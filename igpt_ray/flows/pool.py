@@ -1,0 +1,39 @@
+"""One way to spread work over a cluster: small tasks, mapped by Ray Data actors that load once."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray.data
+
+from igpt_ray.config import Pool
+
+MAX_BLOCKS = 10_000
+"""Blocks are what Ray Data schedules; beyond this many, each holds several tasks."""
+
+
+def spread(
+    tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: Pool
+) -> Iterator[Any]:
+    """`worker(**arguments)` once per actor, then its result called with every task; yields what comes back, in order.
+
+    As many actors as the cluster has room for. Tasks and results are any picklable objects.
+    """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(tasks), pool.size or len(tasks)))
+    rows = [{"pickle": pickle.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
+        _Actor, fn_constructor_args=(worker, arguments), compute=actors, num_cpus=pool.cpus, num_gpus=pool.gpus
+    )
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["pickle"])
+
+
+class _Actor:
+    def __init__(self, worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any]):
+        self.work = worker(**arguments)
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        return {"pickle": pickle.dumps(self.work(pickle.loads(row["pickle"])))}

@@ -1,0 +1,10 @@
+"""Pretrain ImageGPT on a token store. The first word is a preset; the same name and settings resume a run.
+
+python jobs/pretrain.py igpt-s --data.tokens s3://bucket/tokens --run.root s3://bucket/runs --run.name s1
+"""
+
+from igpt_ray.flows import job
+from igpt_ray.flows.train import pretrain
+
+if __name__ == "__main__":
+    job.run_preset(pretrain)
