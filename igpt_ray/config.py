@@ -18,7 +18,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 # ------------------------------------------------------------------------------------------------ pretraining
@@ -92,7 +92,7 @@ class Workers(Section):
     """Workers; the model is sharded over all of them (FSDP2)."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per worker; also its threads."""
-    gpus: Annotated[float, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
     """GPUs per worker, 0 or 1."""
     micro_batch: Count = 32
     """Largest number of images per worker in one forward pass; the rest of its share is accumulated."""
@@ -107,7 +107,7 @@ class Run(Section):
 
     root: Uri = storage.absolute("runs")
     """URI of the folder of runs; must be reachable from every worker."""
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "run"
     """Name of the run. The same name and settings resume it."""
     log_every: Count = 10
     """Steps between lines of metrics."""

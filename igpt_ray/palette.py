@@ -67,8 +67,8 @@ class Palette:
         """Read a .npy of (k, 3) float32. Raises `PaletteError` for anything else; pickles are not opened."""
         data = storage.read(uri)
         try:
-            colours = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            colours = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # a damaged header raises anything: SyntaxError, TokenError, MemoryError, ...
             raise PaletteError(f"{uri} is not a palette: expected a .npy of (k, 3) float32 ({error})") from error
         return cls(colours)
 

@@ -83,6 +83,7 @@ class Manifest(Strict):
         return sorted({shard.split for shard in self.shards})
 
     def views(self, split: str) -> int:
+        self.select(split)
         return 1 + max(shard.view for shard in self.shards if shard.split == split)
 
     def select(self, split: str, view: int = 0) -> list[Shard]:
@@ -151,7 +152,9 @@ class TokenStore:
 
 def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, str]) -> bytes:
     """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px)."""
-    column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(tokens, np.uint16))
+    T = tokens.shape[1]
+    values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
+    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
     table = pa.table({"key": keys, "label": pa.array(labels, pa.int32()), "tokens": column})
     about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
     table = table.replace_schema_metadata({"igpt_ray": about})

@@ -68,13 +68,10 @@ def name(uri: str) -> str:
 
 
 def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """The bytes of a file, or `length` of them from `start`. Raises `NotFound` or `StorageError`."""
+    """The bytes of a file, or `length` of them from `start`; fewer at its end. Raises `NotFound` or `StorageError`."""
     with _errors(uri):
         if _is_s3(uri):
-            bucket, key = _split(uri)
-            ranged = {} if start == 0 and length is None else {"Range": _range(start, length)}
-            body: bytes = _s3().get_object(Bucket=bucket, Key=key, **ranged)["Body"].read()
-            return body
+            return _read_s3(uri, start, length)
         with open(uri, "rb") as f:
             f.seek(start)
             return f.read() if length is None else f.read(length)
@@ -222,8 +219,21 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _range(start: int, length: int | None) -> str:
-    return f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
+def _read_s3(uri: str, start: int, length: int | None) -> bytes:
+    from botocore.exceptions import ClientError
+
+    bucket, key = _split(uri)
+    if start == 0 and length is None:
+        return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
+    # HTTP has no empty range: ask for one byte more, and drop it.
+    last = "" if length is None else start + length
+    try:
+        data = bytes(_s3().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{last}")["Body"].read())
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "InvalidRange":
+            raise
+        return b""  # the range begins at the end or after it: nothing, as in a local file
+    return data[:length]
 
 
 def s3_config() -> "Config":
@@ -246,8 +256,15 @@ def s3_config() -> "Config":
 @functools.cache
 def _s3() -> Any:
     import boto3
+    from botocore.exceptions import BotoCoreError
 
-    return boto3.client("s3", config=s3_config())
+    try:
+        # A session of our own: boto3's default one is not safe when several threads make a client at once.
+        return boto3.Session().client("s3", config=s3_config())
+    except (BotoCoreError, ValueError) as error:
+        raise StorageError(
+            f"no S3 client with these settings ({error}): check AWS_ENDPOINT_URL, AWS_PROFILE and the AWS keys"
+        ) from error
 
 
 def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
@@ -291,15 +308,17 @@ def _errors(uri: str) -> Iterator[None]:
         raise _s3_error(uri, error) from error
 
 
-def _s3_error(uri: str, error: Exception) -> StorageError:
+def _s3_error(uri: str, error: BaseException) -> StorageError:
     bucket = _split(uri)[0]
     endpoint = _s3().meta.endpoint_url
+    if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:
+        error = error.__context__  # boto3's upload_file wraps the server's answer
     code = getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__)
     if code == "NoSuchBucket":
         return NotFound(f"bucket {bucket!r} does not exist at {endpoint}: create it, or mend {uri}")
     if code in ("NoSuchKey", "404"):
         return NotFound(f"{uri} does not exist at {endpoint}")
-    if code in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
+    if code in ("NoCredentialsError", "CredentialRetrievalError"):
         return StorageError(
             f"{uri}: no credentials for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
             " a profile, or an instance role"
@@ -309,4 +328,6 @@ def _s3_error(uri: str, error: Exception) -> StorageError:
             f"{uri}: {endpoint} refused the key ({code}): check AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, and that the role may reach this bucket"
         )
-    return StorageError(f"{uri}: {endpoint} failed ({code}): {error}")
+    if code in ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"):
+        return StorageError(f"{uri}: {endpoint} cannot be reached ({code}): check AWS_ENDPOINT_URL and the network")
+    return StorageError(f"{uri}: {endpoint} failed ({code}): {' '.join(str(error).split())}")

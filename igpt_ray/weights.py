@@ -45,15 +45,16 @@ class Release:
     palette: Palette
     config: ReleaseConfig
 
-    def check(self, kind: Kind, where: str) -> None:
-        """Raises `CheckpointError` unless tokens of this kind are what the model was trained on."""
-        for field in Kind.model_fields:
-            ours, theirs = getattr(self.config.kind, field), getattr(kind, field)
-            if ours != theirs:
-                raise CheckpointError(
-                    f"the release was trained with {field} {ours}, but {where} has {theirs}:"
-                    " use the token store (or prepare one) of the same kind"
-                )
+
+def check_kind(about: ReleaseConfig, kind: Kind, where: str) -> None:
+    """Raises `CheckpointError` unless tokens of this kind are what the release was trained on."""
+    for field in Kind.model_fields:
+        ours, theirs = getattr(about.kind, field), getattr(kind, field)
+        if ours != theirs:
+            raise CheckpointError(
+                f"the release was trained with {field} {ours}, but {where} has {theirs}:"
+                " use the token store (or prepare one) of the same kind"
+            )
 
 
 def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, about: ReleaseConfig) -> None:

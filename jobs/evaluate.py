@@ -1,0 +1,11 @@
+"""Nats per token of a release on a split.
+
+python jobs/evaluate.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --split test
+"""
+
+from igpt_ray.config import Evaluate
+from igpt_ray.flows import job
+from igpt_ray.flows.infer import evaluate
+
+if __name__ == "__main__":
+    job.run(evaluate, Evaluate)
