@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from igpt_ray.errors import NotFound, StorageError
 
@@ -45,16 +45,18 @@ def absolute(uri: str) -> str:
     """
     if not uri:
         raise StorageError("an empty URI: expected a local path, file:// or s3://bucket/key")
-    parts = urlsplit(uri)
-    if parts.scheme == "s3":
-        if not parts.netloc:
+    scheme, slashes, rest = uri.partition("://")
+    if not slashes:
+        return str(Path(uri).expanduser().absolute())
+    if scheme == "s3":
+        if not rest.partition("/")[0]:
             raise StorageError(f"{uri!r} names no bucket: expected s3://bucket/key")
         return uri.rstrip("/")
-    if parts.scheme == "file":
-        return str(Path(unquote(parts.path)).absolute())
-    if "://" in uri:
-        raise StorageError(f"{uri!r}: scheme {parts.scheme!r} is not supported; use a local path, file:// or s3://")
-    return str(Path(uri).expanduser().absolute())
+    if scheme == "file":
+        if not rest.startswith("/"):  # file://a/b would mean /b on the host `a`
+            raise StorageError(f"{uri!r} is not absolute: expected three slashes, file:///a/b")
+        return str(Path(unquote(rest)).absolute())
+    raise StorageError(f"{uri!r}: scheme {scheme!r} is not supported; use a local path, file:// or s3://")
 
 
 def join(uri: str, *names: str) -> str:
@@ -224,16 +226,30 @@ def _read_s3(uri: str, start: int, length: int | None) -> bytes:
 
     bucket, key = _split(uri)
     if start == 0 and length is None:
-        return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
+        return _get(Bucket=bucket, Key=key)
     # HTTP has no empty range: ask for one byte more, and drop it.
     last = "" if length is None else start + length
     try:
-        data = bytes(_s3().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{last}")["Body"].read())
+        data = _get(Bucket=bucket, Key=key, Range=f"bytes={start}-{last}")
     except ClientError as error:
         if error.response["Error"]["Code"] != "InvalidRange":
             raise
         return b""  # the range begins at the end or after it: nothing, as in a local file
     return data[:length]
+
+
+def _get(**request: str) -> bytes:
+    """botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again."""
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    attempt = 1
+    while True:
+        try:
+            return bytes(_s3().get_object(**request)["Body"].read())
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            if attempt >= RETRIES:
+                raise
+            attempt += 1
 
 
 def s3_config() -> "Config":
@@ -313,7 +329,8 @@ def _s3_error(uri: str, error: BaseException) -> StorageError:
     endpoint = _s3().meta.endpoint_url
     if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:
         error = error.__context__  # boto3's upload_file wraps the server's answer
-    code = getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__)
+    response = getattr(error, "response", None) or {}  # botocore's connection errors have one that is None
+    code = response.get("Error", {}).get("Code", type(error).__name__)
     if code == "NoSuchBucket":
         return NotFound(f"bucket {bucket!r} does not exist at {endpoint}: create it, or mend {uri}")
     if code in ("NoSuchKey", "404"):

@@ -52,9 +52,21 @@ def connect() -> None:
     """
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("igpt_ray").setLevel(logging.INFO)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    log_to_stderr()
+
+
+def log_to_stderr() -> None:
+    """Our own lines, `12:34:56 message`; also called on training workers, whose stderr Ray brings to the driver.
+
+    On our logger, not the root's, which Ray configures on workers before we get there.
+    """
+    ours = logging.getLogger("igpt_ray")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
 
 
 def mendable(error: BaseException | None) -> IgptError | None:

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TrainingError
-from igpt_ray.flows.job import mendable
+from igpt_ray.flows.job import log_to_stderr, mendable
 from igpt_ray.loader import SplitCache, global_batch, share
 from igpt_ray.model import ImageGPT
 from igpt_ray.shards import TokenStore
@@ -118,7 +118,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     run, batch_size = cfg.run, cfg.optim.batch_size
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
-    _log_to_stderr()
+    log_to_stderr()
 
     store = TokenStore.open(cfg.data.tokens)
     images = SplitCache(store, cfg.data.split)
@@ -207,9 +207,3 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 _LINE = "step %d of %d: %.4f nats per token, %.0f tokens/s, %.0f s left"
-
-
-def _log_to_stderr() -> None:
-    """Ray forwards a worker's stderr to the driver."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("igpt_ray").setLevel(logging.INFO)

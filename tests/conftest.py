@@ -1,0 +1,222 @@
+"""What the tests share: two real object stores, a node cache of their own, a process group of one, a tiny token store.
+
+The environment below is set before anything imports ray, and its workers inherit it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from igpt_ray import shards, storage
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout: OpenAI's palette, golden checkpoints, sample images."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: it holds the golden files that this test compares with")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test uses a node cache of this session; nothing is written to the user's."""
+    monkeypatch.setattr(storage, "CACHE", _cache_folder)
+    return _cache_folder
+
+
+# ------------------------------------------------------------------------------------------------ object stores
+
+
+class Keyed(NamedTuple):
+    """An S3 server that checks signatures."""
+
+    endpoint: str
+    key: str
+    secret: str
+
+
+@pytest.fixture(scope="session")
+def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a moto server: complete S3 semantics, conditional writes too; takes any key."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _serving(command, port, tmp_path_factory.mktemp("moto")):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def rclone_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    """An rclone server: checks signatures, but ignores `If-None-Match`."""
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / "buckets").mkdir()
+    (folder / "rclone.conf").touch()
+    port, key, secret = free_port(), secrets.token_hex(8), secrets.token_hex(16)
+    command = [str(Path(sys.executable).parent / "rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", f"{key},{secret}", "--config", str(folder / "rclone.conf"), str(folder / "buckets")]
+    with _serving(command, port, folder):
+        yield Keyed(f"http://127.0.0.1:{port}", key, secret)
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """A function that points the AWS environment, and so `storage`, at an endpoint with a key (or with none)."""
+
+    def point_at(endpoint: str, key: str | None = "any", secret: str | None = "any") -> None:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "no-such-file"))
+        for name, value in (("AWS_ACCESS_KEY_ID", key), ("AWS_SECRET_ACCESS_KEY", secret)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        storage._s3.cache_clear()
+
+    yield point_at
+    storage._s3.cache_clear()
+
+
+@pytest.fixture
+def on_moto(moto_s3: str, aws: Callable[..., None]) -> str:
+    """A new bucket's URI at the moto server, with the AWS environment pointing there."""
+    aws(moto_s3)
+    return _new_bucket()
+
+
+@pytest.fixture
+def on_rclone(rclone_s3: Keyed, aws: Callable[..., None]) -> str:
+    """A new bucket's URI at the rclone server, with the AWS environment pointing there."""
+    aws(*rclone_s3)
+    return _new_bucket()
+
+
+@pytest.fixture(params=["local", "moto", "rclone"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of an empty place, in each kind of store."""
+    return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue(f"on_{request.param}")
+
+
+def free_port() -> int:
+    """A free loopback port outside the range that `ray start` claims for its workers."""
+    while True:
+        with closing(socket.socket()) as s:
+            s.bind(("127.0.0.1", 0))
+            port: int = s.getsockname()[1]
+        if not 10002 <= port <= 19999:
+            return port
+
+
+@contextmanager
+def _serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
+    log = folder / "server.log"
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_it_answers(server, port, log)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int, log: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail(f"{server.args} does not answer on port {port}:\n{log.read_text()[-2000:]}")
+
+
+def _new_bucket() -> str:
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    storage._s3().create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+# ------------------------------------------------------------------------------------------------ tiny real objects
+
+
+@pytest.fixture
+def palette() -> Palette:
+    """16 random colours."""
+    return Palette(np.random.default_rng(7).uniform(-1, 1, (16, 3)).astype(np.float32))
+
+
+@pytest.fixture
+def kind(palette: Palette) -> Kind:
+    """What the tokens of `store` mean: 4 x 4 pixels of 16 colours."""
+    return Kind(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
+    """A committed token store: two views of a training split in shards of 7 and 5 rows, and a test split of 3."""
+    root = str(tmp_path / "tokens")
+    rng = np.random.default_rng(11)
+    palette.save(storage.join(root, "palette.npy"))
+    listed = []
+    for split, view, sizes in (("test", 0, [3]), ("train", 0, [7, 5]), ("train", 1, [7, 5])):
+        for unit, rows in enumerate(sizes):
+            keys = [f"cat/{unit}-{row}.png" for row in range(rows)]
+            tokens = rng.integers(0, kind.n_vocab, (rows, kind.n_positions)).astype(np.uint16)
+            labels = rng.integers(0, 2, rows).tolist()
+            data = shards.encode(keys, labels, tokens, kind, {"unit": f"{unit:05d}", "split": split, "view": str(view)})
+            path = f"{split}/{unit:05d}-v{view}.parquet"
+            storage.write(storage.join(root, path), data)
+            digest = shards.hashlib.sha256(data).hexdigest()
+            listed.append(Shard(path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest))
+    return shards.commit(root, manifest_of(kind, listed))
+
+
+def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
+    return Manifest(
+        format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, quarantined={}, made_by={"by": "a test"}
+    )
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """torch.distributed over gloo with this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

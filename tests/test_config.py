@@ -1,0 +1,172 @@
+"""Settings: frozen and strict, the paper's sizes to the parameter, and typing mistakes answered with the right name."""
+
+import json
+import re
+from importlib import metadata
+
+import pytest
+import torch
+import tyro
+from pydantic import ValidationError
+
+from igpt_ray import config
+from igpt_ray.config import PRESETS, Model, Optim, Pretrain, Run, Workers
+from igpt_ray.model import ImageGPT
+
+PAPER = {
+    "igpt-s": (24, 512, 8, 32, 76_571_648),
+    "igpt-m": (36, 1024, 8, 32, 455_157_760),
+    "igpt-l": (48, 1536, 16, 32, 1_362_250_752),
+    "igpt-l-48": (48, 1536, 16, 48, 1_364_216_832),
+    "igpt-xl": (60, 3072, 16, 64, 6_810_875_904),  # the paper does not state XL's heads; they do not change the count
+}
+
+
+@pytest.mark.parametrize(("n_layer", "n_embd", "n_head", "n_px", "n_params"), PAPER.values(), ids=PAPER)
+def test_the_sizes_of_the_paper_have_its_parameters(
+    n_layer: int, n_embd: int, n_head: int, n_px: int, n_params: int
+) -> None:
+    """A bias too many, tied embeddings or n + 1 positions; and a formula that drifts from the network."""
+    model = Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px)
+    assert model.n_params == n_params
+    with torch.device("meta"):
+        network = ImageGPT(model)
+    assert sum(p.numel() for p in network.parameters()) == n_params
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"), [("igpt-s", 3e-3), ("igpt-m", 3e-3), ("igpt-l", 1e-3), ("igpt-l-48", 1e-2)], ids=lambda v: str(v)
+)
+def test_presets_are_the_recipes_of_the_paper(name: str, lr: float) -> None:
+    """A preset that was tuned for a benchmark and still carries the paper's name."""
+    preset = PRESETS[name][1]
+    m, o = preset.model, preset.optim
+    assert (m.n_layer, m.n_embd, m.n_head, m.n_px) == PAPER[name][:4]
+    assert m.n_vocab == 512
+    assert (o.lr, o.betas, o.batch_size, o.steps, o.clip) == (lr, (0.9, 0.95), 128, 1_000_000, None)
+    assert o.warmup_steps == round(1_281_167 / 128)  # one epoch of ImageNet
+    assert preset.workers.precision == "float32"
+
+
+def test_settings_cannot_be_changed_after_they_were_read() -> None:
+    """A function that edits its section: what is written beside the artefact would not be what ran."""
+    settings = Pretrain()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.optim.lr = 1.0
+
+
+@pytest.mark.parametrize("section", [Pretrain, Model, Optim, Run, Workers, config.Pixels, config.Pool])
+def test_an_unknown_setting_is_refused(section: type[config.Section]) -> None:
+    """A mistyped name in a config.json would silently mean the default."""
+    with pytest.raises(ValidationError, match="not_a_setting"):
+        section(not_a_setting=1)
+
+
+IMPOSSIBLE = [
+    (Model, {"n_layer": 0}),
+    (Model, {"n_embd": -512}),
+    (Model, {"n_embd": 512, "n_head": 7}),
+    (Model, {"n_px": 0}),
+    (Model, {"n_vocab": 1}),
+    (Model, {"n_vocab": 65537}),
+    (Optim, {"lr": 0}),
+    (Optim, {"lr": float("inf")}),
+    (Optim, {"lr": float("nan")}),
+    (Optim, {"betas": (0.9, 1.0)}),
+    (Optim, {"betas": (0.9,)}),
+    (Optim, {"eps": 0}),
+    (Optim, {"batch_size": 0}),
+    (Optim, {"steps": 1.5}),
+    (Optim, {"warmup_steps": -1}),
+    (Optim, {"clip": 0}),
+    (Workers, {"n": 0}),
+    (Workers, {"cpus": 0}),
+    (Workers, {"gpus": 2}),
+    (Workers, {"precision": "float16"}),
+    (Workers, {"max_failures": -1}),
+    (Run, {"name": ""}),
+    (Run, {"name": "a/b"}),
+    (Run, {"name": ".."}),
+    (Run, {"root": "gs://bucket"}),
+    (Run, {"keep": 0}),
+    (Pretrain, {"seed": -1}),
+    (Pretrain, {"seed": 2**32}),
+    (config.Pixels, {"n_px": 225}),
+    (config.Pixels, {"crop": "left"}),
+    (config.Palette, {"source": "a", "out": "b", "k": 1}),
+    (config.Prepare, {"source": "a", "palette": "b", "tokens": "c", "budget": 1.5}),
+    (config.Prepare, {"source": "", "palette": "b", "tokens": "c"}),
+    (config.Complete, {"release": "a", "tokens": "b", "out": "c", "temperature": -1}),
+    (config.Complete, {"release": "a", "tokens": "b", "out": "c", "temperature": float("inf")}),
+    (config.Serve, {"release": "a", "port": 70000}),
+]
+
+
+@pytest.mark.parametrize(("section", "values"), IMPOSSIBLE, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_an_impossible_value_is_refused(section: type[config.Section], values: dict[str, object]) -> None:
+    """Refused where it is read, not after an hour on a cluster; a run named `..` would write beside its root."""
+    with pytest.raises(ValidationError) as caught:
+        section(**values)
+    assert any(set(values) & set(map(str, error["loc"])) or not error["loc"] for error in caught.value.errors())
+
+
+def test_settings_survive_json() -> None:
+    """A run is resumed by comparing its config.json with the settings: tuples and numbers must come back equal."""
+    for _, preset in PRESETS.values():
+        assert Pretrain.model_validate_json(preset.model_dump_json()) == preset
+
+
+def test_places_are_absolute_once_they_are_settings() -> None:
+    """Ray's workers have another working directory."""
+    assert Run(root="file:///a/b/").root == "/a/b"
+    assert Run(root="runs").root.startswith("/")
+    assert Run(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
+
+
+def test_a_word_on_the_command_line_changes_that_setting_alone() -> None:
+    """A preset whose other sections fall back to defaults when one is touched."""
+    settings = tyro.extras.overridable_config_cli(PRESETS, args=["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"])
+    preset = PRESETS["igpt-l-48"][1]
+    expected = preset.model_dump() | {"optim": preset.optim.model_dump() | {"lr": 1e-3}}
+    expected |= {"workers": preset.workers.model_dump() | {"n": 4}}
+    assert settings == Pretrain.model_validate(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["igpt-s", "--optim.lrr", "1e-3"], "--optim.lr"),
+        (["igpt-s", "--data.token", "/a"], "--data.tokens"),
+        (["igpt-s", "--model.n-heads", "8"], "--model.n-head"),
+        (["igpt-ss"], "igpt-s"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest_name(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ignored word: the run would start with the default and nobody would know."""
+    with pytest.raises(SystemExit) as caught:
+        tyro.extras.overridable_config_cli(PRESETS, args=words)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    advice = re.split("Perhaps you meant|Available subcommands", printed.err)[1]
+    assert expected in re.findall(r"[\w.-]+", advice)
+    assert printed.out == ""
+
+
+def test_an_impossible_word_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """A job must stop at the command line, with its reason on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        tyro.extras.overridable_config_cli(PRESETS, args=["tiny", "--model.n-head", "3"])
+    assert caught.value.code == 2
+    assert "not a multiple of n_head 3" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_provenance_says_what_made_an_artefact() -> None:
+    """An artefact nobody can make again: no settings, no versions, or something that JSON cannot hold."""
+    made = json.loads(json.dumps(config.provenance(Pretrain(seed=5))))
+    assert made["settings"]["seed"] == 5
+    assert made["versions"]["torch"] == metadata.version("torch")
+    assert made["git"] is None or re.fullmatch("[0-9a-f]{40}", made["git"])

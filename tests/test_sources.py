@@ -1,0 +1,126 @@
+"""Sources: the plan follows from the listing alone, and reading gives every image once, in order, with its label."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from igpt_ray import sources, storage
+from igpt_ray.errors import SourceError, StorageError
+from igpt_ray.sources import Image
+
+
+def fill(place: str, *keys: str) -> None:
+    for key in keys:
+        storage.write(storage.join(place, key), key.encode())
+
+
+def everything(plan: sources.Plan) -> dict[str, list[Image]]:
+    read: dict[str, list[Image]] = {}
+    for unit in plan.units:
+        read.setdefault(unit.split, []).extend(sources.read(unit))
+    return read
+
+
+def test_every_image_is_read_once_with_its_class(place: str) -> None:
+    """Labels that follow the order of the listing, where `a-b/x` comes before `a/x`, and not the order of the names."""
+    fill(place, "a/x.png", "a/y.png", "a-b/x.png", "b/deep/er/z.png")
+    plan = sources.plan(place, 3)
+    assert plan.classes == ("a", "a-b", "b")
+    assert everything(plan) == {
+        "train": [
+            Image("a-b/x.png", 1, b"a-b/x.png"),
+            Image("a/x.png", 0, b"a/x.png"),
+            Image("a/y.png", 0, b"a/y.png"),
+            Image("b/deep/er/z.png", 2, b"b/deep/er/z.png"),
+        ]
+    }
+
+
+def test_splits_are_folders_that_share_the_classes_of_training(place: str) -> None:
+    """A test split numbered by its own folders: class 0 of two would be another than class 0 of three."""
+    fill(place, "train/a/1", "train/b/1", "train/c/1", "val/c/2", "test/b/3", "test/c/3")
+    plan = sources.plan(place, 10)
+    assert plan.classes == ("a", "b", "c")
+    assert [unit.split for unit in plan.units] == ["test", "train", "val"]
+    read = everything(plan)
+    assert read["val"] == [Image("c/2", 2, b"val/c/2")]
+    assert [image.label for image in read["test"]] == [1, 2]
+    assert [image.key for image in read["train"]] == ["a/1", "b/1", "c/1"]
+
+
+def test_units_have_a_fixed_size_and_their_names_are_numbers(tmp_path: object) -> None:
+    """A unit's name is its shard's: one that depends on anything but the listing duplicates data in a repeat."""
+    place = str(tmp_path)
+    fill(place, *(f"train/c{i % 3}/{i:02d}" for i in range(11)), "test/c0/x")
+    plan = sources.plan(place, 4)
+    assert [(u.split, u.name, len(u.keys)) for u in plan.units] == [
+        ("test", "00000", 1),
+        ("train", "00000", 4),
+        ("train", "00001", 4),
+        ("train", "00002", 3),
+    ]
+    assert sources.plan(place, 4) == plan
+
+
+def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
+    """Evaluation of a folder that has no training split."""
+    fill(str(tmp_path), "val/a/1", "val/b/1")
+    plan = sources.plan(str(tmp_path), 4)
+    assert (plan.classes, [u.split for u in plan.units]) == (("a", "b"), ["val"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ([], "holds no files: expected images in class folders"),
+        (["a/1", "loose.png"], "loose.png lies in no class folder"),
+        (["train/a/1", "train/loose.png"], "train/loose.png lies in no class folder"),
+        (["train/a/1", "extra/b/1", "zoo/b/1"], r"others beside them \(extra, zoo\)"),
+        (["train/a/1", "labels.csv"], r"others beside them \(labels.csv\)"),
+        (["train/a/1", "test/dog/1"], "classes that train lacks: dog"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused_with_the_expected_one(
+    keys: list[str], said: str, tmp_path: object
+) -> None:
+    """A file taken for a class, or a class for a split: a training run with odd labels and no error."""
+    fill(str(tmp_path), *keys)
+    with pytest.raises(SourceError, match=said):
+        sources.plan(str(tmp_path), 10)
+
+
+def test_hidden_files_are_no_images(tmp_path: object) -> None:
+    """`.DS_Store` and half-copied files would fill the quarantine."""
+    fill(str(tmp_path), "a/1", "a/.DS_Store", ".cache/1")
+    assert sources.plan(str(tmp_path), 10).units[0].keys == ("a/1",)
+
+
+def test_a_unit_larger_than_the_read_ahead_keeps_its_order(on_moto: str) -> None:
+    """Threads finish in any order; images must not. And the error of one must not be lost."""
+    keys = [f"a/{i:03d}" for i in range(3 * sources.READ_AHEAD * 2)]
+    fill(on_moto, *keys)
+    unit = sources.plan(on_moto, 1000).units[0]
+    assert [(image.key, image.data.decode()) for image in sources.read(unit)] == [(key, key) for key in keys]
+    storage.delete(storage.join(on_moto, keys[70]))
+    with pytest.raises(StorageError, match=keys[70]):
+        list(sources.read(unit))
+
+
+@pytest.fixture
+def draws() -> Callable[[float, int], np.ndarray]:
+    keys = [f"n{i % 1000:08d}/{i}.JPEG" for i in range(20_000)]
+    return lambda fraction, seed: np.array([sources.sampled(key, fraction, seed) for key in keys])
+
+
+def test_a_sample_has_its_share_and_follows_its_seed(draws: Callable[[float, int], np.ndarray]) -> None:
+    """A share of the first keys instead of all; or Python's hash, which every process salts differently."""
+    tenth = draws(0.1, 0)
+    assert 0.09 < tenth.mean() < 0.11
+    assert 0.08 < tenth[:10_000].mean() < 0.12
+    np.testing.assert_array_equal(tenth, draws(0.1, 0))
+    other = draws(0.1, 1)
+    assert 0.005 < (tenth & other).mean() < 0.015  # independent of another seed's
+    assert (tenth <= draws(0.2, 0)).all()  # a larger sample contains a smaller one
+    assert draws(1, 0).all()
+    assert not draws(0, 0).any()
