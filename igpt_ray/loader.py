@@ -91,10 +91,11 @@ class SplitCache:
 
     def __getitem__(self, batch: Batch) -> Tokens:
         """(len(batch), positions): epoch e reads view e mod the number of views."""
-        if len(self.views) == 1:
-            return np.asarray(self.views[0][batch.rows])
-        views = batch.epochs % len(self.views)
-        return np.stack([self.views[v][row] for v, row in zip(views, batch.rows, strict=True)])
+        tokens = np.empty((len(batch.rows), self.views[0].shape[1]), np.uint16)
+        for v, view in enumerate(self.views):
+            here = batch.epochs % len(self.views) == v
+            tokens[here] = view[batch.rows[here]]
+        return tokens
 
 
 def _fill(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:

@@ -5,6 +5,8 @@ Parallelism, precision and compilation are applied from outside (`parallel.py`);
     B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,10 @@ class ImageGPT(nn.Module):
         self.wtet = nn.Linear(config.n_embd, config.n_vocab, bias=False)
         self.init_weights()
 
+    @property
+    def blocks(self) -> list["Block"]:
+        return cast("list[Block]", list(self.h))
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t."""
         h = self.embed(tokens)
@@ -51,7 +57,7 @@ class ImageGPT(nn.Module):
         last = len(self.h) if last is None else last
         h = self.embed(tokens)
         pooled = []
-        for block in self.h[: last + 1]:
+        for block in self.blocks[: last + 1]:
             pooled.append(block.ln_1(h).mean(1))
             if len(pooled) <= last:
                 h = block(h)
@@ -85,7 +91,7 @@ class ImageGPT(nn.Module):
         nn.init.normal_(self.wpe, std=0.01)
         nn.init.normal_(self.sos, std=0.02)
         nn.init.zeros_(self.wtet.weight)
-        for block in self.h:
+        for block in self.blocks:
             nn.init.normal_(block.attn.c_attn.weight, std=C**-0.5)
             nn.init.normal_(block.attn.c_proj.weight, std=(C * self.config.n_layer) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=0.02)

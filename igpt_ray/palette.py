@@ -59,8 +59,8 @@ class Palette:
         weights = histogram[packed].astype(np.float32)
         kmeans = faiss.Kmeans(3, k, niter=50, nredo=3, seed=seed, max_points_per_centroid=COLOURS)
         kmeans.train(points, weights=weights)
-        order = np.lexsort(kmeans.centroids.T[::-1])
-        return cls(np.ascontiguousarray(kmeans.centroids[order], np.float32))
+        centroids = np.asarray(kmeans.centroids, np.float32)
+        return cls(centroids[np.lexsort(centroids.T[::-1])])
 
     @classmethod
     def load(cls, uri: str) -> "Palette":
@@ -140,7 +140,7 @@ def nearest_float64(colours: NDArray[np.float32], rgb: NDArray[np.uint8]) -> NDA
 def pack(rgb: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """(..., 3) uint8 -> (...) uint32, 0xRRGGBB."""
     wide = rgb.astype(np.uint32)
-    return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+    return np.asarray(wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2], np.uint32)
 
 
 def unpack(packed: NDArray[np.integer]) -> NDArray[np.uint8]:

@@ -1,8 +1,10 @@
 """Parallelism, applied from outside to a plain model: FSDP2 on every worker count, one included."""
 
+from typing import cast
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from igpt_ray.model import ImageGPT
 
@@ -19,3 +21,8 @@ def shard(model: ImageGPT, mesh: DeviceMesh, precision: str) -> ImageGPT:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
+
+
+def reduce_gradients(model: ImageGPT, now: bool) -> None:
+    """Whether the next backward pass reduces gradients over the workers, or only adds to this worker's sum."""
+    cast(FSDPModule, model).set_requires_gradient_sync(now)

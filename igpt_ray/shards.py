@@ -155,7 +155,7 @@ def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit:
     T = tokens.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
     column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
-    table = pa.table({"key": keys, "label": pa.array(labels, pa.int32()), "tokens": column})
+    table = pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int32()), "tokens": column})
     about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
     table = table.replace_schema_metadata({"igpt_ray": about})
     out = io.BytesIO()

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def demo(settings: Demo) -> Report:
 
         stages = {"digits": timed("digits", lambda: write_digits(data))}
         for name, words in jobs(settings, data).items():
-            stages[name] = timed(name, lambda w=words, n=name: local.submit(w, client, logs / f"{n}.log", say))
+            stages[name] = timed(name, partial(local.submit, words, client, logs / f"{name}.log", say))
         stages["serve"] = timed("serve", lambda: serve_once(data, client, logs / "serve.log"))
         keep(data, out)
     report = {"seconds": round(time.perf_counter() - started, 1), "stages": stages, "made_by": provenance(settings)}

@@ -9,12 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
+import hashlib
 import secrets
 import socket
 import subprocess
@@ -25,9 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from igpt_ray import shards, storage
+from igpt_ray import config, shards, storage
+from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
 
@@ -203,9 +208,14 @@ def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
             data = shards.encode(keys, labels, tokens, kind, {"unit": f"{unit:05d}", "split": split, "view": str(view)})
             path = f"{split}/{unit:05d}-v{view}.parquet"
             storage.write(storage.join(root, path), data)
-            digest = shards.hashlib.sha256(data).hexdigest()
-            listed.append(Shard(path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest))
+            listed.append(listing_of(path, split, view, rows, data))
     return shards.commit(root, manifest_of(kind, listed))
+
+
+def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:
+    """A manifest's line for a shard."""
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test")
 
 
 def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
@@ -220,3 +230,75 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ Ray
+
+COLOURED_DIGITS = 120
+"""Training images of `prepared`; a third as many again are for testing."""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The dashboard's address of a Ray cluster of three nodes with two CPUs each, which this process has joined."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    dashboard = free_port()
+    memory = 200 << 20
+    head = {"num_cpus": 2, "object_store_memory": memory, "include_dashboard": True, "dashboard_port": dashboard}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        nodes.add_node(num_cpus=2, object_store_memory=memory)
+    os.environ["RAY_ADDRESS"] = nodes.address
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+    yield f"http://127.0.0.1:{dashboard}"
+    ray.shutdown()
+    nodes.shutdown()
+    del os.environ["RAY_ADDRESS"]
+
+
+@pytest.fixture(scope="session")
+def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Coloured digits in class folders, train and test."""
+    from igpt_ray.digits import digits
+
+    root = tmp_path_factory.mktemp("digits")
+    wanted = {"train": COLOURED_DIGITS, "test": COLOURED_DIGITS // 3}
+    for digit in digits(seed=0):
+        split = digit.key.split("/")[0]
+        if wanted[split] > 0:
+            wanted[split] -= 1
+            storage.write(storage.join(str(root), digit.key), digit.png)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with `palette.npy` and `tokens/` of the coloured digits, made by the flows."""
+    from igpt_ray import config
+    from igpt_ray.flows import prepare
+
+    root = str(tmp_path_factory.mktemp("prepared"))
+    pixels = config.Pixels(n_px=8, crop="centre")
+    palette = storage.join(root, "palette.npy")
+    prepare.fit_palette(config.Palette(source=digit_images, out=palette, k=16, pixels=pixels))
+    tokens = storage.join(root, "tokens")
+    prepare.prepare(config.Prepare(source=digit_images, palette=palette, tokens=tokens, shard_images=50, pixels=pixels))
+    return root
+
+
+def random_model(seed: int = 0, std: float = 0.3, **shape: int) -> ImageGPT:
+    """A small network in evaluation mode whose every weight is random: gains, start vector and head too."""
+    settings = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16} | shape
+    model = ImageGPT(config.Model(**settings)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.normal_(0, std, generator=generator)
+    return model
+
+
+def random_tokens(model: ImageGPT, n: int, seed: int = 0) -> Tensor:
+    """(n, T) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.n_vocab, (n, model.config.n_positions), generator=generator)

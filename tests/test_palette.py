@@ -1,4 +1,4 @@
-"""The palette: the table is the nearest colour to the bit, files are read or refused, and a fit is as good as it can be."""
+"""The palette: the table is the nearest colour to the bit, files are read or refused, and fits are good."""
 
 import io
 import itertools
@@ -186,7 +186,6 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_palette_is_refused(name: str, tmp_path: Path) -> None:
     """Half of these come out of numpy as SyntaxError, BadZipFile, AttributeError or MemoryError."""
-    assert name != "vast" or MALFORMED[name] != GOOD
     (tmp_path / "palette.npy").write_bytes(MALFORMED[name])
     with pytest.raises(PaletteError):
         Palette.load(str(tmp_path / "palette.npy"))
@@ -252,7 +251,7 @@ def test_well_separated_colours_are_found_exactly() -> None:
 
 
 def test_a_fit_minimises_the_cost_of_pixels_not_of_distinct_colours() -> None:
-    """Counts that are ignored: a single odd pixel would weigh as much as the sky. The optimum is found by trying all."""
+    """Counts that are ignored: one odd pixel would weigh as much as the sky. The optimum is found by trying all."""
     rng = np.random.default_rng(8)
     colours, counts = random_pixels(9, 9), (10 ** rng.uniform(0, 5, 9)).astype(np.int64)
     points = colours / 127.5 - 1

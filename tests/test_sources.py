@@ -63,6 +63,20 @@ def test_units_have_a_fixed_size_and_their_names_are_numbers(tmp_path: object) -
     assert sources.plan(place, 4) == plan
 
 
+def test_a_unit_is_known_by_its_listing(tmp_path: object) -> None:
+    """A shard kept from an earlier run although an image was replaced, renamed or counted to another class since."""
+    storage.write(f"{tmp_path}/one/cat/1", b"1")
+    (first,) = sources.plan(f"{tmp_path}/one", 4).units
+    digests = {first.digest}
+    for name, keys in (("size", {"cat/1": b"22"}), ("key", {"cat/2": b"1"}), ("label", {"ant/0": b"1", "cat/1": b"1"})):
+        for key, data in keys.items():
+            storage.write(f"{tmp_path}/{name}/{key}", data)
+        digests.add(sources.plan(f"{tmp_path}/{name}", 1).units[-1].digest)
+    assert len(digests) == 4
+    storage.write(f"{tmp_path}/copy/cat/1", b"1")
+    assert sources.plan(f"{tmp_path}/copy", 4).units[0].digest == first.digest
+
+
 def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
     """Evaluation of a folder that has no training split."""
     fill(str(tmp_path), "val/a/1", "val/b/1")

@@ -107,7 +107,6 @@ class Painter:
         return base64.b64encode(images.png(self.release.palette.decode(tokens).reshape(n_px, n_px, 3))).decode()
 
 
-@serve.deployment(max_ongoing_requests=4)
 class Model:
     """A replica. Sampling holds the processor for seconds, so it runs beside the event loop, one at a time."""
 
@@ -144,12 +143,6 @@ async def _refused(_: Request, error: RequestValidationError) -> JSONResponse:
     )
 
 
-@serve.deployment(
-    max_ongoing_requests=QUEUE,
-    max_queued_requests=QUEUE,
-    backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-    ray_actor_options={"num_cpus": 0},
-)
 @serve.ingress(app)
 class Api:
     def __init__(self, model: DeploymentHandle):
@@ -183,10 +176,18 @@ class Api:
 
 def build(settings: config.Serve) -> serve.Application:
     """The application; `serve deploy` passes the `args` of its YAML, checked as settings."""
-    model = Model.options(
-        num_replicas=settings.replicas, ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus}
-    )
-    return Api.bind(model.bind(settings.release))
+    model = serve.deployment(
+        max_ongoing_requests=4,
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+    )(Model)
+    api = serve.deployment(
+        max_ongoing_requests=QUEUE,
+        max_queued_requests=QUEUE,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
+        ray_actor_options={"num_cpus": 0},
+    )(Api)
+    return api.bind(model.bind(settings.release))
 
 
 # ------------------------------------------------------------------------------------------------ the job

@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray.train
@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, storage, weights
@@ -146,7 +148,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         # All workers take as many forward passes, or their collectives would not meet.
         n_micro = math.ceil(math.ceil(batch_size / world_size) / cfg.workers.micro_batch)
         for i, micro in enumerate(tokens.tensor_split(n_micro)):
-            model.set_requires_gradient_sync(i == n_micro - 1)
+            parallel.reduce_gradients(model, i == n_micro - 1)
             x = micro.to(device, non_blocking=True)
             nats = objectives.next_pixel(model(x), x).sum()
             (nats * (world_size / tokens_per_step)).backward()  # FSDP averages over workers; the loss is a mean
@@ -161,6 +163,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
         saving = step % run.checkpoint_every == 0 or step == cfg.optim.steps
         if saving or step % run.log_every == 0:
+            assert isinstance(grad_norm, DTensor)
             dist.all_reduce(nats_sum)
             n_steps, now = step - since_step, time.perf_counter()
             line = {
@@ -202,7 +205,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             classes=store.manifest.classes,
             trained={"steps": step, **lines.lines[-1], **config.provenance(cfg)},
         )
-        weights.save_release(release, full, store.palette(), about)
+        weights.save_release(release, cast("dict[str, Tensor]", full), store.palette(), about)
     return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
 
 

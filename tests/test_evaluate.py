@@ -1,0 +1,145 @@
+"""Likelihood: sums that equal a direct computation, and count models that find the entropy of data made to have one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, random_tokens
+from numpy.typing import NDArray
+
+from igpt_ray.evaluate import Likelihood, count_models, image_nats
+from igpt_ray.shards import Tokens
+
+# ------------------------------------------------------------------------------------------------ a network's nats
+
+
+def test_the_nats_of_an_image_are_minus_the_log_of_its_probability() -> None:
+    """A mean instead of a sum, or the first pixel left out."""
+    model = random_model()
+    x = random_tokens(model, 7)
+    p = torch.softmax(model(x).double(), -1).gather(-1, x[..., None])[..., 0]
+    nats = image_nats(model, x.numpy().astype(np.uint16), batch_size=4)
+    np.testing.assert_allclose(nats, -p.log().sum(1), rtol=1e-5)
+    assert nats.dtype == np.float64
+
+
+def test_the_batch_size_changes_no_number() -> None:
+    """A last batch that is dropped, padded, or averaged with the weight of a full one."""
+    model = random_model()
+    x = random_tokens(model, 11).numpy().astype(np.uint16)
+    reference = image_nats(model, x, 11)
+    for batch_size in (1, 3, 10, 64):
+        np.testing.assert_allclose(image_nats(model, x, batch_size), reference, rtol=1e-5)
+    assert image_nats(model, x[:0], 4).shape == (0,)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    """A mean of the means of unequal shards."""
+    nats = np.random.default_rng(0).uniform(20, 40, 100)
+    whole = Likelihood.of(nats, 16).report()
+    for cuts in ([50], [1, 2], [10, 99]):
+        parts = [Likelihood.of(part, 16) for part in np.split(nats, cuts)]
+        assert sum(parts[1:], parts[0]).report() == pytest.approx(whole)
+
+
+def test_a_report_is_per_token_with_its_error() -> None:
+    """Bits that are not nats over ln 2, or an error of the sum instead of the mean."""
+    nats = np.random.default_rng(1).normal(30, 3, 400)
+    report = Likelihood.of(nats, 16).report()
+    assert report["nats_per_token"] == pytest.approx(nats.mean() / 16)
+    assert report["bits_per_pixel"] == pytest.approx(nats.mean() / 16 / math.log(2))
+    assert report["standard_error"] == pytest.approx(nats.std() / math.sqrt(400) / 16)
+    assert (report["images"], report["tokens"]) == (400, 6400)
+
+
+def test_a_single_image_has_no_spread() -> None:
+    """The root of a rounding error below zero."""
+    assert Likelihood.of(np.array([math.pi * 1e5]), 16).report()["standard_error"] == 0
+    assert math.isfinite(Likelihood.of(np.full(3, math.pi * 1e5), 16).report()["standard_error"])
+
+
+def test_pictures_of_two_sizes_are_not_added() -> None:
+    """Nats per token of a mixture of 32x32 and 48x48 mean nothing."""
+    with pytest.raises(AssertionError, match="different sizes"):
+        Likelihood.of(np.ones(2), 16) + Likelihood.of(np.ones(2), 64)
+
+
+# ------------------------------------------------------------------------------------------------ count models
+
+V, PX = 6, 8
+T = PX * PX
+
+
+def entropy(p: NDArray[np.float64]) -> float:
+    return float(-(p * np.log(p)).sum(-1).mean())
+
+
+def by_position(rng: np.random.Generator, n: int, p: NDArray[np.float64]) -> Tokens:
+    """Every position draws from a distribution of its own."""
+    return np.stack([rng.choice(V, n, p=p[t]) for t in range(T)], axis=1).astype(np.uint16)
+
+
+def test_independent_pixels_cost_the_entropy_of_their_position() -> None:
+    """Counts over all positions together; here no context helps."""
+    rng = np.random.default_rng(2)
+    p = rng.dirichlet(np.full(V, 0.5) + 0.05, T).clip(1e-3)
+    p /= p.sum(1, keepdims=True)
+    found = count_models(by_position(rng, 4000, p), by_position(rng, 1000, p), PX, V)
+    assert found["unigram_by_position"] == pytest.approx(entropy(p), rel=0.02)
+    mixed = entropy(p.mean(0)[None])
+    assert mixed > entropy(p) + 0.2
+    assert found["bigram_previous_pixel"] == pytest.approx(mixed, rel=0.02)
+
+
+def test_a_chain_costs_the_entropy_of_its_steps() -> None:
+    """Contexts that look forward, or wrap from the end of one picture to the next."""
+    rng = np.random.default_rng(3)
+    step = rng.dirichlet(np.full(V, 0.4), V).clip(1e-3)
+    step /= step.sum(1, keepdims=True)
+
+    def draw(n: int) -> Tokens:
+        x = np.empty((n, T), np.uint16)
+        x[:, 0] = rng.integers(0, V, n)
+        for t in range(1, T):
+            x[:, t] = (rng.random((n, 1)) > step[x[:, t - 1]].cumsum(1)).sum(1).clip(max=V - 1)
+        return x
+
+    fit, test = draw(3000), draw(800)
+    expected = -np.log(step[test[:, :-1], test[:, 1:]]).sum() + 800 * math.log(V)
+    found = count_models(fit, test, PX, V)
+    assert found["bigram_previous_pixel"] == pytest.approx(expected / test.size, rel=0.01)
+    assert found["unigram_by_position"] > 1.2 * found["bigram_previous_pixel"]
+
+
+def test_a_pattern_in_two_dimensions_costs_nothing_but_its_border() -> None:
+    """Above taken for left, or a row too high: each pixel is the sum of those to the left and above."""
+    rng = np.random.default_rng(4)
+
+    def draw(n: int) -> Tokens:
+        grid = rng.integers(0, V, (n, PX, PX)).astype(np.uint16)
+        for i in range(1, PX):
+            for j in range(1, PX):
+                grid[:, i, j] = (grid[:, i - 1, j] + grid[:, i, j - 1]) % V
+        return grid.reshape(n, T)
+
+    found = count_models(draw(2000), draw(500), PX, V)
+    border = (2 * PX - 1) / T * math.log(V)
+    assert found["context_2d"] == pytest.approx(border, abs=0.02)
+    assert found["bigram_previous_pixel"] == pytest.approx(math.log(V), rel=0.02)
+
+
+def test_a_fixed_picture_costs_almost_nothing() -> None:
+    """Smoothing that never lets go of the uniform distribution."""
+    picture = np.random.default_rng(5).integers(0, V, (1, T)).astype(np.uint16)
+    found = count_models(picture.repeat(2000, 0), picture.repeat(10, 0), PX, V)
+    assert found["unigram_by_position"] < 1e-3
+
+
+def test_colours_never_seen_still_have_a_probability() -> None:
+    """log 0: one new colour in the test split would make the baseline infinite."""
+    fit = np.zeros((50, T), np.uint16)
+    test = np.full((5, T), V - 1, np.uint16)
+    assert all(math.log(V) < nats < 20 for nats in count_models(fit, test, PX, V).values())
+    vast = count_models(fit + np.uint16(65535), fit[:5], PX, 65536)
+    assert all(math.isfinite(nats) for nats in vast.values())

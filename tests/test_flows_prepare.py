@@ -1,0 +1,142 @@
+"""Images to tokens on a real cluster: what is killed, broken or already there changes nothing in the end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from igpt_ray import config, images, sources, storage
+from igpt_ray.errors import SourceError, TokenStoreError
+from igpt_ray.flows import prepare
+from igpt_ray.palette import Palette
+from igpt_ray.shards import TokenStore, tokens_of
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent
+PIXELS = config.Pixels(n_px=8, crop="centre")
+
+
+def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> config.Prepare:
+    palette = storage.join(prepared, "palette.npy")
+    return config.Prepare(source=source, palette=palette, tokens=str(tokens), pixels=PIXELS, **others)
+
+
+def test_every_token_is_the_palette_s_nearest_colour_of_its_picture(prepared: str, digit_images: str) -> None:
+    """Catches rows that slip against keys or labels, whatever the units and the actors."""
+    store = TokenStore.open(storage.join(prepared, "tokens"))
+    palette = store.palette()
+    seen = 0
+    for split in ("train", "test"):
+        for table in store.read_split(split):
+            for row, tokens in zip(table.select(["key", "label"]).to_pylist(), tokens_of(table), strict=True):
+                data = storage.read(storage.join(digit_images, split, row["key"]))
+                expected = palette.encode(images.centre_view(images.decode(data), 8)).reshape(-1)
+                assert (tokens == expected).all()
+                assert store.manifest.classes[row["label"]] == row["key"].split("/")[0]
+                seen += 1
+    assert seen == 160
+
+
+def test_a_preparation_killed_and_repeated_equals_one_never_killed(
+    prepared: str, digit_images: str, tmp_path: Path
+) -> None:
+    """SIGKILL of the driver with some shards written: nothing twice, nothing lost, the same hashes."""
+    tokens = tmp_path / "tokens"
+    words = ["--source", digit_images, "--palette", storage.join(prepared, "palette.npy"), "--tokens", str(tokens)]
+    words += ["--pixels.n-px", "8", "--pixels.crop", "centre", "--shard-images", "3", "--pool.size", "1"]
+    job = subprocess.Popen([sys.executable, "jobs/prepare.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(tokens.glob("train/*.parquet")):
+        assert job.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (tokens / "manifest.json").exists()
+    prepare.prepare(settings_for(digit_images, prepared, tokens, shard_images=3))
+    prepare.prepare(settings_for(digit_images, prepared, tmp_path / "undisturbed", shard_images=3))
+    killed, undisturbed = TokenStore.open(str(tokens)), TokenStore.open(str(tmp_path / "undisturbed"))
+    assert killed.manifest.shards == undisturbed.manifest.shards
+    assert len(list(tokens.glob("*/*.parquet"))) == len(killed.manifest.shards)
+
+
+def test_a_repeat_keeps_what_is_there_and_mends_what_is_damaged(prepared: str, digit_images: str) -> None:
+    tokens = Path(prepared, "tokens")
+    before = TokenStore.open(str(tokens))
+    whole, damaged = (tokens / shard.path for shard in before.manifest.shards[:2])
+    written = whole.stat().st_mtime_ns
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    report = prepare.prepare(settings_for(digit_images, prepared, tokens, shard_images=50))
+    assert report["manifest_sha256"] == before.sha256
+    assert whole.stat().st_mtime_ns == written
+    assert damaged.read_bytes() == content
+
+
+def test_a_committed_store_is_never_overwritten_by_another(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    """Another size, palette or listing under the same root: refused before a byte is written."""
+    tokens = Path(prepared, "tokens")
+    before = {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()}
+    other = tmp_path / "other.npy"
+    Palette(-Palette.load(storage.join(prepared, "palette.npy")).colours).save(str(other))
+    fits = settings_for(digit_images, prepared, tokens, shard_images=50)
+    for change, complaint in (
+        ({"pixels": config.Pixels(n_px=4, crop="centre")}, "n_px 8, not 4"),
+        ({"palette": str(other)}, "palette"),
+        ({"shard_images": 49}, "another listing"),
+        ({"views": 2}, "another listing"),
+    ):
+        with pytest.raises(TokenStoreError, match=complaint):
+            prepare.prepare(fits.model_copy(update=change))
+    assert {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()} == before
+
+
+def test_a_text_file_among_the_images_is_named_and_quarantined(
+    prepared: str, digit_images: str, tmp_path: Path
+) -> None:
+    """Over the budget the job fails and leaves nothing that a repeat trips over; within it the rest goes through."""
+    source = tmp_path / "images"
+    shutil.copytree(digit_images, source)
+    (source / "train/3/notes.txt").write_text("not a picture")
+    (source / "train/3/cut.png").write_bytes(next((source / "train/3").glob("*.png")).read_bytes()[:90])
+    settings = settings_for(str(source), prepared, tmp_path / "tokens", shard_images=50)
+    with pytest.raises(SourceError, match=r"2 of 162 images cannot be read.*3/cut\.png.*--budget"):
+        prepare.prepare(settings)
+    report = prepare.prepare(settings.model_copy(update={"budget": 0.02}))
+    assert (report["images"], report["quarantined"]) == (160, 2)
+    listed = "".join(path.read_text() for path in (tmp_path / "tokens/quarantine").iterdir())
+    assert "notes.txt" in listed
+    assert "starts with b'not a pictur'" in listed
+    assert TokenStore.open(str(tmp_path / "tokens")).manifest.quarantined == {"test": 0, "train": 2}
+
+
+def test_views_of_the_training_split_are_different_crops(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    random = config.Pixels(n_px=8, crop="random")
+    settings = settings_for(digit_images, prepared, tmp_path / "tokens", views=2, shard_images=200)
+    prepare.prepare(settings.model_copy(update={"pixels": random}))
+    store = TokenStore.open(str(tmp_path / "tokens"))
+    assert (store.manifest.views("train"), store.manifest.views("test")) == (2, 1)
+    first, second = (tokens_of(store.read(store.manifest.select("train", view)[0])) for view in (0, 1))
+    assert (first != second).any(axis=1).mean() > 0.9
+
+
+def test_bucket_to_bucket_equals_folder_to_folder(
+    prepared: str, digit_images: str, on_rclone: str, tmp_path: Path
+) -> None:
+    """The row function against a real S3 server, in this process (the cluster's workers have no key to it)."""
+    plan = sources.plan(digit_images, 50)
+    for unit in plan.units:
+        for key in unit.keys:
+            storage.write(storage.join(on_rclone, unit.split, key), storage.read(storage.join(unit.root, key)))
+    in_bucket = sources.plan(on_rclone, 50)
+    palette = Palette.load(storage.join(prepared, "palette.npy"))
+    kind = TokenStore.open(storage.join(prepared, "tokens")).kind
+    made = []
+    for root, units in ((storage.join(on_rclone, "tokens"), in_bucket.units), (str(tmp_path), plan.units)):
+        palette.save(storage.join(root, "palette.npy"))
+        make = prepare.MakeShard(root, kind, PIXELS, committed={})
+        made.append([make((unit, 0)) for unit in units])
+    assert made[0] == made[1]

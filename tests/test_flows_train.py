@@ -1,0 +1,133 @@
+"""Pretraining with Ray Train: through `ray job submit`, on any number of workers, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from igpt_ray import checkpoint, config, metrics, storage
+from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
+from igpt_ray.flows import train
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 24
+
+
+def settings_for(prepared: str, name: str, **changes: Any) -> config.Pretrain:
+    return config.Pretrain(
+        model=config.Model(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16),
+        optim=config.Optim(batch_size=9, steps=STEPS, warmup_steps=4),
+        data=config.Data(tokens=storage.join(prepared, "tokens")),
+        workers=config.Workers(n=2, micro_batch=2),
+        run=config.Run(root=storage.join(prepared, "runs"), name=name, checkpoint_every=4, log_every=4),
+    ).model_copy(update=changes)
+
+
+def words_of(settings: config.Pretrain) -> list[str]:
+    """The settings that differ from the preset tiny, as a user would type them."""
+    s = settings
+    return [
+        *("tiny", "--model.n-layer", str(s.model.n_layer), "--model.n-embd", str(s.model.n_embd)),
+        *("--model.n-head", str(s.model.n_head), "--model.n-vocab", str(s.model.n_vocab)),
+        *("--optim.batch-size", str(s.optim.batch_size), "--optim.steps", str(s.optim.steps)),
+        *("--optim.warmup-steps", str(s.optim.warmup_steps), "--data.tokens", s.data.tokens),
+        *("--workers.n", str(s.workers.n), "--workers.micro-batch", str(s.workers.micro_batch)),
+        *("--run.root", s.run.root, "--run.name", s.run.name),
+        *("--run.checkpoint-every", str(s.run.checkpoint_every), "--run.log-every", str(s.run.log_every)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: str, prepared: str) -> dict[str, Any]:
+    """A run of two workers on three nodes, submitted as users do."""
+    words = ["ray", "job", "submit", "--address", cluster, "--working-dir", ".", "--", "python", "jobs/pretrain.py"]
+    words += words_of(settings_for(prepared, "undisturbed"))
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    report: dict[str, Any] = json.loads(lines[-1])
+    return report
+
+
+def weights_of(run: str) -> bytes:
+    return storage.read(storage.join(run, "release", "model.safetensors"))
+
+
+def losses_of(run: str) -> dict[int, float]:
+    return {line["step"]: line["nats_per_token"] for line in metrics.read(run)}
+
+
+def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]) -> None:
+    losses = losses_of(undisturbed["run"])
+    assert list(losses) == list(range(4, STEPS + 1, 4))
+    assert losses[4] > losses[STEPS]
+    assert checkpoint.committed_steps(undisturbed["run"]) == [STEPS - 4, STEPS]
+
+
+def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(undisturbed: dict[str, Any], prepared: str) -> None:
+    """SIGKILL of one training worker between two checkpoints; the run goes on by itself from the last."""
+    settings = settings_for(prepared, "killed")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed and not finished.is_set():
+            if 8 in checkpoint.committed_steps(settings.run.uri):
+                workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.cmdline())]
+                killed.append(workers[-1].pid)
+                os.kill(workers[-1].pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    finished = threading.Event()
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        report = train.pretrain(settings)
+    finally:
+        finished.set()
+        killer.join()
+    assert killed
+    assert weights_of(report["run"]) == weights_of(undisturbed["run"])
+    assert losses_of(report["run"]) == losses_of(undisturbed["run"])
+
+
+def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str) -> None:
+    """The same batches in the same order: losses differ by the order of float32 sums only."""
+    report = train.pretrain(settings_for(prepared, "alone", workers=config.Workers(n=1, micro_batch=32)))
+    alone, together = losses_of(report["run"]), losses_of(undisturbed["run"])
+    assert alone == pytest.approx(together, rel=1e-5)
+
+
+def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
+    undisturbed: dict[str, Any], prepared: str
+) -> None:
+    before = weights_of(undisturbed["run"])
+    other = config.Optim(batch_size=9, steps=STEPS, warmup_steps=4, lr=1e-4)
+    with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.003, now 0\.0001.*--run\.name"):
+        train.pretrain(settings_for(prepared, "undisturbed", optim=other))
+    wider = config.Model(n_layer=2, n_embd=64, n_head=2, n_px=8, n_vocab=16)
+    with pytest.raises(CheckpointError, match=r"model\.n_embd was 32, now 64"):
+        train.pretrain(settings_for(prepared, "undisturbed", model=wider))
+    assert weights_of(undisturbed["run"]) == before
+
+
+def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_path: Path, cluster: str) -> None:
+    fits = settings_for(prepared, "refused")
+    for change, error, complaint in (
+        ({"data": config.Data()}, SettingError, "--data.tokens is not set"),
+        ({"data": config.Data(tokens=str(tmp_path))}, TokenStoreError, "no token store is committed"),
+        ({"data": config.Data(tokens=fits.data.tokens, split="dev")}, TokenStoreError, "has test, train"),
+        ({"model": fits.model.model_copy(update={"n_px": 16})}, SettingError, r"n_px is 16, but .* n_px 8"),
+        ({"model": fits.model.model_copy(update={"n_vocab": 512})}, SettingError, "n_vocab is 512"),
+        ({"workers": config.Workers(n=10)}, SettingError, "batch_size 9 is smaller than workers.n 10"),
+    ):
+        with pytest.raises(error, match=complaint):
+            train.pretrain(fits.model_copy(update=change))
+    assert not storage.exists(storage.join(fits.run.uri, "config.json"))

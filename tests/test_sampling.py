@@ -1,0 +1,149 @@
+"""Sampling: a sample depends on its seed and its given pixels alone, and follows the softmax."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, random_tokens
+from scipy.stats import chisquare
+from torch import Tensor
+
+from igpt_ray import sampling
+from igpt_ray.errors import SettingError
+from igpt_ray.model import ImageGPT
+
+
+@pytest.fixture(scope="module")
+def model() -> ImageGPT:
+    """Sharp enough that samples depend on what was given, soft enough that they differ."""
+    return random_model(std=0.4)
+
+
+@pytest.fixture(scope="module")
+def given(model: ImageGPT) -> Tensor:
+    return random_tokens(model, 3)[:, :6]
+
+
+# ------------------------------------------------------------------------------------------------ whole pictures
+
+
+def test_given_pixels_are_kept_and_the_rest_is_filled(model: ImageGPT, given: Tensor) -> None:
+    """A picture shifted by one position, or its samples apart instead of side by side."""
+    done = sampling.complete(model, given, 2, list(range(6)))
+    assert done.shape == (6, 16)
+    assert torch.equal(done[:, :6], given.repeat_interleave(2, 0))
+    assert done.min() >= 0
+    assert done.max() < 16
+    assert len(torch.unique(done[:, 6:], dim=0)) == 6
+
+
+def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> None:
+    """A global generator: a served completion could not be repeated."""
+    first = sampling.complete(model, given, 1, [5, 6, 7])
+    torch.manual_seed(123)
+    np.random.seed(123)
+    assert torch.equal(sampling.complete(model, given, 1, [5, 6, 7]), first)
+    assert not torch.equal(sampling.complete(model, given, 1, [8, 9, 10]), first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -> None:
+    """One stream of random numbers for all lanes: a neighbour, or one more sample, would change the picture."""
+    seeds = [11, 12, 13, 14, 15, 16]
+    together = sampling.complete(model, given, 2, seeds)
+    for i, seed in enumerate(seeds):
+        alone = sampling.complete(model, given[i // 2 : i // 2 + 1], 1, [seed])
+        assert torch.equal(alone[0], together[i])
+    backwards = sampling.complete(model, given.flip(0), 2, seeds[::-1])
+    assert torch.equal(backwards.flip(0), together)
+
+
+def test_a_sample_goes_on_from_its_own_beginning(model: ImageGPT) -> None:
+    """Random numbers counted from the first new pixel: more rows given would change those that follow."""
+    whole = sampling.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
+    for rows in (1, 5, 15, 16):
+        assert torch.equal(sampling.complete(model, whole[:, :rows], 1, [3]), whole)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-6}])
+def test_the_likeliest_colours_are_those_of_the_uncached_network(
+    model: ImageGPT, given: Tensor, how: dict[str, float]
+) -> None:
+    """The reference has no cache: every step is a full pass."""
+    expected = given
+    for t in range(6, 16):
+        padded = torch.nn.functional.pad(expected, (0, 16 - t))
+        expected = torch.cat([expected, model(padded)[:, t].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(sampling.complete(model, given, 1, [0, 1, 2], **how), expected)
+
+
+def test_steps_are_the_columns_of_the_completion(model: ImageGPT, given: Tensor) -> None:
+    """A page that draws pixel by pixel must end with the picture that a single request gets."""
+    columns = list(sampling.steps(model, given, 1, [1, 2, 3]))
+    assert len(columns) == 10
+    assert torch.equal(torch.cat([given, *columns], dim=1), sampling.complete(model, given, 1, [1, 2, 3]))
+
+
+def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
+    """An index error from inside the position embedding."""
+    with pytest.raises(SettingError, match="17 pixels are given; a picture has 16"):
+        sampling.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
+
+
+# ------------------------------------------------------------------------------------------------ one pixel
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    """A cumulative sum shifted by one colour, or float32 that starves the rare ones."""
+    n = 200_000
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 2
+    u = sampling.uniforms([77], n)[0]
+    for temperature in (1.0, 0.7, 2.0):
+        p = torch.softmax(logits.double() / temperature, 0).numpy()
+        counts = torch.bincount(sampling.pick(logits.expand(n, -1), u, temperature), minlength=16).numpy()
+        assert chisquare(counts, n * p).pvalue > 1e-3
+        assert chisquare(counts, n * np.roll(p, 1)).pvalue < 1e-9
+
+
+def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
+    """The k lowest indices, or probabilities that no longer sum to one."""
+    n = 100_000
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
+    u = sampling.uniforms([78], n)[0]
+    best = logits.topk(4).indices.sort().values
+    counts = torch.bincount(sampling.pick(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
+    assert set(np.flatnonzero(counts)) == set(best.tolist())
+    p = torch.softmax(logits[best].double(), 0).numpy()
+    assert chisquare(counts[best.numpy()], n * p).pvalue > 1e-3
+    everything = sampling.pick(logits.expand(n, -1), u)
+    for k in (0, 16, 100):
+        assert torch.equal(sampling.pick(logits.expand(n, -1), u, top_k=k), everything)
+
+
+def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
+    """Which of equals survives would depend on the sorting of a library."""
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
+    seen = sampling.pick(logits, sampling.uniforms([79], 1000)[0], top_k=2).unique()
+    assert seen.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
+    """u = 0 that picks a colour of probability zero, or u just below 1 that picks one past the last."""
+    logits = torch.full((1, 8), -1e9)
+    logits[0, 3], logits[0, 5] = 1.0, 2.0
+    expected = 3 if u == 0 else 5
+    for top_k in (0, 2):
+        assert sampling.pick(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
+
+
+def test_each_seed_has_a_stream_of_its_own() -> None:
+    """Seeds 1 and 2 that give shifted copies; or a stream that changes with the number of seeds asked for."""
+    u = sampling.uniforms([0, 1, 2, 2**64], 5000)
+    assert u.shape == (4, 5000)
+    assert u.dtype == torch.float64
+    assert torch.equal(sampling.uniforms([2], 100)[0], u[2, :100])
+    assert abs(np.corrcoef(u.numpy()) - np.eye(4)).max() < 0.06
+    assert abs(np.corrcoef(u[1, 1:], u[2, :-1])[0, 1]) < 0.06
+    assert u.min() >= 0
+    assert u.max() < 1
+    # Philox is a published algorithm: these numbers hold on every machine, and so do the pictures of a seed.
+    np.testing.assert_allclose(u[0, :3], np.random.Generator(np.random.Philox(key=0)).random(3), rtol=0)

@@ -1,0 +1,222 @@
+"""The token store: rows come back as they were, one wrong bit is found and named, and a commit happens once."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import listing_of, manifest_of
+
+from igpt_ray import shards, storage
+from igpt_ray.errors import NotFound, PaletteError, TokenStoreError
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind, Tokens, TokenStore
+
+UNIT = {"unit": "00003", "split": "train", "view": "1"}
+
+
+@pytest.fixture
+def rows(kind: Kind) -> tuple[list[str], list[int], Tokens]:
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, kind.n_vocab, (20, kind.n_positions)).astype(np.uint16)
+    return [f"é/{i}.png" for i in range(20)], [i % 3 for i in range(20)], tokens
+
+
+# ------------------------------------------------------------------------------------------------ one shard
+
+
+def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+    """Rows in another order, labels of another type, tokens transposed or widened."""
+    keys, labels, tokens = rows
+    table = shards.parse(shards.encode(keys, labels, tokens, kind, UNIT))
+    assert table.column_names == ["key", "label", "tokens"]
+    assert table["key"].to_pylist() == keys
+    assert table["label"].to_pylist() == labels
+    back = shards.tokens_of(table)
+    assert back.dtype == np.uint16
+    np.testing.assert_array_equal(back, tokens)
+
+
+def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+    """A file copied out of its store would be 20 rows of unexplained numbers."""
+    said = shards.about(shards.parse(shards.encode(*rows, kind, UNIT)))
+    assert said == {"format": shards.FORMAT, **kind.model_dump(), **UNIT}
+    assert shards.about(pa.table({"a": [1]})) == {}
+
+
+def test_a_shard_without_rows_is_a_shard(kind: Kind) -> None:
+    """A unit whose every image is in quarantine: the preparation would die at its end, not report it."""
+    none = np.zeros((0, kind.n_positions), np.uint16)
+    table = shards.parse(shards.encode([], [], none, kind, UNIT))
+    assert shards.tokens_of(table).shape == none.shape
+    assert table.schema.equals(shards.parse(shards.encode(["a"], [0], np.zeros((1, 16)), kind, UNIT)).schema)
+
+
+def test_any_parquet_reader_sees_plain_columns(
+    rows: tuple[list[str], list[int], Tokens], kind: Kind, tmp_path: Path
+) -> None:
+    """A format that only this project reads holds its users' data hostage."""
+    keys, labels, tokens = rows
+    path = tmp_path / "shard.parquet"
+    path.write_bytes(shards.encode(keys, labels, tokens, kind, UNIT))
+    plain = pq.read_table(path, columns=["key", "label", "tokens"]).to_pylist()
+    frame = pd.read_parquet(path)
+    assert list(frame.columns) == ["key", "label", "tokens"]
+    for i, row in enumerate(plain):
+        assert (row["key"], row["label"]) == (keys[i], labels[i]) == (frame["key"][i], frame["label"][i])
+        np.testing.assert_array_equal(row["tokens"], tokens[i])
+        np.testing.assert_array_equal(frame["tokens"][i], tokens[i])
+
+
+def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+    """A time or a path in the file: a repeated task would overwrite its shard with one of another hash."""
+    keys, labels, tokens = rows
+    first = shards.encode(keys, labels, tokens, kind, UNIT)
+    reversed_unit = dict(reversed(UNIT.items()))
+    strided = np.asfortranarray(tokens.astype(np.int64))
+    assert shards.encode(list(keys), list(labels), strided, kind, reversed_unit) == first
+    assert shards.encode(keys[::-1], labels, tokens, kind, UNIT) != first
+
+
+# ------------------------------------------------------------------------------------------------ a whole store
+
+
+def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: Kind, palette: Palette) -> None:
+    """Rows of another split or view; a palette that is not the one of the tokens."""
+    opened = TokenStore.open(store.root)
+    assert opened.manifest == store.manifest
+    assert opened.sha256 == store.sha256 == hashlib.sha256(storage.read(store.root + "/manifest.json")).hexdigest()
+    assert opened.kind == kind
+    assert opened.palette().fingerprint == palette.fingerprint
+    assert opened.manifest.splits == ["test", "train"]
+    assert (opened.manifest.rows("train"), opened.manifest.views("train")) == (12, 2)
+    assert (opened.manifest.rows("test"), opened.manifest.views("test")) == (3, 1)
+    assert [len(table) for table in opened.read_split("train")] == [7, 5]
+    tables = [opened.read(shard) for shard in opened.manifest.select("train", 1)]
+    assert [shards.about(t)["view"] for t in tables] == ["1", "1"]
+
+
+def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> None:
+    """Parquet's own checks miss some: the page headers, the metadata, the padding."""
+    shard = store.manifest.shards[0]
+    path = Path(store.root, shard.path)
+    data = path.read_bytes()
+    for position in [*range(0, len(data), 7), len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(TokenStoreError, match=shard.path) as caught:
+            store.read(shard)
+        assert "delete it and repeat" in str(caught.value)
+    path.write_bytes(data)
+    assert store.read(shard).num_rows == shard.rows
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[: len(d) // 2], lambda d: b"", lambda d: d + b"\0"])
+def test_a_cut_or_longer_file_is_found(store: TokenStore, change: object) -> None:
+    """An upload that broke off."""
+    shard = store.manifest.shards[-1]
+    path = Path(store.root, shard.path)
+    path.write_bytes(change(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(TokenStoreError, match=shard.path):
+        store.read(shard)
+
+
+def test_another_valid_shard_in_its_place_is_found(store: TokenStore) -> None:
+    """A copy of view 0 under the name of view 1 parses well."""
+    first, second = (store.manifest.select("train", view)[0] for view in (0, 1))
+    Path(store.root, second.path).write_bytes(Path(store.root, first.path).read_bytes())
+    with pytest.raises(TokenStoreError, match=second.path):
+        store.read(second)
+
+
+def test_a_missing_shard_is_named(store: TokenStore) -> None:
+    """Fewer rows without an error."""
+    shard = store.manifest.shards[0]
+    Path(store.root, shard.path).unlink()
+    with pytest.raises(NotFound, match=shard.path):
+        list(store.read_split("test"))
+
+
+def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore) -> None:
+    """`max() arg is an empty sequence`."""
+    for ask in (store.manifest.select, store.manifest.rows, store.manifest.views):
+        with pytest.raises(TokenStoreError, match="no split 'val' in this token store: it has test, train"):
+            ask("val")
+    with pytest.raises(TokenStoreError, match="it has test, train"):
+        list(store.read_split("val"))
+
+
+def test_another_palette_in_the_store_is_refused(store: TokenStore, palette: Palette) -> None:
+    """Every picture would come back in false colours."""
+    Palette(palette.colours[::-1].copy()).save(storage.join(store.root, "palette.npy"))
+    with pytest.raises(TokenStoreError, match="not the palette that its tokens were made with"):
+        store.palette()
+    storage.write(storage.join(store.root, "palette.npy"), b"not a palette")
+    with pytest.raises(PaletteError, match=r"palette\.npy"):
+        store.palette()
+
+
+# ------------------------------------------------------------------------------------------------ commits
+
+
+def test_a_store_without_a_manifest_is_none(store: TokenStore) -> None:
+    """Shards of a preparation that is still running are not a dataset."""
+    Path(store.root, "manifest.json").unlink()
+    with pytest.raises(TokenStoreError, match=r"no token store is committed at .*: run jobs/prepare\.py"):
+        TokenStore.open(store.root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: text.replace('"rows"', '"rowz"'),
+        lambda text: text.replace(shards.FORMAT, "igpt_ray tokens 2"),
+        lambda text: json.dumps(json.loads(text) | {"surprise": 1}),
+        lambda text: "\udcff" + text,
+    ],
+    ids=["cut", "empty", "misspelt", "another version", "foreign field", "not utf-8"],
+)
+def test_a_manifest_of_another_shape_is_refused(store: TokenStore, change: object) -> None:
+    """A field that is ignored, or a default where one is missing, is a store misread."""
+    path = Path(store.root, "manifest.json")
+    path.write_bytes(change(path.read_text()).encode(errors="surrogateescape"))  # type: ignore[operator]
+    with pytest.raises(TokenStoreError, match=r"damaged or of another version|this version reads"):
+        TokenStore.open(store.root)
+
+
+def test_a_repeated_commit_changes_nothing(store: TokenStore) -> None:
+    """A retry of the last step must not fail, nor write another time of day over the first."""
+    before = storage.read(store.root + "/manifest.json")
+    later = store.manifest.model_copy(update={"made_by": {"by": "the same, an hour later"}})
+    assert shards.commit(store.root, later).sha256 == store.sha256
+    assert storage.read(store.root + "/manifest.json") == before
+
+
+@pytest.mark.parametrize("what", ["shards", "kind"])
+def test_a_commit_over_another_store_is_refused(store: TokenStore, what: str) -> None:
+    """Two preparations into one folder: the second would replace the first under a running training."""
+    m = store.manifest
+    other = {"shards": m.shards[:-1]} if what == "shards" else {"kind": m.kind.model_copy(update={"pipeline": "x-1"})}
+    before = storage.read(store.root + "/manifest.json")
+    with pytest.raises(TokenStoreError, match="another token store was committed"):
+        shards.commit(store.root, m.model_copy(update=other))
+    assert storage.read(store.root + "/manifest.json") == before
+
+
+def test_a_store_lives_in_a_bucket_as_it_does_on_disk(
+    place: str, kind: Kind, rows: tuple[list[str], list[int], Tokens]
+) -> None:
+    """A path spelled with os.path somewhere."""
+    data = shards.encode(*rows, kind, UNIT)
+    storage.write(storage.join(place, "train/00000-v0.parquet"), data)
+    shards.commit(place, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 20, data)]))
+    (table,) = TokenStore.open(place + "/").read_split("train")
+    assert table.equals(pq.read_table(io.BytesIO(data)))
