@@ -79,19 +79,27 @@ def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | 
 
 
 def prune(run: str, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and what no newer manifest can claim. Rank 0 only."""
-    for step in committed_steps(run)[:-keep]:
-        uri = uri_of(run, step)
-        storage.delete(storage.join(uri, "manifest.json"))  # first: a half-deleted checkpoint must not look whole
-        for entry in list(storage.walk(uri)):
-            storage.delete(entry.uri)
+    """Delete all but the `keep` newest committed checkpoints, and what interrupted saves and deletions left behind.
+
+    What is newer than the newest committed one stays: it may be under way. Rank 0 only.
+    """
+    kept = committed_steps(run)[-keep:]
+    old = [uri for step, uri in _files(run) if kept and step < kept[-1] and step not in kept]
+    # Manifests first: a half-deleted checkpoint must not look whole.
+    for uri in sorted(old, key=lambda uri: storage.name(uri) != "manifest.json"):
+        storage.delete(uri)
 
 
 def committed_steps(run: str) -> list[int]:
     """Steps with a manifest, ascending."""
-    pattern = re.compile(r"/checkpoints/step_(\d{8})/manifest\.json$")
-    found = (pattern.search(entry.uri) for entry in storage.walk(storage.join(run, "checkpoints")))
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(step for step, uri in _files(run) if storage.name(uri) == "manifest.json")
+
+
+def _files(run: str) -> list[tuple[int, str]]:
+    """Every file of every checkpoint, whole or not, with its step."""
+    pattern = re.compile(r"/checkpoints/step_(\d{8})/[^/]+$")
+    found = ((pattern.search(entry.uri), entry.uri) for entry in storage.walk(storage.join(run, "checkpoints")))
+    return [(int(match[1]), uri) for match, uri in found if match]
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

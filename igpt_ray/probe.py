@@ -66,7 +66,7 @@ def fit_logistic(x: Features, y: Labels, n_classes: int, l2: float) -> tuple[Fea
     weight = torch.zeros(n_classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(n_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:

@@ -81,6 +81,12 @@ def load_config(uri: str) -> ReleaseConfig:
         raise CheckpointError(f"{uri}/config.json is not a release of this version: {error.errors()[0]}") from error
     if about.format != FORMAT:
         raise CheckpointError(f"{uri} is {about.format!r}; this version reads {FORMAT!r}")
+    for field in ("n_px", "n_vocab"):
+        ours, theirs = getattr(about.model, field), getattr(about.kind, field)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{uri}/config.json contradicts itself: {field} of the model is {ours}, of its tokens {theirs}"
+            )
     return about
 
 

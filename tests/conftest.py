@@ -38,6 +38,8 @@ from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
+torch.set_num_threads(1)  # the matrices are tiny: a second thread costs more than it gives
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -302,3 +304,28 @@ def random_tokens(model: ImageGPT, n: int, seed: int = 0) -> Tensor:
     """(n, T) int64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.n_vocab, (n, model.config.n_positions), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def released(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A release for the prepared digits: the tiny shape with random weights, the head too, so that logits differ."""
+    import torch
+
+    from igpt_ray import config, weights
+    from igpt_ray.model import ImageGPT
+
+    store = TokenStore.open(storage.join(prepared, "tokens"))
+    torch.manual_seed(3)
+    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16))
+    torch.nn.init.normal_(model.wtet.weight, std=0.2)
+    about = weights.ReleaseConfig(
+        format=weights.FORMAT,
+        model=model.config,
+        kind=store.kind,
+        sha256="",
+        classes=store.manifest.classes,
+        trained={"steps": 0},
+    )
+    uri = str(tmp_path_factory.mktemp("release"))
+    weights.save_release(uri, model.state_dict(), store.palette(), about)
+    return uri

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -109,6 +110,8 @@ def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     undisturbed: dict[str, Any], prepared: str
 ) -> None:
     before = weights_of(undisturbed["run"])
+    again = train.pretrain(settings_for(prepared, "undisturbed"))
+    assert again["step"] == STEPS
     other = config.Optim(batch_size=9, steps=STEPS, warmup_steps=4, lr=1e-4)
     with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.003, now 0\.0001.*--run\.name"):
         train.pretrain(settings_for(prepared, "undisturbed", optim=other))
@@ -131,3 +134,15 @@ def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_pat
         with pytest.raises(error, match=complaint):
             train.pretrain(fits.model_copy(update=change))
     assert not storage.exists(storage.join(fits.run.uri, "config.json"))
+
+
+def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared: str, tmp_path: Path) -> None:
+    """Found on the workers, where the cache is filled; starting again would find it again."""
+    shutil.copytree(storage.join(prepared, "tokens"), tmp_path / "tokens")
+    shard = next((tmp_path / "tokens/train").glob("*.parquet"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:200] + bytes([data[200] ^ 4]) + data[201:])
+    manifest = tmp_path / "tokens/manifest.json"  # another store's hash, or the node's cache would serve its tokens
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(TokenStoreError, match=f"{shard} is damaged"):
+        train.pretrain(settings_for(prepared, "damaged", data=config.Data(tokens=str(tmp_path / "tokens"))))

@@ -33,7 +33,7 @@ def test_a_fit_is_as_good_as_scikit_learns(l2: float, spread: float) -> None:
     reference = LogisticRegression(C=1 / (l2 * 300), tol=1e-10, max_iter=10_000).fit(data.features, data.labels)
     ours = loss(weight, bias, data.features, data.labels, l2)
     theirs = loss(reference.coef_, reference.intercept_, data.features, data.labels, l2)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours <= theirs * (1 + 1e-5)  # no weights can be below the optimum; scikit-learn's stop a little above it
 
 
 def test_well_separated_classes_are_told_apart() -> None:

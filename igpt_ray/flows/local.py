@@ -26,7 +26,7 @@ from igpt_ray.errors import IgptError
 ROOT = Path(__file__).resolve().parents[2]
 """The repository: what is submitted as working directory."""
 START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 15
+STOP_TIMEOUT_S = 5
 OUR_LINE = re.compile(r"\d\d:\d\d:\d\d .*")
 """What flows log, with or without Ray's prefix of the process it came from."""
 

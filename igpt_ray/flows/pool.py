@@ -1,5 +1,6 @@
 """One way to spread work over a cluster: small tasks, mapped by Ray Data actors that load once."""
 
+import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import ray.data
 
 from igpt_ray.config import Pool
+from igpt_ray.errors import IgptError
 
 MAX_BLOCKS = 10_000
 """Blocks are what Ray Data schedules; beyond this many, each holds several tasks."""
@@ -17,7 +19,8 @@ def spread(
 ) -> Iterator[Any]:
     """`worker(**arguments)` once per actor, then its result called with every task; yields what comes back, in order.
 
-    As many actors as the cluster has room for. Tasks and results are any picklable objects.
+    As many actors as the cluster has room for. Tasks and results are any picklable objects. An error for the user
+    ends the work and is raised here as itself: it travels as a result, because Ray's wrappers lose its type.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -28,12 +31,21 @@ def spread(
         _Actor, fn_constructor_args=(worker, arguments), compute=actors, num_cpus=pool.cpus, num_gpus=pool.gpus
     )
     for row in dataset.iter_rows():
-        yield pickle.loads(row["pickle"])
+        result = pickle.loads(row["pickle"])
+        if isinstance(result, IgptError):
+            raise result
+        yield result
 
 
 class _Actor:
+    """The worker is made with the first task rather than with the actor, so that its errors take the same way."""
+
     def __init__(self, worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any]):
-        self.work = worker(**arguments)
+        self.make = functools.cache(lambda: worker(**arguments))
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
-        return {"pickle": pickle.dumps(self.work(pickle.loads(row["pickle"])))}
+        try:
+            result = self.make()(pickle.loads(row["pickle"]))
+        except IgptError as error:
+            result = error
+        return {"pickle": pickle.dumps(result)}

@@ -1,0 +1,117 @@
+"""What a release says about a split, on a cluster, against the same asked directly."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from igpt_ray import config, storage, weights
+from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
+from igpt_ray.evaluate import image_nats
+from igpt_ray.flows import infer, prepare
+from igpt_ray.shards import TokenStore, tokens_of
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def both(prepared: str, released: str) -> dict[str, Any]:
+    return {"release": released, "tokens": storage.join(prepared, "tokens")}
+
+
+def tokens_in_order(both: dict[str, Any], split: str) -> np.ndarray:
+    return np.concatenate([tokens_of(table) for table in TokenStore.open(both["tokens"]).read_split(split)])
+
+
+def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> None:
+    """Catches shards left out, counted twice, or averaged by shard instead of by token."""
+    nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 7)
+    report = infer.evaluate(config.Evaluate(**both, split="train", baselines="test"))
+    assert report["nats_per_token"] == pytest.approx(nats.mean() / 64, rel=1e-6)
+    assert report["tokens"] == nats.size * 64
+    assert 0 < report["baselines"]["context_2d"] < report["baselines"]["unigram_by_position"]
+
+
+def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
+    report = infer.score(config.Score(**both, out=str(tmp_path), split="train"))
+    evaluated = infer.evaluate(config.Evaluate(**both, split="train"))
+    assert report["nats_per_token"] == pytest.approx(evaluated["nats_per_token"], rel=1e-6)
+    rows = [row for path in sorted((tmp_path / "train").iterdir()) for row in pq.read_table(path).to_pylist()]
+    nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 64)
+    assert [row["nats"] for row in rows] == pytest.approx(nats, rel=1e-5)
+    assert all(row["key"].startswith(f"{row['label']}/") for row in rows)
+
+
+def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_release(
+    both: dict[str, Any], released: str, tmp_path: Path
+) -> None:
+    settings = config.Score(**both, out=str(tmp_path), split="train")
+    infer.score(settings)
+    kept, damaged, missing = sorted((tmp_path / "train").iterdir())
+    whole = [path.read_bytes() for path in (kept, damaged, missing)]
+    written = kept.stat().st_mtime_ns
+    damaged.write_bytes(whole[1][: len(whole[1]) // 2])
+    missing.unlink()
+    infer.score(settings)
+    assert [path.read_bytes() for path in (kept, damaged, missing)] == whole
+    assert kept.stat().st_mtime_ns == written
+
+    other = weights.load_release(released)
+    other.model.sos.data.add_(1)
+    weights.save_release(str(tmp_path / "other"), other.model.state_dict(), other.palette, other.config)
+    infer.score(settings.model_copy(update={"release": str(tmp_path / "other")}))
+    assert kept.read_bytes() != whole[0]
+
+
+def test_the_probe_reports_every_layer_beside_untrained_and_raw_pixels(both: dict[str, Any], tmp_path: Path) -> None:
+    report = infer.probe_layers(config.Probe(**both, out=str(tmp_path), baselines=True))
+    assert len(report["layers"]) == len(report["untrained"]["layers"]) == 3
+    best = max(report["layers"], key=lambda layer: layer["validation"])
+    assert report["accuracy"] == report["layers"][report["best_layer"]]["test"]
+    assert report["layers"][report["best_layer"]]["validation"] == best["validation"]
+    assert report["raw_pixels"]["test"] > 0.5
+    model = weights.load_release(both["release"]).model
+    shard = next(iter(sorted((tmp_path / "features/test").iterdir())))
+    stored = pq.read_table(shard)["features"].combine_chunks().to_numpy_ndarray()
+    direct = infer.pooled_features(model, tokens_in_order(both, "test"), 64)
+    np.testing.assert_allclose(stored, direct[: len(stored)], atol=1e-6)
+
+
+def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
+    settings = config.Complete(**both, out=str(tmp_path), images=3, n=2, rows=5)
+    report = infer.complete(settings)
+    table = pq.read_table(tmp_path / "completions.parquet")
+    originals = table["original"].combine_chunks().to_numpy_ndarray()
+    completions = table["completions"].combine_chunks().to_numpy_ndarray()
+    assert completions.shape == (3, 2, 64)
+    assert (completions[:, :, :40] == originals[:, None, :40]).all()
+    assert report["sampled_tokens"] == 3 * 2 * 24
+    figure = np.asarray(Image.open(tmp_path / "completions.png"))
+    palette = TokenStore.open(both["tokens"]).palette()
+    scale = infer.TILE // 8
+    assert (figure[2, -3] == palette.decode(originals[0, 7])).all()  # the top right corner is the original's
+    assert (figure[2 + 6 * scale, 3] == 128).all()  # what is not given is grey
+
+    first = (tmp_path / "completions.png").read_bytes()
+    infer.complete(settings)
+    assert (tmp_path / "completions.png").read_bytes() == first
+
+
+def test_a_store_of_another_kind_and_a_missing_release_are_refused(
+    both: dict[str, Any], prepared: str, digit_images: str, tmp_path: Path
+) -> None:
+    pixels = config.Pixels(n_px=4, crop="centre")
+    palette = storage.join(prepared, "palette.npy")
+    other = config.Prepare(source=digit_images, palette=palette, tokens=str(tmp_path / "tokens"), pixels=pixels)
+    prepare.prepare(other)
+    with pytest.raises(CheckpointError, match=r"trained with n_px 8, but .* has 4"):
+        infer.evaluate(config.Evaluate(release=both["release"], tokens=other.tokens))
+    with pytest.raises(CheckpointError, match="no release at"):
+        infer.evaluate(config.Evaluate(release=str(tmp_path), tokens=both["tokens"]))
+    with pytest.raises(TokenStoreError, match="no split 'dev'"):
+        infer.evaluate(config.Evaluate(**both, split="dev"))
+    with pytest.raises(SettingError, match="9 rows are given; a picture has 8"):
+        infer.complete(config.Complete(**both, out=str(tmp_path), rows=9))
