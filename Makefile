@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv. On a machine without a GPU, put torch's CPU build there first if your
+# package index offers one: the plain `torch` brings gigabytes of CUDA.
+PYTHON ?= python3
+OUT ?= demo-out
+STORE ?= local
+STEPS ?= 330
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: demo serve test lint clean
+
+demo: .venv/demo  ## the whole path on handwritten digits; STORE=s3 keeps the data in an S3 server
+	$(BIN)/python jobs/demo.py --out $(OUT) --store $(STORE) --steps $(STEPS)
+
+serve: .venv/demo  ## serve the demo's release
+	@test -f $(OUT)/release/config.json || { echo "no release in $(OUT): run 'make demo' first"; exit 1; }
+	@echo "once it serves, this finishes a digit twice (pictures come back in base64):"
+	@echo "  curl -s http://127.0.0.1:$(PORT)/v1/completions -H 'Content-Type: application/json'" \
+	  "-d '{\"n\": 2, \"image\": \"'\$$(base64 -w0 $(OUT)/picture.png)'\"}'"
+	$(BIN)/python jobs/serve.py --release $(OUT)/release --port $(PORT)
+
+test: .venv/dev  ## everything; `make test ARGS="-m 'not ray'"` takes less than a minute
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and the demo's output
+	rm -rf .venv $(OUT)
+
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,demo]'
+	@touch $@
+
+.venv/dev: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ .venv/demo
