@@ -133,11 +133,8 @@ class Pretrain(Section):
     """Seeds the weights and the order of the images."""
 
 
-def _paper(n_layer: int, n_embd: int, n_head: int, n_px: int, lr: float) -> Pretrain:
-    return Pretrain(
-        model=Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px),
-        optim=Optim(lr=lr),
-    )
+def _paper(n_layer: int, n_embd: int, n_head: int, n_px: int, optim: Optim) -> Pretrain:
+    return Pretrain(model=Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px), optim=optim)
 
 
 PRESETS: dict[str, tuple[str, Pretrain]] = {
@@ -150,10 +147,14 @@ PRESETS: dict[str, tuple[str, Pretrain]] = {
             run=Run(checkpoint_every=110),
         ),
     ),
-    "igpt-s": ("iGPT-S of the paper, 76.6M parameters", _paper(24, 512, 8, 32, 3e-3)),
-    "igpt-m": ("iGPT-M of the paper, 455M parameters", _paper(36, 1024, 8, 32, 3e-3)),
-    "igpt-l": ("iGPT-L of the paper at 32x32, 1.36B parameters", _paper(48, 1536, 16, 32, 1e-3)),
-    "igpt-l-48": ("iGPT-L of the paper at 48x48, 1.36B parameters", _paper(48, 1536, 16, 48, 1e-2)),
+    "igpt-s": ("iGPT-S of the paper, 76.6M parameters", _paper(24, 512, 8, 32, Optim(lr=3e-3))),
+    "igpt-m": ("iGPT-M of the paper, 455M parameters", _paper(36, 1024, 8, 32, Optim(lr=3e-3))),
+    "igpt-l": ("iGPT-L of the paper at 32x32, 1.36B parameters", _paper(48, 1536, 16, 32, Optim(lr=1e-3))),
+    "igpt-l-48": ("iGPT-L of the paper at 48x48, 1.36B parameters", _paper(48, 1536, 16, 48, Optim(lr=1e-2))),
+    "igpt-xl": (
+        "iGPT-XL of the paper, 6.8B parameters; its heads are not stated: 32 keep the head width of L",
+        _paper(60, 3072, 32, 64, Optim(lr=3e-4, batch_size=64, steps=2_000_000, warmup_steps=20_018)),
+    ),
 }
 
 

@@ -146,3 +146,13 @@ def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(TokenStoreError, match=f"{shard} is damaged"):
         train.pretrain(settings_for(prepared, "damaged", data=config.Data(tokens=str(tmp_path / "tokens"))))
+
+
+def test_settings_may_be_mended_until_the_first_checkpoint(prepared: str, cluster: str) -> None:
+    """A run that was stopped at once must not keep its name from the run that was meant."""
+    settings = settings_for(prepared, "mended")
+    store = train._check(settings)
+    train._claim(settings, store)
+    train._claim(settings.model_copy(update={"seed": 1}), store)
+    identity = json.loads(storage.read(storage.join(settings.run.uri, "config.json")))["identity"]
+    assert identity["seed"] == 1

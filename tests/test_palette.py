@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from igpt_ray import images, palette, storage
 from igpt_ray.errors import PaletteError
-from igpt_ray.palette import Palette
+from igpt_ray.palette import Palette, nearest_table
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,31 @@ def random_pixels(n: int, seed: int) -> NDArray[np.uint8]:
 # ------------------------------------------------------------------------------------------------ the table
 
 
+def plane(colours: NDArray[np.float32], red: int) -> NDArray[np.int64]:
+    """Nearest colours of all 65,536 pixels with this red, by looking at every colour for each."""
+    squared = (np.arange(256)[:, None, None] / 127.5 - 1 - colours.astype(np.float64)) ** 2  # (256, k, 3)
+    return (squared[red, :, 0] + squared[:, None, :, 1] + squared[None, :, :, 2]).argmin(-1).ravel()
+
+
 def test_the_table_is_brute_force_for_openais_palette(openai: Palette) -> None:
     """float32, or cells pruned a little too far: a few colours in a million would land on the second nearest."""
-    rgb = random_pixels(60_000, 0)
+    rgb = random_pixels(20_000, 0)
     np.testing.assert_array_equal(openai.encode(rgb), palette.nearest_float64(openai.colours, rgb))
+    table = nearest_table(openai.colours).reshape(256, -1)
+    for red in (0, 95, 96, 255):  # both sides of a cell's border among them
+        np.testing.assert_array_equal(table[red], plane(openai.colours, red))
+
+
+def test_the_table_of_a_small_palette_is_brute_force_everywhere(palette: Palette) -> None:
+    """All 2^24 entries."""
+    table = nearest_table(palette.colours).reshape(256, -1)
+    for red in range(256):
+        np.testing.assert_array_equal(table[red], plane(palette.colours, red))
 
 
 def test_the_table_is_brute_force_near_its_borders(openai: Palette) -> None:
     """Random colours rarely lie between two of the palette: look at neighbours that get different tokens."""
-    table = palette.nearest_table(openai.colours)
+    table = nearest_table(openai.colours)
     different = np.flatnonzero(table[:-1] != table[1:])
     rgb = palette.unpack(np.random.default_rng(1).choice(different, 20_000, replace=False))
     np.testing.assert_array_equal(table[palette.pack(rgb)], palette.nearest_float64(openai.colours, rgb))
@@ -50,7 +66,7 @@ def test_a_tie_goes_to_the_lowest_index() -> None:
         colours = (levels[order] / 255 * 2 - 1).astype(np.float32)
         rgb = np.array(list(itertools.product(range(6), repeat=3)), np.uint8)
         expected = palette.nearest_float64(colours, rgb)
-        table = palette.nearest_table(colours)
+        table = nearest_table(colours)
         np.testing.assert_array_equal(table[palette.pack(rgb)], expected)
         for colour in ([0, 0, 0], [2, 0, 0]):
             first = min(i for i, o in enumerate(order) if levels[o].tolist() == colour)
@@ -64,7 +80,7 @@ def test_exact_ties_half_way_go_to_the_lowest_index() -> None:
     assert squared[0, 0] == squared[0, 1]
     grey = np.array([[127, 0, 0], [128, 0, 0], [127, 255, 255], [128, 255, 255]], np.uint8)
     for c in (colours, colours[::-1].copy()):
-        table = palette.nearest_table(c)
+        table = nearest_table(c)
         np.testing.assert_array_equal(table[palette.pack(grey)], palette.nearest_float64(c, grey))
 
 

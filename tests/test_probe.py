@@ -80,6 +80,16 @@ def test_the_test_split_chooses_nothing() -> None:
     assert probe(fit, test, 4, seed=0) == first
 
 
+def test_the_last_fit_is_on_all_images() -> None:
+    """The held-out fifth is too good to waste: here it holds, under some seeds, the only image of a class."""
+    data = clusters(40, 8, 3, 0.1, seed=11)
+    one_more = Labelled(
+        np.concatenate([data.features, np.full((1, 8), 9, np.float32)]), np.concatenate([data.labels, [3]])
+    )
+    like_it = Labelled(np.full((5, 8), 9, np.float32), np.full(5, 3))
+    assert [probe(one_more, like_it, 4, seed=seed)["test"] for seed in range(12)] == [1] * 12
+
+
 def test_a_class_that_is_absent_from_the_fit_is_allowed() -> None:
     """A small sample of many classes rarely has all of them."""
     data = clusters(200, 8, 3, 0.3, seed=9)

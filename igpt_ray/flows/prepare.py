@@ -136,11 +136,12 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
     made: list[Shard] = []
     quarantined: list[tuple[str, Quarantined]] = []
     arguments = {"root": settings.tokens, "kind": kind, "pixels": settings.pixels, "committed": committed}
+    n_images = 0
     for shard, bad in spread(tasks, MakeShard, arguments, settings.pool):
         made.append(shard)
         quarantined += [(shard.split, image) for image in bad]
-        done = sum(shard.rows for shard in made)
-        log.info("%d of %d shards, %d images, %d in quarantine", len(made), len(tasks), done, len(quarantined))
+        n_images += shard.rows
+        log.info("%d of %d shards, %d images, %d in quarantine", len(made), len(tasks), n_images, len(quarantined))
     _check_budget(quarantined, sum(len(unit.keys) for unit, _ in tasks), settings)
     manifest = Manifest(
         format=shards.FORMAT,
@@ -152,7 +153,6 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
     )
     store = shards.commit(settings.tokens, manifest)
     seconds = time.perf_counter() - started
-    n_images = sum(shard.rows for shard in made)
     return {
         "tokens": settings.tokens,
         "manifest_sha256": store.sha256,

@@ -116,10 +116,10 @@ class Model:
 
     async def ask(self, what: str, request: Body | None) -> dict[str, Any]:
         """Errors of the request come back as {"error": ...}: an exception would lose its type on the way."""
+        if request is None:
+            return self.painter.about()
         async with self.turn:
             try:
-                if request is None:
-                    return self.painter.about()
                 return await asyncio.to_thread(getattr(self.painter, what), request)
             except IgptError as error:
                 return {"error": {"message": str(error), "type": "invalid_request_error", "code": _code(error)}}

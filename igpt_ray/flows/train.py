@@ -15,6 +15,7 @@ import uuid
 from typing import Any, cast
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     started = time.perf_counter()
     store = _check(settings)
     _claim(settings, store)
+    _say_if_short(settings.workers)
     for attempt in itertools.count(1):
         try:
             result = _trainer(settings).fit()
@@ -68,6 +70,17 @@ def _trainer(settings: config.Pretrain) -> TorchTrainer:
     )
 
 
+def _say_if_short(workers: config.Workers) -> None:
+    """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
+        if workers.n * each > there.get(name, 0):
+            log.warning(
+                "%d worker(s) ask for %g %ss, the cluster has %g: waiting for it to grow",
+                *(workers.n, workers.n * each, name, there.get(name, 0)),
+            )
+
+
 def _check(settings: config.Pretrain) -> TokenStore:
     """What would fail on the workers, found before they start."""
     if not settings.data.tokens:
@@ -85,7 +98,10 @@ def _check(settings: config.Pretrain) -> TokenStore:
 
 
 def _claim(settings: config.Pretrain, store: TokenStore) -> None:
-    """Write the run's config.json, or check that the run that is already there is this one."""
+    """Write the run's config.json, or check that the run that is already there is this one.
+
+    A run without a checkpoint has nothing to lose, so its settings may still be mended.
+    """
     identity = {
         **settings.model_dump(mode="json", include={"model", "optim", "seed"}),
         "tokens": store.sha256,
@@ -96,7 +112,10 @@ def _claim(settings: config.Pretrain, store: TokenStore) -> None:
     if storage.write_new(uri, data):
         return
     there = json.loads(storage.read(uri))["identity"]
-    if differing := sorted(_differences(there, identity)):
+    differing = sorted(_differences(there, identity))
+    if differing and not checkpoint.committed_steps(settings.run.uri):
+        storage.write(uri, data)
+    elif differing:
         raise CheckpointError(
             f"the run at {settings.run.uri} was started with other settings ({'; '.join(differing)}):"
             " repeat those to resume it, or choose another --run.name"
