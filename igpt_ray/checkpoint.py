@@ -63,7 +63,10 @@ def save(run: str, step: int, model: nn.Module, optimizer: Optimizer, trainer: d
 
 
 def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | None:
-    """Load the newest checkpoint that verifies into model and optimizer; None if there is none to load."""
+    """Load the newest checkpoint that verifies into model and optimizer; None if the run has committed none.
+
+    Raises `CheckpointError` if it has, and all are damaged.
+    """
     with tempfile.TemporaryDirectory() as folder:
         chosen = [_fetch_newest(run, Path(folder)) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen)
@@ -116,11 +119,14 @@ def _upload(path: Path, uri: str) -> File:
 
 
 def _fetch_newest(run: str, folder: Path) -> Manifest | None:
-    for step in reversed(committed_steps(run)):
+    committed = committed_steps(run)
+    for step in reversed(committed):
         try:
             return _fetch(uri_of(run, step), folder)
         except CheckpointError as error:
             log.warning("passed over: %s", error)
+    if committed:  # starting again from nothing would overwrite what may yet be mended
+        raise CheckpointError(f"none of the {len(committed)} checkpoints of {run} is whole: choose another --run.name")
     return None
 
 

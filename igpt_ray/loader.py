@@ -103,7 +103,7 @@ def _fill(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
     shape = (store.manifest.rows(split), store.kind.n_positions)
     path = folder / f"tokens-{store.sha256[:24]}-{split}-v{view}.u16"
     with _locked(path.with_suffix(".lock")):
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != 2 * shape[0] * shape[1]:
             temporary = path.with_suffix(".tmp")
             with open(temporary, "wb") as f:
                 for shard in store.manifest.select(split, view):

@@ -8,9 +8,8 @@ exact, and a single look-up per pixel.
 import functools
 import hashlib
 import io
-import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,9 +76,7 @@ class Palette:
 
     def npy(self) -> bytes:
         """The palette as a .npy file."""
-        out = io.BytesIO()
-        np.save(out, self.colours)
-        return out.getvalue()
+        return _npy(self.colours)
 
     def encode(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint16]:
         """(..., 3) uint8 -> (...) uint16, the nearest colour of each pixel."""
@@ -97,7 +94,7 @@ class Palette:
         """The 2^24 table, memory-mapped from the node's cache so that its processes share it."""
         path = storage.CACHE / f"table-{self.fingerprint[:24]}.npy"
         if not path.exists():
-            _save_atomically(path, nearest_table(self.colours))
+            storage.write(str(path), _npy(nearest_table(self.colours)))
         return np.load(path, mmap_mode="r")
 
 
@@ -159,9 +156,7 @@ def psnr(rgb: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def _save_atomically(path: Path, array: NDArray[np.uint16]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as f:
-        np.save(f, array)
-    os.replace(temporary, path)
+def _npy(array: NDArray[Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()

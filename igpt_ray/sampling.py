@@ -32,6 +32,7 @@ def complete(
     return torch.cat([given.repeat_interleave(n, 0), *steps(model, given, n, seeds, temperature, top_k)], dim=1)
 
 
+@torch.inference_mode()
 def steps(
     model: ImageGPT, given: Tensor, n: int, seeds: list[int], temperature: float = 1, top_k: int = 0
 ) -> Iterator[Tensor]:

@@ -87,10 +87,12 @@ class Manifest(Strict):
         return 1 + max(shard.view for shard in self.shards if shard.split == split)
 
     def select(self, split: str, view: int = 0) -> list[Shard]:
-        """The shards of a split. Raises `TokenStoreError` if there is no such split."""
+        """The shards of a split. Raises `TokenStoreError` if there is no such split, or nothing in it."""
         chosen = [shard for shard in self.shards if shard.split == split and shard.view == view]
         if not chosen:
             raise TokenStoreError(f"no split {split!r} in this token store: it has {', '.join(self.splits)}")
+        if not any(shard.rows for shard in chosen):
+            raise TokenStoreError(f"the split {split!r} of this token store has no images")
         return chosen
 
     def rows(self, split: str) -> int:

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,6 +287,7 @@ def _s3() -> Any:
 def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
     from botocore.exceptions import ClientError
 
+    attempt = 1
     while True:
         try:
             _s3().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
@@ -294,8 +296,10 @@ def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status == 412:
                 return False
-            if status != 409:  # 409: a concurrent writer was under way; ask again who won
+            if status != 409 or attempt >= RETRIES:
                 raise
+            time.sleep(0.1 * attempt)  # 409: another writer was under way; ask again who won
+            attempt += 1
 
 
 def _walk_s3(uri: str) -> Iterator[Entry]:

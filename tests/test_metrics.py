@@ -13,10 +13,10 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "nats_per_token": 6.0 - step / 100, **more}
 
 
-def test_a_new_run_has_no_metrics(place: str) -> None:
+def test_a_new_run_has_no_metrics(on_moto: str) -> None:
     """The first step of a run that dies because its file is missing."""
-    assert metrics.read(place) == []
-    assert Metrics(place, 0).lines == []
+    assert metrics.read(on_moto) == []
+    assert Metrics(on_moto, 0).lines == []
 
 
 def test_lines_survive_a_flush(place: str) -> None:

@@ -22,6 +22,11 @@ def openai(shared: Path) -> Palette:
     return Palette.load(str(shared / "data" / "openai_palette.npy"))
 
 
+@pytest.fixture(scope="module")
+def openai_table(openai: Palette) -> NDArray[np.uint16]:
+    return nearest_table(openai.colours)
+
+
 def random_pixels(n: int, seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (n, 3), dtype=np.uint8)
 
@@ -35,13 +40,12 @@ def plane(colours: NDArray[np.float32], red: int) -> NDArray[np.int64]:
     return (squared[red, :, 0] + squared[:, None, :, 1] + squared[None, :, :, 2]).argmin(-1).ravel()
 
 
-def test_the_table_is_brute_force_for_openais_palette(openai: Palette) -> None:
+def test_the_table_is_brute_force_for_openais_palette(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
     """float32, or cells pruned a little too far: a few colours in a million would land on the second nearest."""
-    rgb = random_pixels(20_000, 0)
+    rgb = random_pixels(10_000, 0)
     np.testing.assert_array_equal(openai.encode(rgb), palette.nearest_float64(openai.colours, rgb))
-    table = nearest_table(openai.colours).reshape(256, -1)
-    for red in (0, 95, 96, 255):  # both sides of a cell's border among them
-        np.testing.assert_array_equal(table[red], plane(openai.colours, red))
+    for red in (95, 96):  # both sides of a cell's border
+        np.testing.assert_array_equal(openai_table.reshape(256, -1)[red], plane(openai.colours, red))
 
 
 def test_the_table_of_a_small_palette_is_brute_force_everywhere(palette: Palette) -> None:
@@ -51,18 +55,17 @@ def test_the_table_of_a_small_palette_is_brute_force_everywhere(palette: Palette
         np.testing.assert_array_equal(table[red], plane(palette.colours, red))
 
 
-def test_the_table_is_brute_force_near_its_borders(openai: Palette) -> None:
+def test_the_table_is_brute_force_near_its_borders(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
     """Random colours rarely lie between two of the palette: look at neighbours that get different tokens."""
-    table = nearest_table(openai.colours)
-    different = np.flatnonzero(table[:-1] != table[1:])
-    rgb = palette.unpack(np.random.default_rng(1).choice(different, 20_000, replace=False))
-    np.testing.assert_array_equal(table[palette.pack(rgb)], palette.nearest_float64(openai.colours, rgb))
+    different = np.flatnonzero(openai_table[:-1] != openai_table[1:])
+    rgb = palette.unpack(np.random.default_rng(1).choice(different, 10_000, replace=False))
+    np.testing.assert_array_equal(openai_table[palette.pack(rgb)], palette.nearest_float64(openai.colours, rgb))
 
 
 def test_a_tie_goes_to_the_lowest_index() -> None:
     """Equal colours, and colours exactly half way: any other rule than OpenAI's gives other tokens."""
     levels = np.array([[0, 0, 0], [2, 0, 0], [0, 0, 0], [2, 0, 0], [0, 2, 0], [255, 255, 255]], np.float64)
-    for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 4, 1, 5, 2]):
+    for order in ([0, 1, 2, 3, 4, 5], [3, 2, 4, 1, 5, 0]):
         colours = (levels[order] / 255 * 2 - 1).astype(np.float32)
         rgb = np.array(list(itertools.product(range(6), repeat=3)), np.uint8)
         expected = palette.nearest_float64(colours, rgb)

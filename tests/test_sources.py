@@ -110,14 +110,14 @@ def test_hidden_files_are_no_images(tmp_path: object) -> None:
     assert sources.plan(str(tmp_path), 10).units[0].keys == ("a/1",)
 
 
-def test_a_unit_larger_than_the_read_ahead_keeps_its_order(on_moto: str) -> None:
+def test_a_unit_larger_than_the_read_ahead_keeps_its_order(on_rclone: str) -> None:
     """Threads finish in any order; images must not. And the error of one must not be lost."""
-    keys = [f"a/{i:03d}" for i in range(3 * sources.READ_AHEAD * 2)]
-    fill(on_moto, *keys)
-    unit = sources.plan(on_moto, 1000).units[0]
+    keys = [f"a/{i:03d}" for i in range(4 * sources.READ_AHEAD + 9)]
+    fill(on_rclone, *keys)
+    unit = sources.plan(on_rclone, 1000).units[0]
     assert [(image.key, image.data.decode()) for image in sources.read(unit)] == [(key, key) for key in keys]
-    storage.delete(storage.join(on_moto, keys[70]))
-    with pytest.raises(StorageError, match=keys[70]):
+    storage.delete(storage.join(on_rclone, keys[-2]))
+    with pytest.raises(StorageError, match=keys[-2]):
         list(sources.read(unit))
 
 
