@@ -4,7 +4,9 @@ All are frozen and strict: an unknown name or an impossible value is refused whe
 section it needs (`Optim`, not `Pretrain`). Derived values are properties.
 """
 
+import difflib
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -156,6 +158,23 @@ PRESETS: dict[str, tuple[str, Pretrain]] = {
         _paper(60, 3072, 32, 64, Optim(lr=3e-4, batch_size=64, steps=2_000_000, warmup_steps=20_018)),
     ),
 }
+
+
+def preset_from_words(words: list[str]) -> Pretrain:
+    """`["igpt-s", "--optim.lr", "1e-3"]` -> settings; a mistyped word ends the program with the nearest name.
+
+    Once the preset is known tyro sees only that one, or its advice would repeat itself for each of them.
+    """
+    import tyro
+
+    first = words[0] if words else "--help"
+    if first in PRESETS:
+        return tyro.cli(Pretrain, default=PRESETS[first][1], args=words[1:], prog=f"jobs/pretrain.py {first}")
+    if first in ("-h", "--help"):
+        return tyro.extras.overridable_config_cli(PRESETS, args=["--help"])
+    near = difflib.get_close_matches(first, PRESETS, 1, cutoff=0)[0]
+    print(f"error: no preset {first!r}, did you mean {near}? There are {', '.join(PRESETS)}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------ the other jobs

@@ -37,7 +37,7 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
         return
     source = (ROOT / words[1]).read_text()
     if "run_preset" in source:
-        tyro.extras.overridable_config_cli(config.PRESETS, args=words[2:])
+        config.preset_from_words(words[2:])
         return
     settings = re.search(r"(?:job\.run\([\w.]+, |tyro\.cli\()(\w+)\)", source)
     assert settings, f"{words[1]} does not say which settings it reads"

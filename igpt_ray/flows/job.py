@@ -14,7 +14,7 @@ import ray
 import tyro
 from pydantic import BaseModel
 
-from igpt_ray.config import PRESETS, Pretrain
+from igpt_ray.config import Pretrain, preset_from_words
 from igpt_ray.errors import IgptError
 
 S = TypeVar("S", bound=BaseModel)
@@ -27,7 +27,7 @@ def run(flow: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
 
 def run_preset(flow: Callable[[Pretrain], dict[str, Any]]) -> None:
     """The same for pretraining, whose first word is a preset."""
-    finish(flow, tyro.extras.overridable_config_cli(PRESETS))
+    finish(flow, preset_from_words(sys.argv[1:]))
 
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S) -> None:
