@@ -240,13 +240,22 @@ def _read_s3(uri: str, start: int, length: int | None) -> bytes:
 
 
 def _get(**request: str) -> bytes:
-    """botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again."""
+    """botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again.
+
+    If it breaks off within its headers, Python's HTTP client takes what it has for all of them and the body for
+    empty: so an answer without its length, or of another, is a broken one too.
+    """
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
     attempt = 1
     while True:
         try:
-            return bytes(_s3().get_object(**request)["Body"].read())
+            answer = _s3().get_object(**request)
+            body = bytes(answer["Body"].read())
+            expected = answer.get("ContentLength")
+            if len(body) == expected:
+                return body
+            raise IncompleteReadError(actual_bytes=len(body), expected_bytes=expected)
         except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
             if attempt >= RETRIES:
                 raise

@@ -25,7 +25,7 @@ from igpt_ray.errors import IgptError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository: what is submitted as working directory."""
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 5
 OUR_LINE = re.compile(r"\d\d:\d\d:\d\d .*")
 """What flows log, with or without Ray's prefix of the process it came from."""
@@ -111,8 +111,8 @@ def submit(words: list[str], client: Mapping[str, str], log: Path, show: Callabl
             if ours := OUR_LINE.search(line):
                 show(ours[0])
     if process.returncode != 0:
-        errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        raise StageFailed(f"{' '.join(words[:1])} failed: {errors[-1]} (its log: {log})")
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+        raise StageFailed(f"{words[0]}: {errors[-1]} (its log: {log})")
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
 
