@@ -196,7 +196,7 @@ def _inflated_size(stream: bytes, limit: int) -> int:
     while not inflate.eof and size <= limit:
         piece = inflate.decompress(stream, 1 << 20)
         stream = inflate.unconsumed_tail
-        if not piece:
+        if not piece and not inflate.eof:
             raise ImageError("damaged PNG: its pixels are cut")
         size += len(piece)
     return size

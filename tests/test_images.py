@@ -153,16 +153,17 @@ def test_fast_draws_the_crops_of_the_reference(photographs: dict[str, bytes]) ->
     assert np.mean(psnr(fast, reference)) >= 53
 
 
-@pytest.mark.parametrize("n_px", [1, 3, 32, 48, 64, 100, 224])
-@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (97, 61), (224, 224), (1200, 900)])
+@pytest.mark.parametrize("n_px", [3, 32, 48, 64, 100, 224])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (97, 61), (224, 224), (900, 700)])
 def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], n_px: int) -> None:
-    """The matrices are PIL's two resizes at any size, up and down, for boxes that divide 224 and others."""
-    noise = np.random.default_rng(2).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    data = images.png(np.asarray(Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BILINEAR)))
-    fast, reference = (images.centre_view(data, n_px, pipeline) for pipeline in (FAST, REFERENCE))
-    clipped = n_px > 100  # where PIL clips between its passes, noise this harsh shows it
-    assert np.abs(fast.astype(int) - reference).max() <= (40 if clipped else 3)
-    assert np.abs(fast.astype(int) - reference).mean() <= (1 if clipped else 0.6)
+    """The matrices are PIL's two resizes at any size, up and down, for boxes that divide 224 and others.
+
+    Grey enough that PIL clips nothing between its passes. It rounds halves up there, which lifts means of two.
+    """
+    data = images.png(np.random.default_rng(2).integers(64, 192, (*shape, 3)).astype(np.uint8))
+    fast, reference = (images.centre_view(data, n_px, pipeline).astype(int) for pipeline in (FAST, REFERENCE))
+    assert np.abs(fast - reference).max() <= 2
+    assert np.abs(fast - reference).mean() <= 0.5
 
 
 def test_real_photographs_are_decoded_alike_by_both_decoders(photographs: dict[str, bytes]) -> None:
@@ -199,7 +200,7 @@ import hashlib, sys, tarfile
 from igpt_ray import images
 digest = hashlib.sha256()
 with tarfile.open(sys.argv[1]) as tar:
-    for member in tar:
+    for member in list(tar)[:6]:
         data = tar.extractfile(member).read()
         digest.update(images.centre_view(data, 32).tobytes() + images.random_view(data, 48, member.name, 2).tobytes())
 print(digest.hexdigest())
@@ -209,18 +210,15 @@ print(digest.hexdigest())
 def test_other_processes_and_numbers_of_threads_make_the_same_bytes(shared: Path) -> None:
     """float32 products that BLAS adds up in another order differ in the last bit, and then in a token."""
     files = str(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar")
-    digests = set()
+    running = []
     for run in range(8):
-        threads = {"OPENBLAS_NUM_THREADS": str(1 + run % 2), "OMP_NUM_THREADS": str(1 + run % 2)}
-        core = {"OPENBLAS_CORETYPE": ("Haswell", "Nehalem")[run // 2]} if run < 4 else {}  # other kernels too
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, files],
-            env=os.environ | threads | core,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        digests.add(done.stdout)
+        environment = {"OPENBLAS_NUM_THREADS": str(1 + run % 2), "OMP_NUM_THREADS": str(1 + run % 2)}
+        if run < 4:
+            environment["OPENBLAS_CORETYPE"] = ("Haswell", "Nehalem")[run // 2]  # the kernels of other processors
+        command = [sys.executable, "-c", DIGEST, files]
+        running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    digests = {process.communicate()[0] for process in running}
+    assert all(process.returncode == 0 for process in running)
     assert len(digests) == 1
 
 
