@@ -198,6 +198,8 @@ class Pixels(Section):
     """Pixels a side."""
     crop: Literal["random", "centre"] = "random"
     """Training views: the paper's random crops, or the evaluation view. Other splits always take the centre."""
+    pipeline: Literal["fast", "reference"] = "fast"
+    """How they are decoded and resized: in one step on a smaller JPEG, or step by step with PIL, three times slower."""
 
 
 class Palette(Section):

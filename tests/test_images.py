@@ -1,17 +1,22 @@
-"""Pictures: every format becomes the same RGB, views are the paper's, and hostile bytes are refused by name."""
+"""Views: the paper's crops, and a fast pipeline with almost the pixels of the reference, the same ones each time."""
 
 import hashlib
 import io
-import struct
-import zlib
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
-from igpt_ray import images
+from igpt_ray import formats, images
 from igpt_ray.errors import ImageError
-from igpt_ray.images import RGB
+from igpt_ray.images import FAST, REFERENCE, RGB
+from igpt_ray.palette import Palette
 
 
 @pytest.fixture(scope="module")
@@ -27,125 +32,42 @@ def encoded(rgb: RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
     return out.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------ decoding
-
-
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options: dict[str, object]) -> None:
-    """Channels in another order, or rows upside down."""
-    np.testing.assert_array_equal(images.decode(encoded(smooth, kind, **options)), smooth)
-    np.testing.assert_array_equal(images.decode(images.png(smooth)), smooth)
-
-
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("PNG", "RGBA"), ("PNG", "P")]
-)
-def test_every_colour_model_becomes_rgb(smooth: RGB, kind: str, mode: str) -> None:
-    """ImageNet has CMYK JPEGs; taken for RGB they are negatives."""
-    expected = np.asarray(Image.fromarray(smooth).convert(mode).convert("RGB"))
-    decoded = images.decode(encoded(smooth, kind, mode))
-    assert decoded.shape == smooth.shape
-    assert decoded.dtype == np.uint8
-    assert np.abs(decoded.astype(int) - expected).mean() < (1e-9 if kind == "PNG" else 4)
-
-
-def test_grey_becomes_three_equal_channels(smooth: RGB) -> None:
-    """(H, W) arrays would fail late, in the palette; 16-bit greys are clipped to white by a plain convert."""
-    grey = smooth[..., 0]
-    expected = np.repeat(grey[..., None], 3, axis=2)
-    np.testing.assert_array_equal(images.decode(encoded(smooth[..., :1].repeat(3, 2), "PNG", "L")), expected)
-    deep = io.BytesIO()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
-    np.testing.assert_array_equal(images.decode(deep.getvalue()), expected)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
-    """Some of ImageNet's are broken; the pixels are fine. Its orientation is not applied, as OpenAI did not."""
-    plain = encoded(smooth, "JPEG", quality=95)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    turned = encoded(smooth, "JPEG", quality=95, exif=exif)
-    broken = encoded(smooth, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
-    for data in (turned, broken):
-        np.testing.assert_array_equal(images.decode(data), images.decode(plain))
-
-
-def a_png_that_claims(width: int, height: int) -> bytes:
-    """A few dozen bytes whose header announces a picture of any size."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "not a JPEG, PNG, WEBP"),
-        (b"<html>404</html>", "not a JPEG, PNG, WEBP"),
-        (bytes(10_000), "not a JPEG, PNG, WEBP"),
-        (encoded(np.zeros((8, 8, 3), np.uint8), "GIF"), "not a JPEG, PNG, WEBP"),
-        (encoded(np.zeros((8, 8, 3), np.uint8), "BMP"), "not a JPEG, PNG, WEBP"),
-        (a_png_that_claims(9000, 9000), "more than the limit"),
-        (a_png_that_claims(2_000_000, 2_000_000), "exceeds limit"),
-    ],
-    ids=["empty", "html", "zeros", "gif", "bmp", "large", "bomb"],
-)
-def test_what_is_not_a_picture_is_refused_with_its_reason(data: bytes, reason: str) -> None:
-    """A decoder's own exception would end the job; an announced size must be refused before memory is taken."""
-    with pytest.raises(ImageError, match=reason):
-        images.decode(data)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_or_flipped_picture_is_an_image_error_or_a_picture(smooth: RGB, kind: str) -> None:
-    """Decoders raise SyntaxError, struct.error, OSError ...: one that slips through ends a job over one bad file."""
-    data = encoded(smooth[:64, :64], kind)
-    with pytest.raises(ImageError):
-        images.decode(data[: len(data) // 2])
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        flipped = bytearray(data)
-        for position in rng.integers(0, len(data), 3):
-            flipped[position] ^= int(rng.integers(1, 256))
-        try:
-            assert images.decode(bytes(flipped)).ndim == 3
-        except ImageError:
-            continue
-
-
 # ------------------------------------------------------------------------------------------------ views
 
 
+@pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
 @pytest.mark.parametrize("height_first", [True, False])
-def test_the_centre_view_is_the_mean_over_boxes_of_the_middle(height_first: bool) -> None:
+def test_the_centre_view_is_the_mean_over_boxes_of_the_middle(height_first: bool, pipeline: str) -> None:
     """Where nothing has to be enlarged it can be computed by hand: 224 / 32 = 7 pixels a box."""
     rgb = np.random.default_rng(1).integers(0, 256, (224, 300, 3), dtype=np.uint8)
     middle = rgb[:, 38 : 38 + 224]
     if not height_first:
         rgb, middle = rgb.transpose(1, 0, 2).copy(), middle.transpose(1, 0, 2)
     boxes = middle.reshape(32, 7, 32, 7, 3).mean((1, 3))
-    assert np.abs(images.centre_view(rgb, 32) - boxes).max() <= 1  # the two passes of the filter round
+    assert np.abs(images.centre_view(images.png(rgb), 32, pipeline) - boxes).max() <= 1  # PIL's two passes round
 
 
-@pytest.mark.parametrize("n_px", [8, 32, 48, 64])
-@pytest.mark.parametrize("shape", [(100, 50), (50, 100), (224, 224), (1000, 300), (1, 1), (3, 500)])
-def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int], n_px: int) -> None:
-    """Rounding that makes the shorter side 223 leaves a black edge, or fails."""
-    white = np.full((*shape, 3), 255, np.uint8)
-    for view in (images.centre_view(white, n_px), images.random_view(white, n_px, "key", 0)):
+@pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
+@pytest.mark.parametrize("n_px", [1, 8, 32, 48, 64, 224])
+@pytest.mark.parametrize("shape", [(100, 50), (50, 100), (224, 224), (1000, 300), (1, 1), (3, 500), (1025, 1023)])
+def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int], n_px: int, pipeline: str) -> None:
+    """Rounding that makes the shorter side 223 leaves a black edge, or fails; weights must sum to one."""
+    white = simplejpeg.encode_jpeg(np.full((*shape, 3), 255, np.uint8))
+    for view in (
+        images.centre_view(white, n_px, pipeline),
+        images.random_view(white, n_px, "key", 0, pipeline),
+    ):
         assert view.shape == (n_px, n_px, 3)
         assert (view == 255).all()
 
 
-def test_random_views_are_crops_as_the_paper_draws_them() -> None:
+@pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
+def test_random_views_are_crops_as_the_paper_draws_them(pipeline: str) -> None:
     """A crop of the wrong size, always in a corner, or squashed. The picture's colours tell where each pixel was."""
     y, x = np.mgrid[0:512, 0:512] / 511 * 255
-    position = np.stack([x, y, x], -1).astype(np.uint8)
-    views = np.stack([images.random_view(position, 32, f"{i}.png", 0) for i in range(80)]).astype(float) / 255
+    position = images.png(np.stack([x, y, x], -1).astype(np.uint8))
+    drawn = [images.random_view(position, 32, f"{i}.png", 0, pipeline) for i in range(80)]
+    views = np.stack(drawn).astype(float) / 255
     widths = (views[:, 0, -1, 0] - views[:, 0, 0, 0]) * 32 / 31  # share of the shorter side
     heights = (views[:, -1, 0, 1] - views[:, 0, 0, 1]) * 32 / 31
     np.testing.assert_allclose(widths, heights, atol=0.02)
@@ -159,25 +81,145 @@ def test_random_views_are_crops_as_the_paper_draws_them() -> None:
     assert abs(np.corrcoef(views[:, 0, 0, 0], views[:, 0, 0, 1])[0, 1]) < 0.9  # left and top are drawn apart
 
 
-def test_a_random_view_is_a_function_of_key_and_view(smooth: RGB) -> None:
+@pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
+def test_a_random_view_is_a_function_of_key_and_view(smooth: RGB, pipeline: str) -> None:
     """A generator shared over images: a repeated task would write other bytes than the first."""
-    first = images.random_view(smooth, 32, "a/b.jpg", 0)
-    np.testing.assert_array_equal(images.random_view(smooth, 32, "a/b.jpg", 0), first)
-    assert (images.random_view(smooth, 32, "a/b.jpg", 1) != first).any()
-    assert (images.random_view(smooth, 32, "a/c.jpg", 0) != first).any()
+    data = encoded(smooth, "JPEG")
+    first = images.random_view(data, 32, "a/b.jpg", 0, pipeline)
+    np.testing.assert_array_equal(images.random_view(data, 32, "a/b.jpg", 0, pipeline), first)
+    assert (images.random_view(data, 32, "a/b.jpg", 1, pipeline) != first).any()
+    assert (images.random_view(data, 32, "a/c.jpg", 0, pipeline) != first).any()
 
 
 def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> None:
-    """A change of filter, crop or Pillow that moves pixels needs a new `PIPELINE`: stores and releases trust it."""
-    views = [images.centre_view(smooth, 32), images.random_view(smooth, 32, "a/b.jpg", 3)]
-    digests = {images.PIPELINE: [hashlib.sha256(view.tobytes()).hexdigest()[:16] for view in views]}
-    assert digests == {"reference-1": ["3992cfa14ba050ad", "39f3f3ad64617918"]}
+    """A change of decoder, filter or crop that moves pixels needs a new version: stores and releases trust it."""
+    jpeg = simplejpeg.encode_jpeg(smooth.repeat(2, 0).repeat(2, 1), 90)
+    made = {}
+    for pipeline in (FAST, REFERENCE):
+        views = [images.centre_view(jpeg, 32, pipeline), images.random_view(jpeg, 32, "a/b.jpg", 3, pipeline)]
+        views += [images.centre_view(images.png(smooth), 32, pipeline)]
+        made[pipeline] = [hashlib.sha256(view.tobytes()).hexdigest()[:8] for view in views]
+    assert made == {
+        FAST: ["319592d3", "530ec214", "c7ed8a6c"],
+        REFERENCE: ["78575605", "b8d7504f", "3992cfa1"],
+    }
 
 
-def test_a_picture_too_narrow_to_resize_is_refused() -> None:
-    """One pixel by 300,000 is a small file, and fifteen billion pixels once its shorter side is 224."""
+@pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
+def test_a_picture_too_narrow_to_resize_is_refused(pipeline: str) -> None:
+    """One pixel by 60,000 is a small file, and three billion pixels once its shorter side is 224."""
+    strip = simplejpeg.encode_jpeg(np.zeros((1, 60_000, 3), np.uint8))
     with pytest.raises(ImageError, match="too narrow"):
-        images.centre_view(np.zeros((1, 300_000, 3), np.uint8), 32)
+        images.centre_view(strip, 32, pipeline)
+
+
+def test_an_unknown_pipeline_is_refused_with_the_known_ones(smooth: RGB) -> None:
+    """A store made by a later version must not be read with today's pixels."""
+    with pytest.raises(ImageError, match=r"'fast-2'.*fast-1 and reference-1"):
+        images.centre_view(images.png(smooth), 32, "fast-2")
+
+
+# ------------------------------------------------------------------------------------------------ fast
+
+
+@pytest.fixture(scope="module")
+def photographs(shared: Path) -> dict[str, bytes]:
+    """100 files of ImageNet: 80 of the training tar of tars, 20 of the flat validation tar."""
+    found = {}
+    with tarfile.open(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_train.tar") as outer:
+        for synset in outer:
+            with tarfile.open(fileobj=outer.extractfile(synset)) as inner:
+                found |= {member.name: inner.extractfile(member).read() for member in inner}
+    with tarfile.open(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar") as flat:
+        found |= {member.name: flat.extractfile(member).read() for member in flat}
+    assert len(found) == 100
+    return found
+
+
+def test_fast_makes_the_tokens_of_the_reference(photographs: dict[str, bytes], shared: Path) -> None:
+    """Another filter, half a pixel's shift or a forgotten normalisation cost 4 to 20 dB. Promised: 50 dB and 94 %."""
+    openai = Palette.load(str(shared / "data" / "openai_palette.npy"))
+    fast = np.stack([images.centre_view(data, 32, FAST) for data in photographs.values()])
+    reference = np.stack([images.centre_view(data, 32, REFERENCE) for data in photographs.values()])
+    assert np.mean(psnr(fast, reference)) >= 53
+    assert np.mean(openai.encode(fast) == openai.encode(reference)) >= 0.94
+
+
+def test_fast_draws_the_crops_of_the_reference(photographs: dict[str, bytes]) -> None:
+    """A crop folded into the matrices one pixel off, or drawn in another order."""
+    some = list(photographs.items())[::4]
+    fast = np.stack([images.random_view(data, 32, key, 1, FAST) for key, data in some])
+    reference = np.stack([images.random_view(data, 32, key, 1, REFERENCE) for key, data in some])
+    assert np.mean(psnr(fast, reference)) >= 53
+
+
+@pytest.mark.parametrize("n_px", [3, 32, 48, 64, 100, 224])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (97, 61), (224, 224), (900, 700)])
+def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], n_px: int) -> None:
+    """The matrices are PIL's two resizes at any size, up and down, for boxes that divide 224 and others.
+
+    Grey enough that PIL clips nothing between its passes. It rounds halves up there, which lifts means of two.
+    """
+    data = images.png(np.random.default_rng(2).integers(64, 192, (*shape, 3)).astype(np.uint8))
+    fast, reference = (images.centre_view(data, n_px, pipeline).astype(int) for pipeline in (FAST, REFERENCE))
+    assert np.abs(fast - reference).max() <= 2
+    assert np.abs(fast - reference).mean() <= 0.5
+
+
+def test_real_photographs_are_decoded_alike_by_both_decoders(photographs: dict[str, bytes]) -> None:
+    """simplejpeg and Pillow each bring a libjpeg-turbo: one with other defaults would move every pixel."""
+    for data in list(photographs.values())[::5]:
+        np.testing.assert_array_equal(simplejpeg.decode_jpeg(data), formats.decode(data))
+
+
+def psnr(a: RGB, b: RGB) -> np.ndarray:
+    """dB of each picture of two stacks."""
+    return 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((1, 2, 3)).clip(1e-9))
+
+
+# ------------------------------------------------------------------------------------------------ bits
+
+
+@pytest.mark.parametrize("eighths", [1, 2, 4, 8])
+@pytest.mark.parametrize("n_px", [1, 7, 32, 48, 224])
+def test_no_sum_of_products_can_leave_the_integers_of_its_float(n_px: int, eighths: int) -> None:
+    """The proof that the order of additions, and so BLAS, threads and processors, cannot change a bit."""
+    for n_in in (40, 97, 224, 375, 500, 2047):
+        _, length = images._resized(500, n_in, 224)
+        rows = images._rows(n_in, length, (length - 224) // 2, eighths, n_px)
+        columns = images._columns(n_in, length, (length - 224) // 2, eighths, n_px)
+        largest = max(255 * np.abs(band.matrix).astype(np.float64).sum(1).max() for band in rows)
+        assert largest <= 2**24
+        assert largest * np.abs(columns.matrix).sum(1).max() <= 2**53
+        for band in (*rows, columns):
+            assert (band.matrix == np.rint(band.matrix)).all()
+
+
+DIGEST = """
+import hashlib, sys, tarfile
+from igpt_ray import images
+digest = hashlib.sha256()
+with tarfile.open(sys.argv[1]) as tar:
+    for member in list(tar)[:6]:
+        data = tar.extractfile(member).read()
+        digest.update(images.centre_view(data, 32).tobytes() + images.random_view(data, 48, member.name, 2).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_other_processes_and_numbers_of_threads_make_the_same_bytes(shared: Path) -> None:
+    """float32 products that BLAS adds up in another order differ in the last bit, and then in a token."""
+    files = str(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar")
+    running = []
+    for run in range(8):
+        environment = {"OPENBLAS_NUM_THREADS": str(1 + run % 2), "OMP_NUM_THREADS": str(1 + run % 2)}
+        if run < 4:
+            environment["OPENBLAS_CORETYPE"] = ("Haswell", "Nehalem")[run // 2]  # the kernels of other processors
+        command = [sys.executable, "-c", DIGEST, files]
+        running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    digests = {process.communicate()[0] for process in running}
+    assert all(process.returncode == 0 for process in running)
+    assert len(digests) == 1
 
 
 # ------------------------------------------------------------------------------------------------ sheets

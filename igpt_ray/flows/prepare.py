@@ -54,7 +54,7 @@ def fit_palette(settings: config.Palette) -> dict[str, Any]:
         "palette": settings.out,
         "fingerprint": palette.fingerprint,
         "k": settings.k,
-        "pipeline": images.PIPELINE,
+        "pipeline": images.PIPELINES[settings.pixels.pipeline],
         "images": sampled,
         "unreadable": unreadable,
         **quality(palette, histogram),
@@ -126,8 +126,9 @@ def _sidecar(palette: str) -> str:
 def prepare(settings: config.Prepare) -> dict[str, Any]:
     """Write every shard that is not there yet, then the manifest. A repeat completes what is missing."""
     started = time.perf_counter()
-    palette = _load_palette(settings.palette)
-    kind = Kind(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=images.PIPELINE)
+    pipeline = images.PIPELINES[settings.pixels.pipeline]
+    palette = _load_palette(settings.palette, pipeline)
+    kind = Kind(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
     plan = sources.plan(settings.source, settings.shard_images)
     tasks = [(unit, view) for unit in plan.units for view in range(settings.views if unit.split == TRAIN else 1)]
     tasks.sort(key=lambda task: (task[0].split, task[1], task[0].name))
@@ -246,25 +247,25 @@ def path_of(unit: Unit, view: int) -> str:
 
 def view_of(data: bytes, pixels: config.Pixels, split: str, key: str, view: int) -> images.RGB:
     """Encoded bytes -> (n_px, n_px, 3): random crops for training views if asked for, the centre otherwise."""
-    rgb = images.decode(data)
+    pipeline = images.PIPELINES[pixels.pipeline]
     if split == TRAIN and pixels.crop == "random":
-        return images.random_view(rgb, pixels.n_px, key, view)
-    return images.centre_view(rgb, pixels.n_px)
+        return images.random_view(data, pixels.n_px, key, view, pipeline)
+    return images.centre_view(data, pixels.n_px, pipeline)
 
 
 def _view_name(pixels: config.Pixels, split: str, view: int) -> str:
     return f"random-{view}" if split == TRAIN and pixels.crop == "random" else "centre"
 
 
-def _load_palette(uri: str) -> Palette:
+def _load_palette(uri: str, pipeline: str) -> Palette:
     """The palette, refused if its sidecar says it was fitted on pixels of another pipeline."""
     palette = Palette.load(uri)
     try:
         fitted_on = json.loads(storage.read(_sidecar(uri)))["pipeline"]
     except NotFound:
         return palette  # a palette from elsewhere, OpenAI's for instance, has no sidecar
-    if fitted_on != images.PIPELINE:
-        raise PaletteError(f"{uri} was fitted on pixels of {fitted_on!r}, this version makes {images.PIPELINE!r}")
+    if fitted_on != pipeline:
+        raise PaletteError(f"{uri} was fitted on pixels of {fitted_on!r}, not {pipeline!r}: see --pixels.pipeline")
     return palette
 
 

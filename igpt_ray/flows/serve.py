@@ -99,7 +99,8 @@ class Painter:
             data = base64.b64decode(image, validate=True)
         except binascii.Error as error:
             raise ImageError(f"image is not base64: {error}") from error
-        rgb = images.centre_view(images.decode(data), self.release.config.model.n_px)
+        about = self.release.config
+        rgb = images.centre_view(data, about.model.n_px, about.kind.pipeline)
         return self.release.palette.encode(rgb).reshape(1, -1)
 
     def _png(self, tokens: np.ndarray) -> str:

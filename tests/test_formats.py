@@ -1,0 +1,311 @@
+"""Encoded pictures: every format becomes the same RGB, and what is hostile, cut or damaged is refused by name."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from igpt_ray import formats, images
+from igpt_ray.errors import ImageError
+from igpt_ray.formats import RGB
+
+
+@pytest.fixture(scope="module")
+def smooth() -> RGB:
+    """A picture that lossy formats keep well: (240, 320, 3)."""
+    y, x = np.mgrid[0:240, 0:320]
+    return np.stack([x * 255 // 319, y * 255 // 239, abs((x + y) % 256 - 128)], -1).astype(np.uint8)
+
+
+def encoded(rgb: RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(rgb).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options: dict[str, object]) -> None:
+    """Channels in another order, or rows upside down."""
+    np.testing.assert_array_equal(formats.decode(encoded(smooth, kind, **options)), smooth)
+    np.testing.assert_array_equal(formats.decode(images.png(smooth)), smooth)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("PNG", "RGBA"), ("PNG", "P")]
+)
+def test_every_colour_model_becomes_rgb(smooth: RGB, kind: str, mode: str) -> None:
+    """ImageNet has CMYK JPEGs; taken for RGB they are negatives."""
+    expected = np.asarray(Image.fromarray(smooth).convert(mode).convert("RGB"))
+    decoded = formats.decode(encoded(smooth, kind, mode))
+    assert decoded.shape == smooth.shape
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - expected).mean() < (1e-9 if kind == "PNG" else 4)
+
+
+def test_grey_becomes_three_equal_channels(smooth: RGB) -> None:
+    """(H, W) arrays would fail late, in the palette; 16-bit greys are clipped to white by a plain convert."""
+    grey = smooth[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_array_equal(formats.decode(encoded(smooth[..., :1].repeat(3, 2), "PNG", "L")), expected)
+    deep = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
+    np.testing.assert_array_equal(formats.decode(deep.getvalue()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
+    """Some of ImageNet's are broken; the pixels are fine. Its orientation is not applied, as OpenAI did not."""
+    plain = encoded(smooth, "JPEG", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    turned = encoded(smooth, "JPEG", quality=95, exif=exif)
+    broken = encoded(smooth, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
+    for data in (turned, broken):
+        np.testing.assert_array_equal(formats.decode(data), formats.decode(plain))
+
+
+def png_of(width: int, height: int, rows: bytes, depth: int = 8, colours: int = 2, more: bytes = b"") -> bytes:
+    """A PNG with good checksums whose header may say anything."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    return formats.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>404</html>", "not a JPEG, PNG, WEBP"),
+        (bytes(10_000), "not a JPEG, PNG, WEBP"),
+        (encoded(np.zeros((8, 8, 3), np.uint8), "GIF"), "not a JPEG, PNG, WEBP"),
+        (encoded(np.zeros((8, 8, 3), np.uint8), "BMP"), "not a JPEG, PNG, WEBP"),
+        (png_of(9000, 9000, bytes(100)), "more than the limit"),
+        (png_of(2_000_000, 2_000_000, bytes(100)), "more than the limit"),
+    ],
+    ids=["empty", "html", "zeros", "gif", "bmp", "large", "bomb"],
+)
+def test_what_is_not_a_picture_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    """A decoder's own exception would end the job; an announced size must be refused before memory is taken."""
+    with pytest.raises(ImageError, match=reason):
+        formats.decode(data)
+
+
+@pytest.mark.parametrize("side", [1, 3, 8, 17])
+@pytest.mark.parametrize(
+    ("depth", "colours"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (16, 2), (8, 4), (16, 4), (16, 6)]
+)
+def test_every_png_has_the_number_of_rows_that_its_header_says(side: int, depth: int, colours: int) -> None:
+    """A wrong count of bytes would refuse good files. All samples are of one grey, so that its value can be told."""
+    samples = {0: 1, 2: 3, 4: 2, 6: 4}[colours]
+    row = b"\0" + b"\xff" * -(-side * samples * depth // 8)
+    assert (formats.decode(png_of(side, side, row * side, depth, colours)) == 255).all()
+    for wrong in (row * (side - 1), row * side + b"\0"):
+        with pytest.raises(ImageError, match="bytes of rows"):
+            formats.decode(png_of(side, side, wrong, depth, colours))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 5), (4, 4), (5, 1), (9, 13), (31, 33)])
+def test_interlaced_pngs_have_as_many_rows_as_pil_reads(width: int, height: int) -> None:
+    """Seven passes, some of them empty in small pictures. Too few bytes by our count would leave some pixels black."""
+    for n_bytes in range(height * (1 + 3 * width), height * (9 + 3 * width)):
+        data = bytearray(png_of(width, height, b"\0" * n_bytes))
+        data[28] = 1
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        if n_bytes == _adam7_bytes(width, height):
+            assert formats.decode(bytes(data)).shape == (height, width, 3)
+        else:
+            with pytest.raises(ImageError, match="bytes of rows"):
+                formats.decode(bytes(data))
+
+
+def _adam7_bytes(width: int, height: int) -> int:
+    """By counting the pixels of the pattern in the standard, one by one."""
+    pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    passes = [[pattern[y % 8][x % 8] for x in range(width)] for y in range(height)]
+    return sum(1 + 3 * row.count(n) for n in "1234567" for row in passes if n in row)
+
+
+def test_transparency_is_laid_on_white(smooth: RGB) -> None:
+    """Dropped alpha shows what the author hid: often black, sometimes noise."""
+    alpha = np.zeros((240, 320, 1), np.uint8)
+    alpha[:, 160:] = 255
+    alpha[:, 80:160] = 128
+    rgba = np.concatenate([smooth, alpha], 2)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        out = io.BytesIO()
+        Image.fromarray(rgba).save(out, kind, **options)
+        decoded = formats.decode(out.getvalue())
+        assert (decoded[:, :80] == 255).all()
+        half = smooth[:, 80:160] * (128 / 255) + 255 * (127 / 255)
+        assert np.abs(decoded[:, 80:160] - half).max() <= 0.5 + 1e-9
+        np.testing.assert_array_equal(decoded[:, 160:], smooth[:, 160:])
+
+
+def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
+    """tRNS is a chunk of its own, which is easily lost."""
+    indexed = Image.fromarray(smooth).quantize(8)
+    out = io.BytesIO()
+    indexed.save(out, "PNG", transparency=3)
+    expected = np.asarray(indexed.convert("RGB")).copy()
+    expected[np.asarray(indexed) == 3] = 255
+    np.testing.assert_array_equal(formats.decode(out.getvalue()), expected)
+
+
+@pytest.mark.parametrize("colourspace", ["CMYK", "YCCK"])
+def test_cmyk_is_read_as_adobe_writes_it(smooth: RGB, colourspace: str) -> None:
+    """Inverted: the 23 CMYK pictures of ImageNet would be negatives. Pillow writes CMYK, simplejpeg YCCK."""
+    cmyk = Image.fromarray(smooth).convert("CMYK")
+    if colourspace == "CMYK":
+        out = io.BytesIO()
+        cmyk.save(out, "JPEG", quality=95)
+        data = out.getvalue()
+    else:
+        data = simplejpeg.encode_jpeg(255 - np.asarray(cmyk), 95, "CMYK")
+    assert simplejpeg.decode_jpeg_header(data)[2] == colourspace
+    assert np.abs(formats.decode(data).astype(int) - smooth).mean() < 3
+    assert np.abs(images.centre_view(data, 32).astype(int) - images.centre_view(images.png(smooth), 32)).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("pipeline", [images.FAST, images.REFERENCE])
+def test_bytes_after_the_picture_do_not_matter(smooth: RGB, kind: str, pipeline: str) -> None:
+    """Cameras and web servers append things."""
+    data = encoded(smooth, kind)
+    plain = images.centre_view(data, 32, pipeline)
+    np.testing.assert_array_equal(images.centre_view(data + b"\0\xff\xd8\xff more", 32, pipeline), plain)
+
+
+def test_progressive_jpegs_are_the_same_picture(smooth: RGB) -> None:
+    """The same coefficients in another order."""
+    plain, progressive = (encoded(smooth, "JPEG", progressive=p) for p in (False, True))
+    assert plain != progressive
+    np.testing.assert_array_equal(formats.decode(plain), formats.decode(progressive))
+    np.testing.assert_array_equal(images.centre_view(plain, 32), images.centre_view(progressive, 32))
+
+
+def test_of_an_animation_the_first_picture_counts(smooth: RGB) -> None:
+    """Any choice will do, as long as it is always the same."""
+    for kind in ("PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(smooth, kind, save_all=True, append_images=[Image.fromarray(255 - smooth)], **options)
+        np.testing.assert_array_equal(formats.decode(data), smooth)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def both_refuse(data: bytes, reason: str) -> None:
+    """Both pipelines must refuse the same files, or a store's rows would depend on its pipeline."""
+    for pipeline in (images.FAST, images.REFERENCE):
+        with pytest.raises(ImageError, match=reason) as caught:
+            images.centre_view(data, 32, pipeline)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "RGB")]
+)
+def test_a_cut_picture_is_refused_wherever_it_is_cut(smooth: RGB, kind: str, mode: str) -> None:
+    """libjpeg fills the rest with grey; some cuts are at the very end, and cost only the last blocks."""
+    data = encoded(smooth, kind, mode)
+    for length in (*range(12, len(data), len(data) // 12), len(data) - 100, len(data) - 2):
+        both_refuse(data[:length], "damaged")
+
+
+def test_a_jpeg_with_too_few_rows_is_refused(smooth: RGB) -> None:
+    """Cut, and closed with a proper end: Pillow reads it without a word, and half of the picture is grey."""
+    for progressive in (False, True):
+        data = encoded(smooth, "JPEG", progressive=progressive)
+        start = data.index(b"\xff\xda")
+        both_refuse(data[: (start + len(data)) // 2] + b"\xff\xd9", "premature end")
+    taller = bytearray(encoded(smooth, "JPEG"))
+    frame = taller.index(b"\xff\xc0")
+    taller[frame + 5 : frame + 7] = (480).to_bytes(2, "big")
+    both_refuse(bytes(taller), "premature end")
+
+
+def test_a_png_with_too_few_rows_is_refused() -> None:
+    """Pillow leaves them black and says nothing."""
+    row = b"\0" + b"\xff" * 300
+    Image.open(io.BytesIO(png_of(100, 100, row * 60))).load()
+    both_refuse(png_of(100, 100, row * 60), "bytes of rows")
+
+
+def test_a_flipped_bit_in_a_png_is_refused(smooth: RGB) -> None:
+    """Checksums are there to be looked at: Pillow skips those of the pixels."""
+    data = encoded(smooth[:40, :40], "PNG")
+    rng = np.random.default_rng(5)
+    for position in rng.integers(8, len(data) - 12, 60):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        both_refuse(bytes(flipped), "PNG|pixels")
+
+
+def test_headers_that_lie_about_the_size_are_refused(smooth: RGB) -> None:
+    """libwebp allocates the canvas that a header announces while Pillow only opens the file."""
+    webp = bytearray(encoded(smooth, "WEBP"))
+    webp[26:30] = struct.pack("<HH", 16383, 16383)
+    both_refuse(bytes(webp), "more than the limit")
+    webp[26:30] = struct.pack("<HH", 1000, 1000)
+    both_refuse(bytes(webp), "damaged WEBP")
+    canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\xff\xff\xff\xff\xff"
+    both_refuse(b"RIFF" + struct.pack("<I", 4 + len(canvas)) + b"WEBP" + canvas, "more than the limit")
+    jpeg = bytearray(encoded(smooth, "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
+    both_refuse(bytes(jpeg), "more than the limit")
+
+
+def test_a_jpeg_of_endless_scans_is_refused(smooth: RGB) -> None:
+    """Each costs the work of a whole picture and a few bytes: a megabyte would keep a worker busy for an hour."""
+    data = encoded(smooth, "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    both_refuse(data[:-2] + last_scan * 300 + b"\xff\xd9", "scans")
+
+
+def test_text_named_jpeg_is_refused_and_png_named_jpeg_is_read(smooth: RGB) -> None:
+    """ImageNet's n02105855_2933.JPEG is a PNG. Names are not even asked for."""
+    both_refuse(b"<!DOCTYPE html><title>404 Not Found</title>" * 100, "not a JPEG, PNG, WEBP")
+    both_refuse(b"\xff\xd8\xff" + b"<html>" * 100, "damaged JPEG")
+    assert images.centre_view(encoded(smooth, "PNG"), 32).shape == (32, 32, 3)
+
+
+STRIPES = (np.indices((48, 40)).sum(0)[..., None] * [1, 2, 3] % 256).astype(np.uint8)
+WHOLE = [encoded(STRIPES, kind) for kind in ("JPEG", "PNG", "WEBP")] + [encoded(STRIPES, "JPEG", progressive=True)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("read", [formats.decode, lambda data: images.centre_view(data, 8)], ids=["decode", "fast"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.sampled_from(WHOLE),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    cut=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+def test_damaged_bytes_are_an_image_error_or_a_picture(
+    read: Callable[[bytes], RGB], data: bytes, flips: list[tuple[float, int]], cut: float
+) -> None:
+    """Decoders raise SyntaxError, struct.error, OSError ...: one that slips through ends a job over one bad file."""
+    damaged = bytearray(data)
+    for where, value in flips:
+        damaged[int(where * len(data))] = value
+    try:
+        rgb = read(bytes(damaged[: int(cut * len(data))]))
+    except ImageError:
+        return
+    assert rgb.ndim == 3
+    assert rgb.shape[2] == 3
+    assert rgb.dtype == np.uint8
