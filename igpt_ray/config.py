@@ -197,7 +197,7 @@ class Palette(Section):
     source: Uri
     """URI of images in class folders, or of train/ and other splits that hold them."""
     out: Uri
-    """URI of the palette to write, a .npy; a .json beside it says how it was made."""
+    """URI of the palette to write, a .npy; beside it a .json says how it was made, and a .png shows the colours."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours."""
     images: Count = 10_000

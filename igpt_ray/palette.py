@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray import kmeans, storage
+from igpt_ray import images, kmeans, storage
 from igpt_ray.config import OPENAI_PALETTE
 from igpt_ray.errors import PaletteError
 
@@ -186,6 +186,57 @@ def _decide_block(
             red_green = red[r][:, None, c] + green[g][None, :, c]  # (CELL, CELL, c)
             distance = red_green[:, :, None] + blue[b][:, c]
             cells[r, :, g, :, b] = possible[c[distance.argmin(-1)]]
+
+
+def quality(
+    palette: Palette, histogram: NDArray[np.int64], held_out: NDArray[np.int64] | None = None
+) -> dict[str, float | int | None]:
+    """How well a palette serves pixels, given as counts of colours; usually those that it was fitted to.
+
+    `mse` is the squared distance to the decoded colour, in 8-bit units, summed over the channels; of other pixels
+    too if their counts are given. PSNR in dB; entropy of the tokens in nats, at most log(k); colours that are used.
+    """
+    packed = np.flatnonzero(histogram)
+    counts = histogram[packed]
+    share = np.bincount(palette.encode(unpack(packed)), weights=counts, minlength=len(palette)) / counts.sum()
+    used = share[share > 0]
+    mse = _mse(palette, histogram)
+    return {
+        "pixels": int(counts.sum()),
+        "distinct_colours": len(packed),
+        "mse": round(mse, 2),
+        **({} if held_out is None else {"held_out_mse": round(_mse(palette, held_out), 2)}),
+        "psnr_db": round(float(10 * np.log10(3 * 255**2 / mse)), 2) if mse else None,
+        "entropy_nats": round(float(-(used * np.log(used)).sum()), 4),
+        "colours_used": len(used),
+    }
+
+
+def _mse(palette: Palette, histogram: NDArray[np.int64]) -> float:
+    packed = np.flatnonzero(histogram)
+    rgb = unpack(packed)
+    squared = ((rgb.astype(np.int64) - palette.decode(palette.encode(rgb))) ** 2).sum(1)
+    return float((squared * histogram[packed]).sum() / histogram[packed].sum())
+
+
+def swatches(palette: Palette) -> NDArray[np.uint8]:
+    """A picture of all colours, arranged for the eye: greys on the left, then the hues; each column dark to bright.
+
+    Twice as wide as high.
+    """
+    rgb = palette.decode(np.arange(len(palette)))
+    rows = int(np.ceil(np.sqrt(len(rgb) / 2)))
+    red, green, blue = rgb.astype(np.float64).T
+    lightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    a, b = red - (green + blue) / 2, np.sqrt(0.75) * (green - blue)  # hue and chroma are angle and length of (a, b)
+    chroma = np.hypot(a, b)
+    grey = chroma <= np.quantile(chroma, 0.25)  # their hue would be noise
+    order = np.lexsort([np.where(grey, chroma, np.arctan2(b, a)), ~grey])
+    columns = [rgb[c[np.argsort(lightness[c], kind="stable")]] for c in np.split(order, range(rows, len(order), rows))]
+    picture = np.full((rows, len(columns), 3), 255, np.uint8)
+    for x, column in enumerate(columns):
+        picture[: len(column), x] = column
+    return images.sheet([list(row[:, None, None]) for row in picture], scale=16 if rows <= 64 else 4, gap=1)
 
 
 def nearest_float64(colours: NDArray[np.float32], rgb: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@
 Alternatives take turns in one process, each on one thread; the figures are medians over the rounds. No Ray.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from igpt_ray import images, sources
 from igpt_ray.config import BenchPalette
 from igpt_ray.palette import COLOURS, Palette, pack, scale
 
+FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 Report = dict[str, Any]
 Pixels = NDArray[np.uint8]
 
@@ -33,7 +35,7 @@ def palette(settings: BenchPalette) -> Report:
     with threadpool_limits(1):
         for seed in range(settings.rounds):
             for name, way in WAYS.items():
-                runs.setdefault(name, []).append(timed(lambda way=way, seed=seed: way(fit, settings.k, seed)))
+                runs.setdefault(name, []).append(timed(functools.partial(way, fit, settings.k, seed)))
     ways = {name: judged(found, fit, held_out) for name, found in runs.items()}
     return {"pixels": len(fit), "held_out": len(held_out), "k": settings.k, "ways": ways, **encoding(fit, settings)}
 
@@ -122,4 +124,4 @@ def encoding(pixels: Pixels, settings: BenchPalette) -> Report:
 
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette})))
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette}, config=FLAT)))
