@@ -343,15 +343,15 @@ class BenchPalette(Section):
     """Compare ways to fit a palette, and time the look-up of colours."""
 
     images: Uri
-    """URI of images; every fifth is held out."""
+    """URI of images; a fifth of them is held out, another in each round."""
     n_px: Annotated[int, Field(gt=0, le=224)] = 128
     """Pixels a side; more than in training, so that few images give many pixels."""
     pixels: Count = 1_000_000
     """Pixels to fit to."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours."""
-    rounds: Count = 3
-    """How often each way is tried, with another seed each time."""
+    rounds: Count = 5
+    """How often each way is tried."""
     encode_pixels: Count = 10_000_000
     """Pixels to look up."""
 
