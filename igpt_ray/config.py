@@ -18,6 +18,16 @@ from igpt_ray import storage
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Count = Annotated[int, Field(gt=0)]
 
+OPENAI_PALETTE = "openai"
+"""The word that names OpenAI's own palette where a URI is expected; a file of that name is `./openai`."""
+
+
+def _palette(uri: str) -> str:
+    return uri if uri == OPENAI_PALETTE else storage.absolute(uri)
+
+
+PaletteUri = Annotated[str, AfterValidator(_palette)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -208,13 +218,15 @@ class Palette(Section):
     source: Uri
     """URI of images in class folders, or of train/ and other splits that hold them."""
     out: Uri
-    """URI of the palette to write, a .npy; a .json beside it says how it was made."""
+    """URI of the palette to write, a .npy; beside it a .json says how it was made, and a .png shows the colours."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours."""
     images: Count = 10_000
     """About how many images are sampled."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the sample and the clustering."""
+    gpu: bool = False
+    """Cluster on the GPUs of the machine that runs the job; needs the extra [gpu]."""
     pixels: Pixels = Pixels()
     pool: Pool = Pool()
 
@@ -224,8 +236,8 @@ class Prepare(Section):
 
     source: Uri
     """URI of images in class folders, or of train/ and other splits that hold them."""
-    palette: Uri
-    """URI of the palette (.npy)."""
+    palette: PaletteUri
+    """URI of the palette (.npy), or the word openai for OpenAI's own 512 colours."""
     tokens: Uri
     """URI of the token store to write, or to complete."""
     views: Count = 1
@@ -346,6 +358,23 @@ class Demo(Section):
     """Training steps."""
     workers: Count = 2
     """Training workers."""
+
+
+class BenchPalette(Section):
+    """Compare ways to fit a palette, and time the look-up of colours."""
+
+    images: Uri
+    """URI of images; a fifth of them is held out, another in each round."""
+    n_px: Annotated[int, Field(gt=0, le=224)] = 128
+    """Pixels a side; more than in training, so that few images give many pixels."""
+    pixels: Count = 1_000_000
+    """Pixels to fit to."""
+    k: Annotated[int, Field(ge=2, le=65536)] = 512
+    """Colours."""
+    rounds: Count = 5
+    """How often each way is tried."""
+    encode_pixels: Count = 10_000_000
+    """Pixels to look up."""
 
 
 # ------------------------------------------------------------------------------------------------ provenance

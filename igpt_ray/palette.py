@@ -3,23 +3,31 @@
 Colours are float32 RGB in [-1, 1], `x / 127.5 - 1` of the 8-bit value, as in OpenAI's `kmeans_centers.npy`. Nearest
 is by squared Euclidean distance, the lowest index on a tie. Inputs are 8-bit, so the map is a table of 2^24 entries:
 exact, and a single look-up per pixel.
+
+`openai_palette.npy` beside this file holds OpenAI's own 512 colours, published with Image GPT under the Modified MIT
+licence in `openai_palette.LICENSE`; `Palette.load("openai")` reads them.
 """
 
 import functools
 import hashlib
 import io
+import itertools
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray import storage
+from igpt_ray import images, kmeans, storage
+from igpt_ray.config import OPENAI_PALETTE
 from igpt_ray.errors import PaletteError
 
 COLOURS = 1 << 24
-CELL = 8
-"""Side of the cubes of colours that `nearest_table` decides together."""
+BLOCK, CELL = 32, 8
+"""Sides of the cubes of colours for which `nearest_table` narrows its choice, and then decides."""
+CHUNK = 1 << 15
+"""Pixels that `encode` looks up at once: their indices stay in the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,27 +52,30 @@ class Palette:
         return hashlib.sha256(np.ascontiguousarray(self.colours, "<f4").tobytes()).hexdigest()
 
     @classmethod
-    def fit(cls, histogram: NDArray[np.int64], k: int, seed: int = 0) -> "Palette":
-        """k-means by faiss on distinct colours weighted by their counts.
+    def fit(cls, histogram: NDArray[np.int64], k: int, seed: int = 0, gpu: bool = False) -> "Palette":
+        """k-means on distinct colours weighted by their counts, sorted by red, green, blue.
 
         `histogram` has 2^24 counts, indexed by `pack`. Cost follows the number of distinct colours, not of pixels.
+        Equal words give equal palettes on one kind of machine with one version of faiss, whatever the number of
+        threads. Another processor, or a GPU, may round another way and end in another palette, as good.
         """
-        import faiss
-
         packed = np.flatnonzero(histogram)
         if len(packed) < k:
             raise PaletteError(f"the sample has {len(packed)} distinct colours, fewer than k = {k}: choose a smaller k")
-        points = scale(unpack(packed))
-        weights = histogram[packed].astype(np.float32)
-        kmeans = faiss.Kmeans(3, k, niter=50, nredo=3, seed=seed, max_points_per_centroid=COLOURS)
-        kmeans.train(points, weights=weights)
-        centroids = np.asarray(kmeans.centroids, np.float32)
-        return cls(centroids[np.lexsort(centroids.T[::-1])])
+        points = kmeans.Points(scale(unpack(packed)), histogram[packed].astype(np.float64))
+        centres = kmeans.fit(points, k, seed, gpu)
+        return cls(centres[np.lexsort(centres.T[::-1])])
 
     @classmethod
     def load(cls, uri: str) -> "Palette":
-        """Read a .npy of (k, 3) float32. Raises `PaletteError` for anything else; pickles are not opened."""
-        data = storage.read(uri)
+        """Read a .npy of (k, 3) float32; the word `openai` stands for OpenAI's colours, which come with the package.
+
+        Raises `PaletteError` for anything else; pickles are not opened.
+        """
+        if uri == OPENAI_PALETTE:
+            data = resources.files("igpt_ray").joinpath("openai_palette.npy").read_bytes()
+        else:
+            data = storage.read(uri)
         try:
             colours = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except Exception as error:  # a damaged header raises anything: SyntaxError, TokenError, MemoryError, ...
@@ -82,7 +93,10 @@ class Palette:
         """(..., 3) uint8 -> (...) uint16, the nearest colour of each pixel."""
         if rgb.dtype != np.uint8 or rgb.shape[-1] != 3:
             raise PaletteError(f"expected (..., 3) uint8 pixels, got {rgb.shape} {rgb.dtype}")
-        return self._table[pack(rgb)]
+        pixels = np.ascontiguousarray(rgb).reshape(-1, 3)
+        tokens = np.empty(len(pixels), np.uint16)
+        _look_up(self._table, pixels, tokens)
+        return tokens.reshape(rgb.shape[:-1])
 
     def decode(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """(...) tokens -> (..., 3) uint8, `rint(127.5 * (c + 1))` as in OpenAI's sampler."""
@@ -91,37 +105,138 @@ class Palette:
 
     @functools.cached_property
     def _table(self) -> NDArray[np.uint16]:
-        """The 2^24 table, memory-mapped from the node's cache so that its processes share it."""
-        path = storage.CACHE / f"table-{self.fingerprint[:24]}.npy"
+        """The 2^24 table, memory-mapped from the node's cache so that its processes share it.
+
+        Indexed by 0xBBGGRR: the order in which the bytes of a pixel make a little-endian number.
+        """
+        path = storage.CACHE / f"table-{self.fingerprint[:24]}-bgr.npy"
         if not path.exists():
-            storage.write(str(path), _npy(nearest_table(self.colours)))
+            bgr = nearest_table(self.colours).reshape(256, 256, 256).T
+            storage.write(str(path), _npy(np.ascontiguousarray(bgr).reshape(-1)))
         return np.load(path, mmap_mode="r")
+
+
+def _look_up(table: NDArray[np.uint16], pixels: NDArray[np.uint8], tokens: NDArray[np.uint16]) -> None:
+    """Fill `tokens` (n,) from `pixels` (n, 3).
+
+    A pixel and the byte after it are read as one 32-bit number; that byte is masked away. So packing takes one pass
+    instead of five. The last pixel has no byte after it, and comes alone.
+    """
+    if not len(pixels):
+        return
+    four_bytes = np.ndarray((len(pixels) - 1,), "<u4", pixels, strides=(3,))
+    indices = np.empty(CHUNK, np.intp)  # the type that `take` wants: any other it would convert
+    for start in range(0, len(four_bytes), CHUNK):
+        chunk = four_bytes[start : start + CHUNK]
+        index = np.bitwise_and(chunk, COLOURS - 1, out=indices[: len(chunk)], casting="unsafe")
+        # "clip" because the default would first copy `out`, to leave it whole if an index were out of range
+        np.take(table, index, out=tokens[start : start + len(chunk)], mode="clip")
+    red, green, blue = (int(channel) for channel in pixels[-1])
+    tokens[-1] = table[blue << 16 | green << 8 | red]
 
 
 def nearest_table(colours: NDArray[np.float32]) -> NDArray[np.uint16]:
     """(k, 3) -> (2^24,): the nearest colour of every 24-bit value, in float64, without searching all k for each.
 
-    The cube of colours is cut into cells of `CELL` a side. Only a palette colour whose smallest distance to a cell is
-    no larger than some other's largest distance can be nearest inside it: about three of 512. The squared distance is
-    a sum over channels, so both bounds and distances are sums of three small tables.
+    The cube of colours is cut into blocks, and these into cells. Only a palette colour whose smallest distance to a
+    cell is no larger than some other's largest distance can be nearest inside it: about three of 512. The same holds
+    for a block, so that a cell need only look at what its block left over. The squared distance is a sum over
+    channels, so both bounds and distances are sums of three small tables. Rounding never reverses an order, so the
+    bounds of rounded sums hold as well.
     """
-    levels = np.arange(256) / 127.5 - 1
-    squared = (levels[:, None, None] - colours[None].astype(np.float64)) ** 2  # (256, k, 3)
-    n = 256 // CELL
-    by_cell = squared.reshape(n, CELL, len(colours), 3)
-    nearest, farthest = by_cell.min(1), by_cell.max(1)  # (n, k, 3)
-    table = np.empty((n, CELL, n, CELL, n, CELL), np.uint16)
-    for r in range(n):
-        for g in range(n):
-            least = nearest[r, :, 0] + nearest[g, :, 1] + nearest[:, :, 2]  # (n, k): blue cells
-            most = farthest[r, :, 0] + farthest[g, :, 1] + farthest[:, :, 2]
-            possible = least <= most.min(1, keepdims=True)
-            red_green = by_cell[r, :, None, :, 0] + by_cell[g, None, :, :, 1]  # (CELL, CELL, k)
-            for b in range(n):
-                candidates = np.flatnonzero(possible[b])
-                distance = red_green[:, :, None, candidates] + by_cell[b][:, candidates, 2]
-                table[r, :, g, :, b, :] = candidates[distance.argmin(-1)]
+    table = np.empty((256, 256, 256), np.uint16)
+    blocks = [slice(start, start + BLOCK) for start in range(0, 256, BLOCK)]
+    bounds = [[_bounds(_squared(levels, colours[:, c])) for levels in blocks] for c in range(3)]
+    for red, green, blue in itertools.product(range(len(blocks)), repeat=3):
+        (r_least, r_most), (g_least, g_most), (b_least, b_most) = bounds[0][red], bounds[1][green], bounds[2][blue]
+        possible = np.flatnonzero(r_least + g_least + b_least <= (r_most + g_most + b_most).min())
+        place = (blocks[red], blocks[green], blocks[blue])
+        squared = [_squared(levels, colours[possible, c]) for c, levels in enumerate(place)]
+        _decide_block(table[place], possible, *squared)
     return table.reshape(-1)
+
+
+def _squared(levels: slice, channel: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Squared distance of 8-bit levels to one channel of k colours, (levels, k)."""
+    return (np.arange(256)[levels, None] / 127.5 - 1 - channel.astype(np.float64)) ** 2
+
+
+def _bounds(squared: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and greatest over the last but one axis."""
+    return squared.min(-2), squared.max(-2)
+
+
+def _decide_block(
+    block: NDArray[np.uint16],
+    possible: NDArray[np.intp],
+    red: NDArray[np.float64],
+    green: NDArray[np.float64],
+    blue: NDArray[np.float64],
+) -> None:
+    """Fill one block of the table, cell by cell, with the nearest of the `possible` colours."""
+    n = BLOCK // CELL
+    red, green, blue = (squared.reshape(n, CELL, -1) for squared in (red, green, blue))
+    (r_least, r_most), (g_least, g_most), (b_least, b_most) = _bounds(red), _bounds(green), _bounds(blue)
+    cells = block.reshape(n, CELL, n, CELL, n, CELL)
+    for r, g in np.ndindex(n, n):
+        least = r_least[r] + g_least[g] + b_least  # (n, possible): cells of blue
+        most = r_most[r] + g_most[g] + b_most
+        for b, near in enumerate(least <= most.min(1, keepdims=True)):
+            c = np.flatnonzero(near)
+            red_green = red[r][:, None, c] + green[g][None, :, c]  # (CELL, CELL, c)
+            distance = red_green[:, :, None] + blue[b][:, c]
+            cells[r, :, g, :, b] = possible[c[distance.argmin(-1)]]
+
+
+def quality(
+    palette: Palette, histogram: NDArray[np.int64], held_out: NDArray[np.int64] | None = None
+) -> dict[str, float | int | None]:
+    """How well a palette serves pixels, given as counts of colours; usually those that it was fitted to.
+
+    `mse` is the squared distance to the decoded colour, in 8-bit units, summed over the channels; of other pixels
+    too if their counts are given. PSNR in dB; entropy of the tokens in nats, at most log(k); colours that are used.
+    """
+    packed = np.flatnonzero(histogram)
+    counts = histogram[packed]
+    share = np.bincount(palette.encode(unpack(packed)), weights=counts, minlength=len(palette)) / counts.sum()
+    used = share[share > 0]
+    mse = _mse(palette, histogram)
+    return {
+        "pixels": int(counts.sum()),
+        "distinct_colours": len(packed),
+        "mse": round(mse, 2),
+        **({} if held_out is None else {"held_out_mse": round(_mse(palette, held_out), 2)}),
+        "psnr_db": round(float(10 * np.log10(3 * 255**2 / mse)), 2) if mse else None,
+        "entropy_nats": round(float(-(used * np.log(used)).sum()), 4),
+        "colours_used": len(used),
+    }
+
+
+def _mse(palette: Palette, histogram: NDArray[np.int64]) -> float:
+    packed = np.flatnonzero(histogram)
+    rgb = unpack(packed)
+    squared = ((rgb.astype(np.int64) - palette.decode(palette.encode(rgb))) ** 2).sum(1)
+    return float((squared * histogram[packed]).sum() / histogram[packed].sum())
+
+
+def swatches(palette: Palette) -> NDArray[np.uint8]:
+    """A picture of all colours, arranged for the eye: greys on the left, then the hues; each column dark to bright.
+
+    Twice as wide as high.
+    """
+    rgb = palette.decode(np.arange(len(palette)))
+    rows = int(np.ceil(np.sqrt(len(rgb) / 2)))
+    red, green, blue = rgb.astype(np.float64).T
+    lightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    a, b = red - (green + blue) / 2, np.sqrt(0.75) * (green - blue)  # hue and chroma are angle and length of (a, b)
+    chroma = np.hypot(a, b)
+    grey = chroma <= np.quantile(chroma, 0.25)  # their hue would be noise
+    order = np.lexsort([np.where(grey, chroma, np.arctan2(b, a)), ~grey])
+    columns = [rgb[c[np.argsort(lightness[c], kind="stable")]] for c in np.split(order, range(rows, len(order), rows))]
+    picture = np.full((rows, len(columns), 3), 255, np.uint8)
+    for x, column in enumerate(columns):
+        picture[: len(column), x] = column
+    return images.sheet([list(row[:, None, None]) for row in picture], scale=16 if rows <= 64 else 4, gap=1)
 
 
 def nearest_float64(colours: NDArray[np.float32], rgb: NDArray[np.uint8]) -> NDArray[np.int64]:

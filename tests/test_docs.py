@@ -39,6 +39,9 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
     if "run_preset" in source:
         config.preset_from_words(words[2:])
         return
+    if "subcommand_cli_from_dict" in source:  # `bench.py palette` reads config.BenchPalette
+        tyro.cli(getattr(config, f"Bench{words[2].title()}"), args=words[3:])
+        return
     settings = re.search(r"(?:job\.run\([\w.]+, |tyro\.cli\()(\w+)\)", source)
     assert settings, f"{words[1]} does not say which settings it reads"
     tyro.cli(getattr(config, settings[1]), args=words[2:])

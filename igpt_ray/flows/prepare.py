@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from igpt_ray import config, images, shards, sources, storage
 from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, TokenStoreError
 from igpt_ray.flows.pool import spread
-from igpt_ray.palette import COLOURS, Palette, pack, unpack
+from igpt_ray.palette import COLOURS, Palette, pack, quality, swatches
 from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, TokenStore
 from igpt_ray.sources import TRAIN, Unit
 
@@ -33,7 +33,7 @@ QUARANTINE = TypeAdapter(list[Quarantined])
 
 
 def fit_palette(settings: config.Palette) -> dict[str, Any]:
-    """Sample training images, count their colours after the pixel pipeline, fit k of them; write .npy and .json."""
+    """Sample training images, count their colours after the pixel pipeline, fit k of them. Writes .npy, .json, .png."""
     started = time.perf_counter()
     plan = sources.plan(settings.source, PALETTE_UNIT)
     units = [unit for unit in plan.units if unit.split == TRAIN]
@@ -49,7 +49,7 @@ def fit_palette(settings: config.Palette) -> dict[str, Any]:
         sampled += counted.images
         unreadable += counted.unreadable
         log.info("%d images sampled", sampled)
-    palette = Palette.fit(histogram, settings.k, settings.seed)
+    palette = Palette.fit(histogram, settings.k, settings.seed, settings.gpu)
     report = {
         "palette": settings.out,
         "fingerprint": palette.fingerprint,
@@ -62,6 +62,7 @@ def fit_palette(settings: config.Palette) -> dict[str, Any]:
     }
     palette.save(settings.out)
     storage.write(_sidecar(settings.out), json.dumps({**report, "made_by": config.provenance(settings)}).encode())
+    storage.write(_sidecar(settings.out, ".png"), images.png(swatches(palette)))
     return report
 
 
@@ -92,32 +93,13 @@ class CountColours:
         return Counted(colours, counts, len(pixels), unreadable)
 
 
-def quality(palette: Palette, histogram: NDArray[np.int64]) -> dict[str, Any]:
-    """How well a palette serves the pixels it was fitted on: PSNR in dB, entropy in nats, colours that are used."""
-    packed = np.flatnonzero(histogram)
-    counts = histogram[packed]
-    rgb = unpack(packed)
-    tokens = palette.encode(rgb)
-    squared = ((rgb.astype(np.int64) - palette.decode(tokens)) ** 2).mean(1)
-    mse = float((squared * counts).sum() / counts.sum())
-    share = np.bincount(tokens, weights=counts, minlength=len(palette)) / counts.sum()
-    used = share[share > 0]
-    return {
-        "pixels": int(counts.sum()),
-        "distinct_colours": len(packed),
-        "psnr_db": round(10 * np.log10(255**2 / mse), 2) if mse else None,
-        "entropy_nats": round(float(-(used * np.log(used)).sum()), 4),
-        "colours_used": len(used),
-    }
-
-
 def _sample(unit: Unit, fraction: float, seed: int) -> Unit:
     kept = [i for i, key in enumerate(unit.keys) if sources.sampled(key, fraction, seed)]
     return replace(unit, keys=tuple(unit.keys[i] for i in kept), labels=tuple(unit.labels[i] for i in kept))
 
 
-def _sidecar(palette: str) -> str:
-    return palette.removesuffix(".npy") + ".json"
+def _sidecar(palette: str, ending: str = ".json") -> str:
+    return palette.removesuffix(".npy") + ending
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -260,10 +242,12 @@ def _view_name(pixels: config.Pixels, split: str, view: int) -> str:
 def _load_palette(uri: str, pipeline: str) -> Palette:
     """The palette, refused if its sidecar says it was fitted on pixels of another pipeline."""
     palette = Palette.load(uri)
+    if uri == config.OPENAI_PALETTE:
+        return palette  # of pixels that nobody can make again; the store names the pipeline it is used with
     try:
         fitted_on = json.loads(storage.read(_sidecar(uri)))["pipeline"]
     except NotFound:
-        return palette  # a palette from elsewhere, OpenAI's for instance, has no sidecar
+        return palette  # a palette from elsewhere has no sidecar
     if fitted_on != pipeline:
         raise PaletteError(f"{uri} was fitted on pixels of {fitted_on!r}, not {pipeline!r}: see --pixels.pipeline")
     return palette
