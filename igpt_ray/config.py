@@ -15,6 +15,7 @@ from igpt_ray import storage
 
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Count = Annotated[int, Field(gt=0)]
+Layout = Literal["folders", "kaggle", "tars", "webdataset", "parquet"]
 
 
 class Section(BaseModel):
@@ -182,10 +183,12 @@ class Pixels(Section):
 
 
 class Palette(Section):
-    """Fit a palette to the training split of a folder of images."""
+    """Fit a palette to the training split of a folder or bucket of images."""
 
     source: Uri
-    """URI of images in class folders, or of train/ and other splits that hold them."""
+    """URI of images in one of the layouts below."""
+    layout: Layout | None = None
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
     out: Uri
     """URI of the palette to write, a .npy; a .json beside it says how it was made."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
@@ -199,10 +202,12 @@ class Palette(Section):
 
 
 class Prepare(Section):
-    """Turn a folder of images into a committed token store."""
+    """Turn a folder or bucket of images into a committed token store."""
 
     source: Uri
-    """URI of images in class folders, or of train/ and other splits that hold them."""
+    """URI of images in one of the layouts below."""
+    layout: Layout | None = None
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
     palette: Uri
     """URI of the palette (.npy)."""
     tokens: Uri
