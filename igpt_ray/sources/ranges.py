@@ -29,7 +29,7 @@ class Window:
     def __init__(self, uri: str, size: int):
         self.uri = uri
         self.size = size
-        self._start = 0
+        self._start = size  # nowhere near the first read, which is a jump
         self._block = b""
         self._request = FIRST
         self._coming: _Coming | None = None

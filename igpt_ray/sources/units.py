@@ -14,6 +14,7 @@ from igpt_ray.errors import NotFound, SourceError
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = SPLITS
 SPELLINGS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPELLINGS)})(?![a-z])")
 
 UNLABELLED = -1
 """The label of a test image whose class nobody tells, as Hugging Face has it."""
@@ -114,7 +115,7 @@ def key_of(path: str) -> str:
 def split_of(path: str) -> str:
     """The split that an archive's name or folder speaks of, the name first; training if none does."""
     for part in reversed(path.lower().split("/")):
-        if named := {SPELLINGS[word] for word in re.split("[^a-z]+", part) if word in SPELLINGS}:
+        if named := {SPELLINGS[word] for word in SPLIT_WORD.findall(part)}:
             if len(named) > 1:
                 raise SourceError(f"{path!r} names several splits ({', '.join(sorted(named))}): rename it")
             return named.pop()
