@@ -7,17 +7,19 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from igpt_ray import sources, storage
 from igpt_ray.errors import SourceError
-from igpt_ray.sources import Image, Layout, Unreadable, imagenet, parquet, units, webdataset
+from igpt_ray.sources import Image, Layout, Unreadable, imagenet, parquet, ranges, units, webdataset
 
 
 class Picture(NamedTuple):
@@ -308,6 +310,17 @@ def test_labels_of_the_validation_tar_must_be_one_a_line_and_wordnet_ids(tmp_pat
         sources.plan(str(tmp_path), 3)
 
 
+def test_a_bad_member_of_the_validation_tar_shifts_no_label(tmp_path: Path) -> None:
+    """The name of a damaged header is lost; without it, the images behind it would take the labels before theirs."""
+    as_tars(str(tmp_path), tiny())
+    val = tmp_path / "ILSVRC2012_img_val.tar"
+    data = bytearray(val.read_bytes())
+    data[3] ^= 1
+    val.write_bytes(data)
+    with pytest.raises(SourceError, match="its tar header is damaged; labels follow the names"):
+        sources.plan(str(tmp_path), 3)
+
+
 def inside(files: dict[str, bytes], kinds: dict[str, bytes] | None = None) -> dict[str, bytes]:
     return {"n00000001.tar": tar({"n00000001_1.JPEG": b"good"}), "n00000002.tar": tar(files, kinds)}
 
@@ -546,6 +559,35 @@ def test_files_that_name_other_classes_are_refused(tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/train-1.parquet", table([(b"x", "2.png", 0)], ["b", "a"]))
     with pytest.raises(SourceError, match="name different classes"):
         sources.plan(str(tmp_path), 3)
+
+
+@pytest.mark.parametrize("layout", ["tars", "webdataset", "parquet"])
+def test_reading_a_large_unit_holds_a_window_of_it(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 MB in one row group or archive: what is held must not grow with them."""
+    monkeypatch.setattr(ranges, "LARGEST", 1 << 20)
+    monkeypatch.setattr(parquet, "LARGEST", 1 << 20)
+    noise = np.random.default_rng(0)
+    pictures = [Picture("train", "n00000001", f"n00000001_{i}.JPEG", noise.bytes(100_000)) for i in range(200)]
+    if layout == "tars":
+        as_tars(str(tmp_path), pictures)
+    elif layout == "webdataset":
+        files = [
+            (f"{i}{end}", data) for i, p in enumerate(pictures) for end, data in ((".jpg", p.data), (".cls", b"0"))
+        ]
+        storage.write(f"{tmp_path}/train.tar", tar(dict(files)))
+    else:
+        made = pq.read_table(io.BytesIO(table([(p.data, p.name, 0) for p in pictures], ["n00000001"])))
+        pq.write_table(made, tmp_path / "train.parquet", row_group_size=1000, write_batch_size=8)
+    unit = sources.plan(str(tmp_path), 1000, layout).units[0]
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    in_arrow = [pa.total_allocated_bytes() - before for _ in sources.read(unit)]
+    peak = max(in_arrow) + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(in_arrow) == 200
+    assert peak < 8 << 20
 
 
 def test_two_kinds_of_files_want_a_named_layout(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sources: the plan follows from the listing alone, and reading gives every image once, in order, with its label."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ def test_a_unit_is_known_by_its_listing(tmp_path: object) -> None:
     assert len(digests) == 4
     storage.write(f"{tmp_path}/copy/cat/1", b"1")
     assert sources.plan(f"{tmp_path}/copy", 4).units[0].digest == first.digest
+
+
+def test_classes_of_all_splits_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class that only the test split has gets a number of its own, and a word: it may be a slip in a name."""
+    fill(str(tmp_path), "train/cat/1", "train/dog/1", "test/cow/1")
+    plan = sources.plan(str(tmp_path), 10)
+    assert plan.classes == ("cat", "cow", "dog")
+    assert everything(plan)["test"] == [Image("cow/1", 1, b"test/cow/1")]
+    assert "1 of 3 classes have no training image: cow" in caplog.text
 
 
 def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:

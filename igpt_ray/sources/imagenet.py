@@ -8,6 +8,7 @@ Planning walks headers only, and steps over what lies between them.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from igpt_ray.sources.ranges import Window
 from igpt_ray.sources.tars import Bad, Member, members
 from igpt_ray.sources.units import (
     MOST_BYTES,
+    MOST_CLASSES,
     TEST,
     TRAIN,
     UNLABELLED,
@@ -93,8 +95,9 @@ def plan_tars(source: str, images_per_unit: int) -> Plan:
     flat = {entry: _flat(entry) for entry in tars if entry not in nested}
     told = {entry: _labels(entry.uri, found, entries) for entry, found in flat.items()}
     wnids = [storage.name(member.name)[:-4] for found in nested.values() for member in found]
-    if twice := sorted({wnid for wnid in wnids if wnids.count(wnid) > 1}):
-        raise SourceError(f"{source} holds the class {twice[0]} twice: leave one archive of training images there")
+    if len(wnids) > len(set(wnids)):
+        wnid = Counter(wnids).most_common(1)[0][0]
+        raise SourceError(f"{source} holds the class {wnid} twice: leave one archive of training images there")
     classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in told.values()))))
     index = {wnid: i for i, wnid in enumerate(classes)}
     drafts: list[Draft] = []
@@ -117,6 +120,8 @@ def _class_tars(entry: storage.Entry) -> list[Member]:
             if next(members(window, member.start, member.start + member.size), None) is None:
                 raise SourceError(f"{entry.uri}: {member.name} holds no images")
             inner.append(member)
+            if len(inner) > MOST_CLASSES:
+                raise SourceError(f"{entry.uri} holds more than {MOST_CLASSES} classes")
     return sorted(inner, key=lambda member: storage.name(member.name))
 
 
@@ -149,12 +154,17 @@ def _labels(tar: str, found: list[Member | Bad], entries: list[storage.Entry]) -
     texts = [e.uri for e in entries if re.search(r"val.*(synset|ground_truth|label).*\.txt$", e.uri.lower())]
     if not texts:
         raise SourceError(f"{tar} needs its labels beside it: ILSVRC2012_validation_synsets.txt, a WordNet id a line")
+    for member in found:
+        if isinstance(member, Bad):  # and who knows whether its name is: one name more or less shifts all labels
+            raise SourceError(
+                f"{tar}: {member.name!r} {member.reason}; labels follow the names, so all must be readable"
+            )
     uri = min(texts, key=lambda text: ("synset" not in text.lower(), text))
     lines = storage.read(uri).decode("utf-8", "backslashreplace").split()
     names = sorted({member.name for member in found})
     if not len(lines) == len(names) == len(found):
         raise SourceError(f"{uri} has {len(lines)} labels for {len(names)} images in {tar}: expected one line an image")
-    if all(line.isdigit() for line in lines):
+    if lines and all(line.isdigit() for line in lines):
         lines = _numbered_wnids(uri, lines)
     return dict(zip(names, lines, strict=True))
 

@@ -1,8 +1,10 @@
 """Parquet as Hugging Face writes images: `image: struct<bytes, path>` and `label: int64`.
 
 A unit is a run of row groups, or a whole file where there are too many files to open each while planning. Rows are
-read in small batches through range reads. Class names come from the metadata of Hugging Face, from `classes.txt`
-beside the files, or, if there are few files, from the labels themselves.
+read in small batches through range reads: a page of the file and a few megabytes are held at a time.
+
+Class names come from the metadata of Hugging Face, from `classes.txt` beside the files, or, if there are few files,
+from the labels themselves.
 """
 
 import json
@@ -42,6 +44,8 @@ MOST_SURVEYED = 64
 BATCH = 16
 """Rows decoded at once."""
 THREADS = 16
+BINARY = (pa.binary(), pa.large_binary())
+TEXT = (pa.string(), pa.large_string())
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,9 @@ def _opened(uri: str, size: int) -> Iterator[pq.ParquetFile]:
     """A Parquet file of the one schema we read; whatever pyarrow finds wrong with it becomes a `SourceError`."""
     try:
         source = pa.PythonFile(RangeFile(uri, size), "r")
-        with pq.ParquetFile(source, buffer_size=LARGEST, page_checksum_verification=True) as file:
+        # Without pre_buffer=False pyarrow fetches the whole column of a row group, which may be all of the file.
+        frugal = {"buffer_size": LARGEST, "pre_buffer": False, "arrow_extensions_enabled": False}
+        with pq.ParquetFile(source, page_checksum_verification=True, **frugal) as file:
             _check(file.schema_arrow, uri)
             yield file
     except (pa.ArrowException, OSError) as error:
@@ -185,7 +191,8 @@ def _check(schema: pa.Schema, uri: str) -> None:
     image = schema.field("image").type if "image" in schema.names else pa.null()
     label = schema.field("label").type if "label" in schema.names else pa.null()
     inner = {field.name: field.type for field in image} if pa.types.is_struct(image) else {}
-    if not pa.types.is_integer(label) or inner != {"bytes": pa.binary(), "path": pa.string()}:
+    data, path = inner.get("bytes", pa.null()), inner.get("path", pa.null())
+    if not pa.types.is_integer(label) or data not in BINARY or path not in TEXT:
         raise SourceError(
             f"{uri} has the columns {', '.join(f'{field.name}: {field.type}' for field in schema)}: expected"
             " image: struct<bytes: binary, path: string> and label: int64"

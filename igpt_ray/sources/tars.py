@@ -197,7 +197,11 @@ def _records(data: bytes) -> dict[str, str]:
         digits = data[:20].partition(b" ")[0]
         length = int(digits) if digits.isdigit() else 0
         key, equals, value = data[len(digits) + 1 : max(length - 1, 0)].partition(b"=")
-        if not equals or data[length - 1 : length] != b"\n" or (key == b"size" and not value.isdigit()):
+        if (
+            not equals
+            or data[length - 1 : length] != b"\n"
+            or (key == b"size" and not (value.isdigit() and len(value) < 20))
+        ):
             return {"objection": "has a malformed PAX header"}
         records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         data = data[length:]
