@@ -17,6 +17,7 @@ from igpt_ray import storage
 
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Count = Annotated[int, Field(gt=0)]
+Layout = Literal["folders", "kaggle", "tars", "webdataset", "parquet"]
 
 OPENAI_PALETTE = "openai"
 """The word that names OpenAI's own palette where a URI is expected; a file of that name is `./openai`."""
@@ -213,10 +214,12 @@ class Pixels(Section):
 
 
 class Palette(Section):
-    """Fit a palette to the training split of a folder of images."""
+    """Fit a palette to the training split of a folder or bucket of images."""
 
     source: Uri
-    """URI of images in class folders, or of train/ and other splits that hold them."""
+    """URI of images in one of the layouts below."""
+    layout: Layout | None = None
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
     out: Uri
     """URI of the palette to write, a .npy; beside it a .json says how it was made, and a .png shows the colours."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
@@ -232,12 +235,14 @@ class Palette(Section):
 
 
 class Prepare(Section):
-    """Turn a folder of images into a committed token store."""
+    """Turn a folder or bucket of images into a committed token store."""
 
     source: Uri
-    """URI of images in class folders, or of train/ and other splits that hold them."""
+    """URI of images in one of the layouts below."""
+    layout: Layout | None = None
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
     palette: PaletteUri
-    """URI of the palette (.npy), or the word openai for OpenAI's own 512 colours."""
+    """URI of the palette (.npy), or the word openai for OpenAI\'s own 512 colours."""
     tokens: Uri
     """URI of the token store to write, or to complete."""
     views: Count = 1

@@ -78,8 +78,8 @@ WAYS: dict[str, Callable[[Pixels, int, int], Palette]] = {
 
 def read_views(settings: BenchPalette) -> NDArray[np.uint8]:
     units = sources.plan(settings.images, 1000).units
-    found = (image.data for unit in units for image in sources.read(unit))
-    return np.stack([images.centre_view(images.decode(data), settings.n_px) for data in found])
+    found = [image for unit in units for image in sources.read(unit) if isinstance(image, sources.Image)]
+    return np.stack([images.centre_view(image.data, settings.n_px) for image in found])
 
 
 def divided(views: NDArray[np.uint8], n: int, seed: int) -> tuple[Pixels, Pixels]:

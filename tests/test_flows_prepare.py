@@ -128,9 +128,8 @@ def test_bucket_to_bucket_equals_folder_to_folder(
 ) -> None:
     """The row function against a real S3 server, in this process (the cluster's workers have no key to it)."""
     plan = sources.plan(digit_images, 50)
-    for unit in plan.units:
-        for key in unit.keys:
-            storage.write(storage.join(on_rclone, unit.split, key), storage.read(storage.join(unit.root, key)))
+    for entry in storage.walk(digit_images):
+        storage.write(on_rclone + entry.uri.removeprefix(digit_images), storage.read(entry.uri))
     in_bucket = sources.plan(on_rclone, 50)
     palette = Palette.load(storage.join(prepared, "palette.npy"))
     kind = TokenStore.open(storage.join(prepared, "tokens")).kind

@@ -41,6 +41,8 @@ def file_of(name: str) -> Path | None:
         path = ROOT.joinpath(*parts[:length])
         if path.with_suffix(".py").is_file():
             return path.with_suffix(".py")
+        if (path / "__init__.py").is_file() and length > 1:
+            return path / "__init__.py"
     return None
 
 
@@ -60,6 +62,7 @@ def test_the_walk_would_see_a_forbidden_import(tmp_path: Path) -> None:
     assert imports_of(tmp_path / "f.py") == {"igpt_ray.flows.train", "ray.data"}
     assert file_of("igpt_ray.flows.train") == ROOT / "igpt_ray/flows/train.py"
     assert file_of("igpt_ray.palette.Palette") == ROOT / "igpt_ray/palette.py"
+    assert file_of("igpt_ray.sources.plan") == ROOT / "igpt_ray/sources/__init__.py"
 
 
 def test_the_readme_s_tree_names_every_file_with_a_clause() -> None:

@@ -4,11 +4,11 @@
 `prepare`:     units x views -> one shard each, on actors -> manifest, written last.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import time
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, Tok
 from igpt_ray.flows.pool import spread
 from igpt_ray.palette import COLOURS, Palette, pack, quality, swatches
 from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, TokenStore
-from igpt_ray.sources import TRAIN, Unit
+from igpt_ray.sources import TRAIN, Unit, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +35,15 @@ QUARANTINE = TypeAdapter(list[Quarantined])
 def fit_palette(settings: config.Palette) -> dict[str, Any]:
     """Sample training images, count their colours after the pixel pipeline, fit k of them. Writes .npy, .json, .png."""
     started = time.perf_counter()
-    plan = sources.plan(settings.source, PALETTE_UNIT)
+    plan = sources.plan(settings.source, PALETTE_UNIT, settings.layout)
     units = [unit for unit in plan.units if unit.split == TRAIN]
-    total = sum(len(unit.keys) for unit in units)
+    total = sum(unit.images for unit in units)  # an estimate where archives hold them, so the sample's size is one too
     if total == 0:
         raise SourceError(f"{settings.source} has no {TRAIN} split to fit a palette on")
-    drawn = [_sample(unit, settings.images / total, settings.seed) for unit in units]
-    tasks = [unit for unit in drawn if unit.keys]
+    arguments = {"pixels": settings.pixels, "fraction": settings.images / total, "seed": settings.seed}
     histogram = np.zeros(COLOURS, np.int64)
     sampled = unreadable = 0
-    for counted in spread(tasks, CountColours, {"pixels": settings.pixels}, settings.pool):
+    for counted in spread(units, CountColours, arguments, settings.pool):
         histogram[counted.colours] += counted.counts
         sampled += counted.images
         unreadable += counted.unreadable
@@ -76,14 +75,18 @@ class Counted(NamedTuple):
 
 
 class CountColours:
-    """Unit -> Counted."""
+    """Unit -> Counted, of a seeded sample of its images."""
 
-    def __init__(self, pixels: config.Pixels):
+    def __init__(self, pixels: config.Pixels, fraction: float, seed: int):
         self.pixels = pixels
+        self.wanted = functools.partial(sources.sampled, fraction=fraction, seed=seed)
 
     def __call__(self, unit: Unit) -> Counted:
         pixels, unreadable = [], 0
-        for image in sources.read(unit):
+        for image in sources.read(unit, self.wanted):
+            if isinstance(image, Unreadable):
+                unreadable += 1
+                continue
             try:
                 pixels.append(view_of(image.data, self.pixels, unit.split, image.key, 0))
             except ImageError:
@@ -91,11 +94,6 @@ class CountColours:
         packed = pack(np.stack(pixels)) if pixels else np.empty(0, np.uint32)
         colours, counts = np.unique(packed, return_counts=True)
         return Counted(colours, counts, len(pixels), unreadable)
-
-
-def _sample(unit: Unit, fraction: float, seed: int) -> Unit:
-    kept = [i for i, key in enumerate(unit.keys) if sources.sampled(key, fraction, seed)]
-    return replace(unit, keys=tuple(unit.keys[i] for i in kept), labels=tuple(unit.labels[i] for i in kept))
 
 
 def _sidecar(palette: str, ending: str = ".json") -> str:
@@ -111,7 +109,7 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
     pipeline = images.PIPELINES[settings.pixels.pipeline]
     palette = _load_palette(settings.palette, pipeline)
     kind = Kind(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
-    plan = sources.plan(settings.source, settings.shard_images)
+    plan = sources.plan(settings.source, settings.shard_images, settings.layout)
     tasks = [(unit, view) for unit in plan.units for view in range(settings.views if unit.split == TRAIN else 1)]
     tasks.sort(key=lambda task: (task[0].split, task[1], task[0].name))
     committed = _committed(settings.tokens, kind, tasks)
@@ -125,7 +123,7 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
         quarantined += [(shard.split, image) for image in bad]
         n_images += shard.rows
         log.info("%d of %d shards, %d images, %d in quarantine", len(made), len(tasks), n_images, len(quarantined))
-    _check_budget(quarantined, sum(len(unit.keys) for unit, _ in tasks), settings)
+    _check_budget(quarantined, n_images + len(quarantined), settings)
     manifest = Manifest(
         format=shards.FORMAT,
         kind=kind,
@@ -178,7 +176,7 @@ class MakeShard:
             path=path_of(unit, view),
             split=unit.split,
             view=view,
-            rows=len(unit.keys) - len(bad),
+            rows=shards.parse(data).num_rows,
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             source=unit.digest,
@@ -188,6 +186,9 @@ class MakeShard:
     def _make(self, unit: Unit, view: int) -> tuple[bytes, list[Quarantined]]:
         keys, labels, tokens, bad = [], [], [], []
         for image in sources.read(unit):
+            if isinstance(image, Unreadable):
+                bad.append(Quarantined(key=image.key, reason=image.reason))
+                continue
             try:
                 rgb = view_of(image.data, self.pixels, unit.split, image.key, view)
             except ImageError as error:

@@ -1,0 +1,273 @@
+"""The tar reader against Python's, and against archives that mean harm. Nothing may be extracted, lost or believed."""
+
+import io
+import os
+import tarfile
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from igpt_ray import storage
+from igpt_ray.errors import SourceError
+from igpt_ray.sources import ranges
+from igpt_ray.sources.ranges import RangeFile, Window, ahead
+from igpt_ray.sources.tars import Bad, Member, members
+
+QUICK = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture
+def walk(tmp_path: Path) -> Callable[[bytes], list[Bad | tuple[str, bytes]]]:
+    """Bytes of an archive -> its members as the reader sees them: (name, data), or Bad."""
+
+    def walked(archive: bytes) -> list[Bad | tuple[str, bytes]]:
+        path = tmp_path / "archive.tar"
+        path.write_bytes(archive)
+        with Window(str(path), len(archive)) as window:
+            found = members(window)
+            return [m if isinstance(m, Bad) else (m.name, window.read_all(m.start, m.size)) for m in found]
+
+    return walked
+
+
+def member(
+    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: object
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def tar(*parts: tuple[tarfile.TarInfo, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as archive:
+        for info, data in parts:
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def with_size(header: bytes, size: int) -> bytes:
+    """A header that claims another size, its checksum mended."""
+    field = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+    changed = header[:124] + field + header[136:148] + b" " * 8 + header[156:]
+    return changed[:148] + b"%06o\0 " % sum(changed) + changed[156:]
+
+
+WORD = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=40
+)
+NAME = st.lists(WORD.filter(lambda word: word not in (".", "..")), min_size=1, max_size=8).map("/".join)
+FILES = st.lists(st.tuples(NAME, st.binary(max_size=1500)), max_size=6)
+
+
+@QUICK
+@given(files=FILES, format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+def test_it_reads_what_python_s_tarfile_reads(
+    files: list[tuple[str, bytes]], format: int, walk: Callable[[bytes], object]
+) -> None:
+    """Long names, names of other scripts, padding: in the three formats that are written."""
+    try:
+        archive = tar(*(member(name, data) for name, data in files), format=format)
+    except ValueError:  # ustar has no room for long names
+        return
+    with tarfile.open(fileobj=io.BytesIO(archive)) as reference:
+        expected = [(m.name, reference.extractfile(m).read()) for m in reference if m.isreg()]  # type: ignore[union-attr]
+    assert walk(archive) == expected
+
+
+@QUICK
+@given(files=FILES.filter(bool), data=st.data())
+def test_no_flipped_bit_or_cut_makes_a_file_out_of_nothing(
+    files: list[tuple[str, bytes]], data: st.DataObject, walk: Callable[[bytes], list[Bad | tuple[str, bytes]]]
+) -> None:
+    """A damaged archive ends with `SourceError` or `Bad` members, never with a crash, an endless walk or one file less
+    and no word about it."""
+    archive = bytearray(tar(*(member(name, content) for name, content in files)))
+    end = len(archive) - len(archive) % 10240 or len(archive)
+    if data.draw(st.booleans()):
+        used = sum(512 + -(-len(content) // 512) * 512 for _, content in files)
+        archive = archive[: data.draw(st.integers(0, used))]
+        with pytest.raises(SourceError, match="is cut"):
+            walk(bytes(archive))
+        return
+    at = data.draw(st.integers(0, 511))
+    archive[at] ^= 1 << data.draw(st.integers(0, 7))
+    found = walk(bytes(archive[:end]))
+    assert isinstance(found[0], Bad)
+    assert len(found) == len(files) or len(files[0][0].encode()) > 100  # a long name is a member of its own
+
+
+HARM = {
+    "absolute": (member("/etc/passwd", b"x"), "points out of its archive"),
+    "above": (member("a/../../x.jpg", b"x"), "points out of its archive"),
+    "symlink": (member("link.jpg", kind=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a symbolic link"),
+    "hardlink": (member("hard.jpg", kind=tarfile.LNKTYPE, linkname="a.jpg"), "is a hard link"),
+    "device": (member("null", kind=tarfile.CHRTYPE, devmajor=1, devminor=3), "is a device"),
+    "fifo": (member("pipe", kind=tarfile.FIFOTYPE), "is a FIFO"),
+    "unknown": (member("odd.jpg", b"x" * 700, kind=b"Z"), "unknown kind"),
+    "pax sparse": (member("s.jpg", b"x" * 700, pax_headers={"GNU.sparse.realsize": str(1 << 40)}), "is a sparse file"),
+    "long pax": (member("p.jpg", b"x", pax_headers={"comment": "y" * 70_000}), "has a header of 7"),
+    "long name": (member("n/" * 3000 + "x", b"x"), "has a name of 6001 characters"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_hostile_member_is_named_and_passed_over(harm: str, walk: Callable[[bytes], object], tmp_path: Path) -> None:
+    """Anything taken for a picture, written to disk, or taking its neighbours along."""
+    bad, reason = HARM[harm]
+    archive = tar(member("a.jpg", b"one"), bad, member("b.jpg", b"two" * 300), format=tarfile.PAX_FORMAT)
+    first, second, third = walk(archive)  # type: ignore[misc]
+    assert (first, third) == (("a.jpg", b"one"), ("b.jpg", b"two" * 300))
+    assert isinstance(second, Bad)
+    assert reason in second.reason
+    assert os.listdir(tmp_path) == ["archive.tar"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_claims_a_terabyte_costs_its_own_image_only(
+    kind: bytes, walk: Callable[[bytes], list[Bad | tuple[str, bytes]]]
+) -> None:
+    """A size that is believed: memory for it, or the end of the archive without a word."""
+    liar = with_size(member("liar.jpg", kind=kind)[0].tobuf(tarfile.GNU_FORMAT), 1 << 40)
+    archive = tar(member("a.jpg", b"one"))[:1024] + liar + b"\1" * 1024 + tar(member("b.jpg", b"two"))
+    first, bad, last = walk(archive)
+    assert (first, last) == (("a.jpg", b"one"), ("b.jpg", b"two"))
+    assert isinstance(bad, Bad)
+    assert (bad.name, bad.reason[:20]) == ("liar.jpg", "claims 1099511627776")
+
+
+def test_old_sparse_files_are_passed_over_with_all_their_headers(
+    walk: Callable[[bytes], list[Bad | tuple[str, bytes]]],
+) -> None:
+    """GNU's sparse files go on in further header blocks; whoever forgets them takes a map of holes for a header."""
+    header = bytearray(member("s.jpg", b"x" * 600, kind=tarfile.GNUTYPE_SPARSE)[0].tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    more = b"\1" * 504 + b"\1" + b"\0" * 7 + b"\1" * 504 + b"\0" * 8
+    archive = with_size(bytes(header), 600) + more + b"x" * 1024 + tar(member("b.jpg", b"two"))
+    bad, last = walk(archive)
+    assert isinstance(bad, Bad)
+    assert "sparse" in bad.reason
+    assert last == ("b.jpg", b"two")
+
+
+def test_a_global_header_must_not_name_or_size_all_members(walk: Callable[[bytes], object]) -> None:
+    """One header that would give every image the same name; git's, with a comment alone, is harmless."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"path": "x.jpg"}) as archive:
+        archive.addfile(member("a.jpg", b"")[0])
+    with pytest.raises(SourceError, match="global PAX header"):
+        walk(out.getvalue())
+    harmless = out.getvalue().replace(b"14 path=x.jpg\n", b"14 note=x.jpg\n")
+    assert walk(harmless) == [("a.jpg", b"")]
+
+
+def test_folders_and_a_leading_dot_are_no_news(walk: Callable[[bytes], object]) -> None:
+    """`tar c .` writes ./ before every name; the key would differ from that of the same image elsewhere."""
+    archive = tar(member("./", kind=tarfile.DIRTYPE), member("./a", kind=tarfile.DIRTYPE), member("./a/x.jpg", b"x"))
+    assert walk(archive) == [("a/x.jpg", b"x")]
+
+
+def test_members_by_the_thousand_hold_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of members, as tarfile keeps one, grows with the archive: a flat tar may have millions."""
+    monkeypatch.setattr(ranges, "LARGEST", ranges.FIRST)
+    header = member("x.jpg")[0].tobuf()
+    path = tmp_path / "many.tar"
+    path.write_bytes(header * 10_000 + bytes(1024))
+    tracemalloc.start()
+    with Window(str(path), path.stat().st_size) as window:
+        assert sum(1 for _ in members(window)) == 10_000
+    assert tracemalloc.get_traced_memory()[1] < 4 * ranges.FIRST
+    tracemalloc.stop()
+
+
+# ------------------------------------------------------------------------------------------------ range reads
+
+
+@QUICK
+@given(reads=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 900)), max_size=30), ordered=st.booleans())
+def test_a_window_reads_what_the_file_holds(reads: list[tuple[int, int]], ordered: bool, tmp_path: Path) -> None:
+    """Off-by-one where blocks meet, a block fetched ahead that does not fit, a jump back."""
+    content = bytes(i * i % 251 for i in range(4321))
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "FIRST", 64)
+        patch.setattr(ranges, "LARGEST", 256)
+        with Window(str(path), len(content)) as window:
+            for start, length in sorted(reads) if ordered else reads:
+                assert window.read(start, length) == content[start : start + length]
+
+
+def test_going_straight_on_takes_few_large_requests_and_skipping_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request per header would take a night over 1,000 class archives, and blocks of 8 MiB all 138 GB of them."""
+    path = tmp_path / "file"
+    with open(path, "wb") as f:
+        f.truncate(200 << 20)
+    asked: list[int] = []
+    real = storage.read
+    monkeypatch.setattr(storage, "read", lambda uri, start, length: asked.append(length) or real(uri, start, length))
+    with Window(str(path), 200 << 20) as window:
+        for start in range(0, 100 << 20, 100_000):
+            window.read(start, 512)
+    assert len(asked) < 24
+    asked.clear()
+    with Window(str(path), 200 << 20) as window:
+        for start in range(0, 200 << 20, 20 << 20):
+            window.read(start, 512)
+    assert asked == [ranges.FIRST] * 10
+
+
+def test_a_file_that_shrank_is_an_error_and_not_a_short_image(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"short")
+    with Window(str(path), 100) as window, pytest.raises(SourceError, match="ends before byte 50"):
+        window.read_all(0, 50)
+
+
+def test_a_range_file_is_a_file(tmp_path: Path) -> None:
+    """pyarrow seeks from both ends and reads past the last byte."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    file = RangeFile(str(path), 10)
+    assert (file.seek(-3, io.SEEK_END), file.read(2), file.tell(), file.read(), file.read(5)) == (
+        7,
+        b"78",
+        9,
+        b"9",
+        b"",
+    )
+    assert (file.seek(2), file.seek(2, io.SEEK_CUR), file.read(3)) == (2, 4, b"456")
+
+
+def test_working_ahead_keeps_order_and_errors() -> None:
+    """An error in the thread that is lost looks like the end of the data."""
+
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise SourceError("six")
+
+    seen: list[int] = []
+    with pytest.raises(SourceError, match="six"):
+        seen.extend(ahead(items()))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_member_knows_where_its_first_header_begins(tmp_path: Path) -> None:
+    """A unit that starts behind the long name's header would lose the name."""
+    archive = tar(member("a.jpg", b"1"), member("n" * 150 + ".jpg", b"2"))
+    path = tmp_path / "a.tar"
+    path.write_bytes(archive)
+    with Window(str(path), len(archive)) as window:
+        last = list(members(window))[-1]
+        assert next(members(window, last.header)) == last
+        assert isinstance(last, Member)
