@@ -69,7 +69,7 @@ def test_an_error_inside_an_actor_reaches_the_user_as_itself(
     """In a task and in the constructor: what Ray makes of it has lost the type, and is many lines long."""
     kind = TokenStore.open(storage.join(prepared, "tokens")).kind
     unit = sources.plan(digit_images, 10).units[0]
-    vanished = replace(unit, root=str(tmp_path / "vanished"))
+    vanished = replace(unit, content=replace(unit.content, root=str(tmp_path / "vanished")))
     for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
         arguments = {"root": root, "kind": kind, "pixels": config.Pixels(n_px=8), "committed": {}}
         with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):

@@ -1,10 +1,12 @@
 """Images to tokens on a real cluster: what is killed, broken or already there changes nothing in the end."""
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -111,6 +113,30 @@ def test_a_text_file_among_the_images_is_named_and_quarantined(
     assert "notes.txt" in listed
     assert "starts with b'not a pictur'" in listed
     assert TokenStore.open(str(tmp_path / "tokens")).manifest.quarantined == {"test": 0, "train": 2}
+
+
+def test_a_link_in_a_tar_of_images_is_quarantined(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    """Units of archives travel to the workers as those of folders do, and what cannot be read is counted."""
+    paths = sorted(Path(digit_images, "train").glob("*/*.png"))[:6]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+    with tarfile.open(tmp_path / "images/train-000.tar", "w") as shard:
+        for path in paths:
+            shard.add(path, path.name)
+            label = tarfile.TarInfo(path.name.replace(".png", ".cls"))
+            label.size = 1
+            shard.addfile(label, io.BytesIO(path.parent.name.encode()))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        shard.addfile(link)
+    settings = settings_for(str(tmp_path / "images"), prepared, tmp_path / "tokens", budget=0.2)
+    report = prepare.prepare(settings)
+    assert (report["images"], report["quarantined"]) == (6, 1)
+    rows = TokenStore.open(str(tmp_path / "tokens")).read_split("train")
+    labels = {row["key"]: row["label"] for table in rows for row in table.select(["key", "label"]).to_pylist()}
+    assert labels == {path.name: int(path.parent.name) for path in paths}
+    listed = "".join(path.read_text() for path in (tmp_path / "tokens/quarantine").iterdir())
+    assert "is a symbolic link" in listed
 
 
 def test_views_of_the_training_split_are_different_crops(prepared: str, digit_images: str, tmp_path: Path) -> None:

@@ -169,6 +169,13 @@ def test_a_global_header_must_not_name_or_size_all_members(walk: Callable[[bytes
     assert walk(harmless) == [("a.jpg", b"")]
 
 
+@pytest.mark.parametrize("archive", [b"", b"x" * 512, b"x" * 511, b"x" * 5000, bytes(511)])
+def test_what_is_no_archive_is_cut(archive: bytes, walk: Callable[[bytes], object]) -> None:
+    """An empty file, a web page, an image under the name of a tar: none is an archive without members."""
+    with pytest.raises(SourceError, match="is cut"):
+        walk(archive)
+
+
 def test_folders_and_a_leading_dot_are_no_news(walk: Callable[[bytes], object]) -> None:
     """`tar c .` writes ./ before every name; the key would differ from that of the same image elsewhere."""
     archive = tar(member("./", kind=tarfile.DIRTYPE), member("./a", kind=tarfile.DIRTYPE), member("./a/x.jpg", b"x"))

@@ -135,7 +135,7 @@ def _next_header(window: Window, at: int, end: int) -> int | None:
         if block[257:262] == b"ustar" and _parse(block) is not None:
             return at
         at += BLOCK
-    if any(tail := window.read(end - 2 * BLOCK, 2 * BLOCK)) or not tail:
+    if end < 2 * BLOCK or any(window.read(end - 2 * BLOCK, 2 * BLOCK)):
         raise SourceError(f"{window.uri} is cut: a tar archive in it has no end mark at byte {end}")
     return None
 
