@@ -1,6 +1,7 @@
 """Images to tokens on a real cluster: what is killed, broken or already there changes nothing in the end."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,14 @@ PIXELS = config.Pixels(n_px=8, crop="centre")
 def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> config.Prepare:
     palette = storage.join(prepared, "palette.npy")
     return config.Prepare(source=source, palette=palette, tokens=str(tokens), pixels=PIXELS, **others)
+
+
+def test_a_palette_comes_with_a_report_and_a_picture(prepared: str) -> None:
+    """A palette that nobody can judge, or a picture that overwrites the report."""
+    report = json.loads(storage.read(storage.join(prepared, "palette.json")))
+    assert report["k"] == 16
+    assert {"mse", "psnr_db", "entropy_nats", "colours_used", "made_by"} <= report.keys()
+    assert images.decode(storage.read(storage.join(prepared, "palette.png"))).ndim == 3
 
 
 def test_every_token_is_the_palette_s_nearest_colour_of_its_picture(prepared: str, digit_images: str) -> None:
