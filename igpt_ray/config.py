@@ -255,6 +255,18 @@ class Prepare(Section):
     pool: Pool = Pool()
 
 
+class Verify(Section):
+    """Check every byte of a token store, and that its shards are what the source gives."""
+
+    tokens: Uri
+    """URI of a token store."""
+    remake: Annotated[int, Field(ge=0)] = 1
+    """How many shards, spread over the store, are made again from the source and compared."""
+    remove: bool = False
+    """Remove shards and quarantine lists that the manifest does not name (left by an abandoned preparation, say)."""
+    pool: Pool = Pool()
+
+
 class Evaluate(Section):
     """Nats per token of a release on a split."""
 

@@ -169,7 +169,7 @@ class MakeShard:
         if data is not None:
             bad = QUARANTINE.validate_json(storage.read(bad_uri))
         else:
-            data, bad = self._make(unit, view)
+            data, bad = self.make(unit, view)
             storage.write(bad_uri, QUARANTINE.dump_json(bad))  # first: a shard that is there has its quarantine list
             storage.write(storage.join(self.root, path_of(unit, view)), data)
         shard = Shard(
@@ -183,7 +183,8 @@ class MakeShard:
         )
         return shard, bad
 
-    def _make(self, unit: Unit, view: int) -> tuple[bytes, list[Quarantined]]:
+    def make(self, unit: Unit, view: int) -> tuple[bytes, list[Quarantined]]:
+        """The shard's bytes, and what could not be read."""
         keys, labels, tokens, bad = [], [], [], []
         for image in sources.read(unit):
             if isinstance(image, Unreadable):
