@@ -12,16 +12,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from igpt_ray.errors import NotFound, StorageError
 
 if TYPE_CHECKING:
     from botocore.config import Config
+
+T = TypeVar("T")
 
 CACHE = Path.home() / ".cache" / "igpt_ray"
 """Where a node keeps what it can always make or fetch again: colour tables, token caches."""
@@ -240,26 +243,32 @@ def _read_s3(uri: str, start: int, length: int | None) -> bytes:
 
 
 def _get(**request: str) -> bytes:
-    """botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again.
+    def ask() -> bytes | None:
+        answer = _s3().get_object(**request)
+        body = bytes(answer["Body"].read())
+        return body if len(body) == answer.get("ContentLength") else None
 
-    If it breaks off within its headers, Python's HTTP client takes what it has for all of them and the body for
-    empty: so an answer without its length, or of another, is a broken one too.
+    return _whole(ask)
+
+
+def _whole(ask: Callable[[], T | None]) -> T:
+    """Ask until the answer is whole; `ask` returns None, or raises botocore's error, where it is not.
+
+    botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again. If it
+    breaks off within its headers, Python's HTTP client takes what it has for all of them and the body for empty,
+    without an error: a file would be empty, a listing without files.
     """
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    from botocore.parsers import ResponseParserError
 
-    attempt = 1
-    while True:
+    for attempt in range(1, RETRIES + 1):
         try:
-            answer = _s3().get_object(**request)
-            body = bytes(answer["Body"].read())
-            expected = answer.get("ContentLength")
-            if len(body) == expected:
-                return body
-            raise IncompleteReadError(actual_bytes=len(body), expected_bytes=expected)
-        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-            if attempt >= RETRIES:
+            if (answer := ask()) is not None:
+                return answer
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, ResponseParserError):
+            if attempt == RETRIES:
                 raise
-            attempt += 1
+    raise StorageError(f"{_s3().meta.endpoint_url} broke off {RETRIES} answers one after the other: try again later")
 
 
 def s3_config() -> "Config":
@@ -314,12 +323,26 @@ def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
 def _walk_s3(uri: str) -> Iterator[Entry]:
     bucket, key = _split(uri)
     prefix = f"{key}/" if key else ""
-    for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for item in page.get("Contents", []):
-            below = item["Key"][len(prefix) :]
-            if below.endswith("/") or any(part.startswith(".") for part in below.split("/")):
-                continue
-            yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
+    for item in _list(bucket, prefix):
+        below = item["Key"][len(prefix) :]
+        if below.endswith("/") or any(part.startswith(".") for part in below.split("/")):
+            continue
+        yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
+
+
+def _list(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    request = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = _whole(partial(_page, request))
+        yield from page.get("Contents", [])
+        if not page["IsTruncated"]:
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _page(request: dict[str, str]) -> dict[str, Any] | None:
+    page: dict[str, Any] = _s3().list_objects_v2(**request)
+    return page if "IsTruncated" in page else None  # every whole listing says whether it goes on
 
 
 @contextmanager
