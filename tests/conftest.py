@@ -248,10 +248,12 @@ def cluster() -> Iterator[str]:
 
     dashboard = free_port()
     memory = 200 << 20
-    head = {"num_cpus": 2, "object_store_memory": memory, "include_dashboard": True, "dashboard_port": dashboard}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
+    node = {"num_cpus": 2, "object_store_memory": memory}
+    # Jobs are submitted through the head's agent, whose default port another Ray on this machine may hold.
+    head = {"include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": free_port()}
+    nodes = Cluster(initialize_head=True, head_node_args=node | head)
     for _ in range(2):
-        nodes.add_node(num_cpus=2, object_store_memory=memory)
+        nodes.add_node(**node, dashboard_agent_listen_port=free_port())
     os.environ["RAY_ADDRESS"] = nodes.address
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
     yield f"http://127.0.0.1:{dashboard}"

@@ -81,9 +81,10 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(undisturbed: dic
     def kill_one() -> None:
         while not killed and not finished.is_set():
             if 8 in checkpoint.committed_steps(settings.run.uri):
-                workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.cmdline())]
-                killed.append(workers[-1].pid)
-                os.kill(workers[-1].pid, signal.SIGKILL)
+                running = psutil.process_iter(["cmdline"])  # `info` is None where a process has just ended
+                workers = [p.pid for p in running if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+                os.kill(workers[-1], signal.SIGKILL)
+                killed.append(workers[-1])
             time.sleep(0.01)
 
     finished = threading.Event()

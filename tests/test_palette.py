@@ -392,7 +392,7 @@ def photographs(shared: Path) -> NDArray[np.uint8]:
     """Pixels of 20 real photographs, 20,480 of them."""
     with tarfile.open(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar") as tar:
         files = [tar.extractfile(member) for member in tar]
-        views = [images.centre_view(f.read(), 32) for f in files if f is not None]
+        views = [images.centre_view(f.read(), 32, images.REFERENCE) for f in files if f is not None]
     return np.concatenate(views).reshape(-1, 3)
 
 
