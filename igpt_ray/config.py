@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from igpt_ray import storage
 
 Uri = Annotated[str, AfterValidator(storage.absolute)]
+OptionalUri = Annotated[str, AfterValidator(lambda uri: storage.absolute(uri) if uri else uri)]
 Count = Annotated[int, Field(gt=0)]
 Layout = Literal["folders", "kaggle", "tars", "webdataset", "parquet"]
 
@@ -92,7 +93,7 @@ class Optim(Section):
 class Data(Section):
     """What is trained on."""
 
-    tokens: str = ""
+    tokens: OptionalUri = ""
     """URI of a token store written by jobs/prepare.py (required)."""
     split: str = "train"
     """Split of the store."""
@@ -183,8 +184,13 @@ def preset_from_words(words: list[str]) -> Pretrain:
         return tyro.cli(Pretrain, default=PRESETS[first][1], args=words[1:], prog=f"jobs/pretrain.py {first}")
     if first in ("-h", "--help"):
         return tyro.extras.overridable_config_cli(PRESETS, args=["--help"])
-    near = difflib.get_close_matches(first, PRESETS, 1, cutoff=0)[0]
-    print(f"error: no preset {first!r}, did you mean {near}? There are {', '.join(PRESETS)}", file=sys.stderr)
+    if first.startswith("-"):
+        said = "the first word must be a preset."
+    else:
+        said = f"no preset {first!r}, did you mean {difflib.get_close_matches(first, PRESETS, 1, cutoff=0)[0]}?"
+    print(
+        f"error: {said} There are {', '.join(PRESETS)}; their settings: jobs/pretrain.py tiny --help", file=sys.stderr
+    )
     sys.exit(2)
 
 

@@ -129,6 +129,7 @@ def test_places_are_absolute_once_they_are_settings() -> None:
     """Ray's workers have another working directory."""
     assert Run(root="file:///a/b/").root == "/a/b"
     assert Run(root="runs").root.startswith("/")
+    assert preset_from_words(["tiny", "--data.tokens", "tokens"]).data.tokens.startswith("/")
     assert Run(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
 
 

@@ -143,7 +143,7 @@ def _probe_network(settings: config.Probe, store: TokenStore, untrained: bool) -
     for layer in range(fit.features.shape[1]):
         fit_layer, test_layer = (probe.Labelled(x.features[:, layer], x.labels) for x in (fit, test))
         layers.append(probe.probe(fit_layer, test_layer, len(store.manifest.classes), settings.seed))
-        log.info("layer %d: %.1f %%", layer, 100 * layers[-1]["test"])
+        log.info("%s layer %d: %.1f %%", "untrained" if untrained else "pretrained", layer, 100 * layers[-1]["test"])
     best = max(range(len(layers)), key=lambda i: layers[i]["validation"])
     return {"best_layer": best, "accuracy": layers[best]["test"], "layers": layers}
 

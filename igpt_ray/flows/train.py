@@ -93,7 +93,10 @@ def _check(settings: config.Pretrain) -> TokenStore:
     for field in ("n_px", "n_vocab"):
         ours, theirs = getattr(settings.model, field), getattr(store.kind, field)
         if ours != theirs:
-            raise SettingError(f"model.{field} is {ours}, but the tokens at {store.root} have {field} {theirs}")
+            raise SettingError(
+                f"model.{field} is {ours}, but the tokens at {store.root} have {field} {theirs}: train with"
+                f" --model.{field.replace('_', '-')} {theirs}, or prepare others"
+            )
     return store
 
 
@@ -140,6 +143,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     log_to_stderr()
+    logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
 
     store = TokenStore.open(cfg.data.tokens)
     images = SplitCache(store, cfg.data.split)
