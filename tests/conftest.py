@@ -57,7 +57,7 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test uses a node cache of this session; nothing is written to the user's."""
+    """Every test uses a node cache of its own run; nothing is written to the user's."""
     monkeypatch.setattr(storage, "CACHE", _cache_folder)
     return _cache_folder
 
