@@ -632,6 +632,7 @@ BILLION = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("layout", "n_shards"), [("webdataset", 1_000_000), ("parquet", 100_000)])
 def test_a_billion_images_are_planned_in_bounded_memory(layout: str, n_shards: int, tmp_path: Path) -> None:

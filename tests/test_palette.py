@@ -93,6 +93,7 @@ def test_exact_ties_half_way_go_to_the_lowest_index() -> None:
         np.testing.assert_array_equal(table[palette.pack(grey)], palette.nearest_float64(c, grey))
 
 
+@pytest.mark.slow
 def test_the_table_of_many_colours_is_exact_in_bounded_memory() -> None:
     """Distances of every colour to every level alone would take 50 MB here; and a block may not lose a candidate."""
     rng = np.random.default_rng(4)
