@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igpt_ray import config, shards, storage
+from igpt_ray import config, images, shards, storage
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
@@ -212,6 +212,18 @@ def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
             storage.write(storage.join(root, path), data)
             listed.append(listing_of(path, split, view, rows, data))
     return shards.commit(root, manifest_of(kind, listed))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """Class folders of ten small training pictures and three for testing, one of each split not readable."""
+    rng = np.random.default_rng(5)
+    for split, n in (("train", 10), ("test", 3)):
+        for i in range(n):
+            data = images.png(rng.integers(0, 256, (9, 8, 3), np.uint8))
+            name = f"{split}/{('cat', 'dog')[i % 2]}/{i}.png"
+            storage.write(str(tmp_path / "pictures" / name), data if i != 1 else data[:-20])
+    return str(tmp_path / "pictures")
 
 
 def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:

@@ -16,18 +16,6 @@ from igpt_ray.shards import TokenStore
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_storage_reads_and_writes_through_faults(rclone_s3: Keyed, aws: Callable[..., None], on_rclone: str) -> None:
-    proxy = FaultProxy(int(rclone_s3.endpoint.rsplit(":", 1)[1]), seeded(1, 10_000, 0.3))
-    with running(proxy) as endpoint:
-        aws(endpoint, rclone_s3.key, rclone_s3.secret)
-        for i in range(12):
-            data = os.urandom(3000 + i)
-            storage.write(storage.join(on_rclone, str(i)), data)
-            assert storage.read(storage.join(on_rclone, str(i))) == data
-        assert len(list(storage.walk(on_rclone))) == 12
-    assert proxy.faults > 5
-
-
 @pytest.mark.ray
 def test_a_preparation_through_faults_ends_with_the_same_shards(
     prepared: str, digit_images: str, rclone_s3: Keyed, aws: Callable[..., None], on_rclone: str
