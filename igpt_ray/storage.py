@@ -37,6 +37,9 @@ RETRIES = 10
 SILENCE = 30.0
 """Seconds that an S3 server may say nothing, before or within an answer, until it is asked again."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, or of a user who has had their share of it."""
+
 PART, PARTS_AT_ONCE = 16 << 20, 8
 """Bytes of a part of a large file that comes down, and how many do at once."""
 
@@ -201,7 +204,7 @@ def _beside(uri: str, n_bytes: int | None = None) -> Iterator[Path]:
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise full(uri, n_bytes) from error
 
