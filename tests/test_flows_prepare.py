@@ -1,5 +1,6 @@
 """Images to tokens on a real cluster: what is killed, broken or already there changes nothing in the end."""
 
+import functools
 import io
 import json
 import os
@@ -13,17 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
+from test_layouts import LAYOUTS, expected, real
 
 from igpt_ray import config, images, sources, storage
 from igpt_ray.errors import SourceError, TokenStoreError
 from igpt_ray.flows import prepare
 from igpt_ray.loader import SplitCache
 from igpt_ray.palette import Palette
-from igpt_ray.shards import Shard, Statistics, TokenStore, tokens_of
+from igpt_ray.shards import Kind, Shard, Statistics, TokenStore, parse, tokens_of
+from igpt_ray.sources import Layout
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 PIXELS = config.Pixels(n_px=8, crop="centre")
+SAMPLED = config.Pixels(n_px=32)
 
 
 def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> config.Prepare:
@@ -218,6 +222,41 @@ def test_progress_tells_how_far_how_fast_and_how_long_still(digit_images: str) -
     assert said is not None
     images_per_second, mb_per_second, _ = map(int, said.groups())
     assert mb_per_second == pytest.approx(images_per_second * 1000 / 40, rel=0.01)
+
+
+@functools.cache
+def tokens_of_the_sample(shared: Path) -> dict[tuple[str, str], tuple[int, bytes]]:
+    """(split, key) -> (label, tokens), image by image."""
+    palette = Palette.load("openai")
+    return {
+        (split, image.key): (
+            image.label,
+            palette.encode(prepare.view_of(image.data, SAMPLED, split, image.key, 0)).tobytes(),
+        )
+        for split, image in expected(real(shared))
+    }
+
+
+@pytest.mark.parametrize("store", ["local", "bucket"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
+    layout: Layout, store: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A random crop that follows a path, a label that follows an order: a store that no other can be compared with."""
+    place = str(tmp_path / "images") if store == "local" else request.getfixturevalue("on_rclone")
+    LAYOUTS[layout](place, real(shared))
+    palette, root = Palette.load("openai"), str(tmp_path / "tokens")
+    palette.save(storage.join(root, "palette.npy"))
+    kind = Kind(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=images.FAST)
+    make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
+    found = {}
+    for task in prepare.tasks_of(sources.plan(place, 30), views=1):
+        for split, (data, bad) in make.make(task).items():
+            assert not bad
+            table = parse(data)
+            for row, tokens in zip(table.select(["key", "label"]).to_pylist(), tokens_of(table), strict=True):
+                found[split.replace("holdout", "train"), row["key"]] = (row["label"], tokens.tobytes())
+    assert found == tokens_of_the_sample(shared)
 
 
 def test_bucket_to_bucket_equals_folder_to_folder(
