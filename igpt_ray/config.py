@@ -96,7 +96,7 @@ class Data(Section):
     tokens: OptionalUri = ""
     """URI of a token store written by jobs/prepare.py (required)."""
     split: str = "train"
-    """Split of the store."""
+    """Split of the store; `train+holdout` folds the held-out part back."""
 
 
 class Workers(Section):
@@ -253,6 +253,8 @@ class Prepare(Section):
     """URI of the token store to write, or to complete."""
     views: Count = 1
     """Differently cropped copies of the training split; epoch e reads view e mod views."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training images, drawn by key, that becomes the split holdout, to choose settings by. Paper: 4 %."""
     shard_images: Count = 10_000
     """Images per shard."""
     budget: Annotated[float, Field(ge=0, le=1)] = 0.001

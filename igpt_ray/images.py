@@ -77,11 +77,11 @@ def _centre(width: int, height: int) -> Frame:
 
 
 def _drawn(key: str, view: int, width: int, height: int) -> Frame:
+    """No generator of a library: its stream may change with the library's version."""
     digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    width, height = _resized(width, height, int(rng.integers(SHORTER_SIDE[0], SHORTER_SIDE[1] + 1)))
-    left = int(rng.integers(width - CROP + 1))
-    return Frame(width, height, left, int(rng.integers(height - CROP + 1)))
+    length, left, top = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
+    width, height = _resized(width, height, SHORTER_SIDE[0] + length % (SHORTER_SIDE[1] - SHORTER_SIDE[0] + 1))
+    return Frame(width, height, left % (width - CROP + 1), top % (height - CROP + 1))
 
 
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
@@ -158,12 +158,12 @@ def _eighths(header: Header, frame: Frame, n_px: int) -> int:
 def _rows(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int) -> tuple[Band, ...]:
     """Rows of the view, BAND at a time: each band needs but a part of the picture."""
     whole = _side(n_in, n_resized, offset, eighths, n_px, ROW_BITS)
-    bands = []
+    matrix, bands = whole.matrix.astype(np.float32), []
+    used = matrix != 0
+    firsts, lasts = used.argmax(1), matrix.shape[1] - used[:, ::-1].argmax(1)
     for top in range(0, n_px, BAND):
-        matrix = whole.matrix[top : top + BAND]
-        used = np.flatnonzero(matrix.any(0))
-        first, last = int(used[0]), int(used[-1]) + 1
-        bands.append(Band(whole.first + first, whole.first + last, matrix[:, first:last].astype(np.float32)))
+        first, last = int(firsts[top : top + BAND].min()), int(lasts[top : top + BAND].max())
+        bands.append(Band(whole.first + first, whole.first + last, matrix[top : top + BAND, first:last]))
     return tuple(bands)
 
 
@@ -202,10 +202,9 @@ def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray
     centres = (offset + np.arange(CROP) + 0.5) * scale
     n_taps = min(int(np.ceil(2 * support)), n_in)
     first = np.clip((centres - support + 0.5).astype(np.int64), 0, n_in - n_taps)
-    x = np.abs(first[:, None] + np.arange(n_taps) + 0.5 - centres[:, None]) / widened
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    x = np.abs((first - centres)[:, None] + (np.arange(n_taps) + 0.5)) / widened
+    u, v = np.maximum(2 - x, 0), np.maximum(1 - x, 0)
+    weights = u * u * (u - 1) * 0.5 + v * v * (1 - 2 * v)  # Keys' kernel with a = -1/2: one cubic from 0 to 1, one to 2
     return first, weights / weights.sum(1, keepdims=True)
 
 

@@ -12,6 +12,7 @@ from its unit and view, and its bytes from its rows, so that a repeated task ove
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +22,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from igpt_ray import storage
+from igpt_ray import images, storage
 from igpt_ray.errors import NotFound, TokenStoreError
 from igpt_ray.palette import Palette
 
 FORMAT = "igpt_ray tokens 1"
+SHEET = 64
+"""Pictures on a contact sheet."""
 Tokens = NDArray[np.uint16]
 
 
@@ -48,6 +51,19 @@ class Kind(Strict):
         return self.n_px * self.n_px
 
 
+class Statistics(Strict):
+    """What making a shard showed; sums, so that they add up over shards. The same in every repeat."""
+
+    quarantined: int
+    """Images that could not be read."""
+    source_bytes: int
+    """Encoded bytes of the images that could."""
+    squared_error: int
+    """Squared distance of the pixels to their colours, summed over pixels and channels, in 8-bit units."""
+    colours_used: int
+    """Colours of the palette that occur."""
+
+
 class Shard(Strict):
     """One Parquet file, relative to the store's root."""
 
@@ -59,6 +75,7 @@ class Shard(Strict):
     sha256: str
     source: str
     """Digest of the unit of work it was made from."""
+    statistics: Statistics
 
 
 class Quarantined(Strict):
@@ -74,8 +91,6 @@ class Manifest(Strict):
     classes: list[str]
     shards: list[Shard]
     """Ordered by split, view and unit: the order of the rows."""
-    quarantined: dict[str, int]
-    """Per split, how many images were left out; the files in quarantine/ say which and why."""
     made_by: dict[str, Any]
 
     @property
@@ -83,20 +98,36 @@ class Manifest(Strict):
         return sorted({shard.split for shard in self.shards})
 
     def views(self, split: str) -> int:
+        """How many views there are of the images of a split. Raises `TokenStoreError` as `select` does."""
         self.select(split)
-        return 1 + max(shard.view for shard in self.shards if shard.split == split)
+        views = 1 + max(shard.view for shard in self.shards if shard.split in split.split("+"))
+        for view in range(1, views):
+            self.select(split, view)
+        return views
 
     def select(self, split: str, view: int = 0) -> list[Shard]:
-        """The shards of a split. Raises `TokenStoreError` if there is no such split, or nothing in it."""
-        chosen = [shard for shard in self.shards if shard.split == split and shard.view == view]
-        if not chosen:
-            raise TokenStoreError(f"no split {split!r} in this token store: it has {', '.join(self.splits)}")
+        """The shards of a split, or of several: `train+holdout` is the one and then the other.
+
+        Raises `TokenStoreError` if there is no such split, or nothing in it.
+        """
+        chosen: list[Shard] = []
+        for name in split.split("+"):
+            part = [shard for shard in self.shards if shard.split == name and shard.view == view]
+            if not part and view == 0:
+                raise TokenStoreError(f"no split {name!r} in this token store: it has {', '.join(self.splits)}")
+            if not part:
+                raise TokenStoreError(f"{split} cannot be joined: {name!r} has fewer views than the other")
+            chosen += part
         if not any(shard.rows for shard in chosen):
             raise TokenStoreError(f"the split {split!r} of this token store has no images")
         return chosen
 
     def rows(self, split: str) -> int:
         return sum(shard.rows for shard in self.select(split))
+
+    def total(self, statistic: str, split: str) -> int:
+        """One of `Statistics`, summed over a split's first view."""
+        return sum(getattr(shard.statistics, statistic) for shard in self.select(split))
 
 
 class TokenStore:
@@ -152,8 +183,8 @@ class TokenStore:
             yield self.read(shard)
 
 
-def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, str]) -> bytes:
-    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px)."""
+def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, Any]) -> bytes:
+    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` says what it is made of."""
     T = tokens.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
     column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
@@ -179,6 +210,29 @@ def tokens_of(table: pa.Table) -> Tokens:
     """The token column as (rows, n_px * n_px) uint16."""
     column = table["tokens"].combine_chunks()
     return np.asarray(column.to_numpy_ndarray())
+
+
+def contact_sheet(store: TokenStore, split: str) -> images.RGB:
+    """A picture of 64 images of a split, decoded from their tokens: what a model will see of them.
+
+    They are spread evenly over at most 8 shards, so that a sheet of a billion images costs no more.
+    """
+    with_rows = [shard for shard in store.manifest.select(split) if shard.rows]
+    chosen = [with_rows[i] for i in _evenly(len(with_rows), 8)]
+    palette, n_px, pictures = store.palette(), store.kind.n_px, list[images.RGB]()
+    for n, shard in enumerate(chosen):
+        tokens = tokens_of(store.read(shard))
+        wanted = (SHEET - len(pictures)) // (len(chosen) - n)
+        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in _evenly(len(tokens), wanted)]
+    across = math.ceil(math.sqrt(len(pictures)))
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % across)
+    rows = [pictures[start : start + across] for start in range(0, len(pictures), across)]
+    return images.sheet(rows, scale=max(1, 64 // n_px))
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    """At most `most` of 0 .. n-1, the first among them."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
 
 
 def commit(root: str, manifest: Manifest) -> TokenStore:

@@ -91,7 +91,9 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
             return _read_s3(uri, start, length)
         with open(uri, "rb") as f:
             f.seek(start)
-            return f.read() if length is None else f.read(length)
+            if length is not None:  # Python would first make room for all that is asked for
+                length = min(length, max(0, os.fstat(f.fileno()).st_size - start))
+            return f.read(length)
 
 
 def write(uri: str, data: bytes) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from igpt_ray import config, images, shards, storage
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
+from igpt_ray.shards import Kind, Manifest, Shard, Statistics, TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -229,13 +229,14 @@ def pictures(tmp_path: Path) -> str:
 def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:
     """A manifest's line for a shard."""
     digest = hashlib.sha256(data).hexdigest()
-    return Shard(path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test")
+    none = Statistics(quarantined=0, source_bytes=0, squared_error=0, colours_used=0)
+    return Shard(
+        path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test", statistics=none
+    )
 
 
 def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
-    return Manifest(
-        format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, quarantined={}, made_by={"by": "a test"}
-    )
+    return Manifest(format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, made_by={"by": "a test"})
 
 
 @pytest.fixture(scope="session")

@@ -100,8 +100,8 @@ def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> No
         views += [images.centre_view(images.png(smooth), 32, pipeline)]
         made[pipeline] = [hashlib.sha256(view.tobytes()).hexdigest()[:8] for view in views]
     assert made == {
-        FAST: ["319592d3", "530ec214", "c7ed8a6c"],
-        REFERENCE: ["78575605", "b8d7504f", "3992cfa1"],
+        FAST: ["319592d3", "1cdd1048", "c7ed8a6c"],
+        REFERENCE: ["78575605", "71cca430", "3992cfa1"],
     }
 
 
