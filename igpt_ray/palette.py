@@ -80,7 +80,10 @@ class Palette:
             colours = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except Exception as error:  # a damaged header raises anything: SyntaxError, TokenError, MemoryError, ...
             raise PaletteError(f"{uri} is not a palette: expected a .npy of (k, 3) float32 ({error})") from error
-        return cls(colours)
+        try:
+            return cls(colours)
+        except PaletteError as error:
+            raise PaletteError(f"{uri}: {error}") from error
 
     def save(self, uri: str) -> None:
         storage.write(uri, self.npy())

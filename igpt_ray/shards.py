@@ -5,8 +5,9 @@
     <root>/<split>/<unit>-v<view>.parquet
     <root>/quarantine/<split>-<unit>-v<view>.json    what could not be read, and why
 
-Readers see only what a manifest names, and compare bytes and sha256 before they use a shard. A shard's name follows
-from its unit and view, and its bytes from its rows, so that a repeated task overwrites its own output with the same.
+Readers see only what a manifest names, and compare bytes and sha256 before they use a shard; the manifest ends with
+its own. A shard's name follows from its unit and view, and its bytes from its rows, so that a repeated task overwrites
+its own output with the same.
 """
 
 import hashlib
@@ -147,8 +148,14 @@ class TokenStore:
             data = storage.read(storage.join(root, "manifest.json"))
         except NotFound as error:
             raise TokenStoreError(f"no token store is committed at {root}: run jobs/prepare.py ({error})") from error
+        body = unseal(data)
+        if body is None:
+            raise TokenStoreError(
+                f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of what is"
+                " before): delete it and repeat jobs/prepare.py, which keeps the shards that are whole"
+            )
         try:
-            manifest = Manifest.model_validate_json(data)
+            manifest = Manifest.model_validate_json(body)
         except ValidationError as error:
             raise TokenStoreError(f"{root}/manifest.json is damaged or of another version: {_first(error)}") from error
         if manifest.format != FORMAT:
@@ -200,6 +207,16 @@ def parse(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
 
 
+def reencode(table: pa.Table) -> bytes:
+    """The bytes of a shard made from these rows: those it was read from, unless some of them are wrong.
+
+    Pages have checksums; what lies between and behind them has none, but would be written otherwise.
+    """
+    said = about(table)
+    kind = Kind(**{field: said.pop(field) for field in Kind.model_fields})
+    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
+
+
 def about(table: pa.Table) -> dict[str, Any]:
     """What a shard says of itself: its kind, unit, split and view."""
     found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"igpt_ray", b"{}"))
@@ -235,12 +252,30 @@ def _evenly(n: int, most: int) -> list[int]:
     return [i * n // min(n, most) for i in range(min(n, most))]
 
 
+SEAL = ',\n "sha256": "{}"\n}}\n'
+
+
+def seal(manifest: str) -> bytes:
+    """A manifest's file: its JSON with one field more at the end, the sha256 of all the bytes before.
+
+    A flipped bit in the name of a split would otherwise be a shard that no reader misses.
+    """
+    body = manifest.rstrip().removesuffix("}").rstrip()
+    return (body + SEAL.format(hashlib.sha256(body.encode()).hexdigest())).encode()
+
+
+def unseal(data: bytes) -> bytes | None:
+    """The JSON without that field; None if a bit of the file is wrong."""
+    body = data[: -len(SEAL.format("0" * 64))]
+    return body + b"}" if data == body + SEAL.format(hashlib.sha256(body).hexdigest()).encode() else None
+
+
 def commit(root: str, manifest: Manifest) -> TokenStore:
     """Write the manifest, the last step of a preparation. A repeat finds its equal there and changes nothing.
 
     Raises `TokenStoreError` if another store has been committed under this root in the meantime.
     """
-    data = (manifest.model_dump_json(indent=1) + "\n").encode()
+    data = seal(manifest.model_dump_json(indent=1))
     if not storage.write_new(storage.join(root, "manifest.json"), data):
         there = TokenStore.open(root)
         if there.manifest.shards != manifest.shards or there.kind != manifest.kind:

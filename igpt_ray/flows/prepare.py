@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from igpt_ray import config, images, shards, sources, storage
 from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, TokenStoreError
 from igpt_ray.flows.pool import spread
 from igpt_ray.palette import COLOURS, Palette, pack, quality, swatches
 from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, Statistics, TokenStore
-from igpt_ray.sources import TRAIN, Unit, Unreadable
+from igpt_ray.sources import TRAIN, Unit, Unreadable, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,13 @@ def held_out(key: str, holdout: float) -> bool:
     return sources.sampled(f"{HOLDOUT}\0{key}", holdout, seed=0)
 
 
+class Made(NamedTuple):
+    """A shard's bytes, and what could not be read."""
+
+    data: bytes
+    bad: list[Quarantined]
+
+
 class Done(NamedTuple):
     """What comes back: each shard, and the images left out of it."""
 
@@ -244,21 +251,18 @@ class MakeShard:
         made = self.make(task) if len(there) < len(splits) else {}
         listed = []
         for split in splits:
-            if split in there:
-                data = there[split]
-                bad = QUARANTINE.validate_json(storage.read(quarantine_uri(self.root, split, task)))
-            else:
-                data, bad = made[split]
+            data, bad = there[split] if split in there else made[split]
+            if split not in there:
                 # First the list: a shard that is there has its quarantine list.
                 storage.write(quarantine_uri(self.root, split, task), QUARANTINE.dump_json(bad))
                 storage.write(storage.join(self.root, path_of(split, task)), data)
             listed.append((self._listing(task, split, data), bad))
         return Done(task.unit.images, listed, kept=not made)
 
-    def make(self, task: Task) -> dict[str, tuple[bytes, list[Quarantined]]]:
-        """For each split the shard's bytes, and what could not be read."""
+    def make(self, task: Task, wanted: Wanted | None = None) -> dict[str, Made]:
+        """For each split the shard and what could not be read, of the images whose key is `wanted`, or of all."""
         parts = {split: _Part(self.palette, self.kind) for split in splits_of(task.unit, self.holdout)}
-        for image in sources.read(task.unit):
+        for image in sources.read(task.unit, wanted):
             part = parts[HOLDOUT if HOLDOUT in parts and held_out(image.key, self.holdout) else task.unit.split]
             if isinstance(image, Unreadable):
                 part.leave_out(image.key, image.reason)
@@ -267,23 +271,31 @@ class MakeShard:
                 part.add(image, view_of(image.data, self.pixels, task.unit.split, image.key, task.view))
             except ImageError as error:
                 part.leave_out(image.key, str(error))
-        return {split: (part.shard(self._about(task, split)), part.bad) for split, part in parts.items()}
+        return {split: Made(part.shard(self._about(task, split)), part.bad) for split, part in parts.items()}
 
-    def _there(self, task: Task, split: str) -> bytes | None:
+    def _there(self, task: Task, split: str) -> Made | None:
+        """What would be made, if it is there and whole to the last bit; an uncommitted shard has no hash but itself."""
         path = path_of(split, task)
         try:
             data = storage.read(storage.join(self.root, path))
-        except NotFound:
+            bad = QUARANTINE.validate_json(storage.read(quarantine_uri(self.root, split, task)))
+        except (NotFound, ValidationError):
             return None
         if path in self.committed:
-            return data if hashlib.sha256(data).hexdigest() == self.committed[path] else None
+            return Made(data, bad) if hashlib.sha256(data).hexdigest() == self.committed[path] else None
         try:
-            said = shards.about(shards.parse(data))
+            said = shards.about(table := shards.parse(data))
+            statistics = said.pop("statistics")
+            if said != {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(task, split)}:
+                return None
+            again = shards.reencode(table)
         except Exception:  # pyarrow has many ways to say "damaged"; all of them mean: make it again
             return None
-        said.pop("statistics", None)
-        expected = {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(task, split)}
-        return data if said == expected else None
+        if again != data or statistics["quarantined"] != len(bad):
+            return None
+        if bad and self.make(task, {image.key for image in bad}.__contains__)[split].bad != bad:
+            return None  # what could not be read has been mended since
+        return Made(data, bad)
 
     def _listing(self, task: Task, split: str, data: bytes) -> Shard:
         table = shards.parse(data)

@@ -26,7 +26,20 @@ from igpt_ray.sources.tars import members
 from igpt_ray.sources.units import SPLITS, TRAIN, Image, Plan, Unit, Unreadable, Wanted, key_of
 from igpt_ray.sources.webdataset import plan_webdataset
 
-__all__ = ["SPLITS", "TRAIN", "Image", "Layout", "Plan", "Unit", "Unreadable", "key_of", "plan", "read", "sampled"]
+__all__ = [
+    "SPLITS",
+    "TRAIN",
+    "Image",
+    "Layout",
+    "Plan",
+    "Unit",
+    "Unreadable",
+    "Wanted",
+    "key_of",
+    "plan",
+    "read",
+    "sampled",
+]
 
 PLANNERS: dict[Layout, Callable[[str, int], Plan]] = {
     "folders": plan_folders,
