@@ -10,6 +10,7 @@ Endpoints and credentials come from the standard AWS chain (`AWS_ENDPOINT_URL`, 
 import errno
 import functools
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -163,6 +164,15 @@ def walk(uri: str) -> Iterator[Entry]:
             yield from _walk_local(uri)
 
 
+def leftovers(uri: str) -> Iterator[Entry]:
+    """Temporary files below a local `uri` of writes that were killed, or are under way; in a bucket there are none."""
+    if not _is_s3(uri):
+        with _errors(uri):
+            for path in sorted(Path(uri).rglob(".*.*")):
+                if TEMPORARY.fullmatch(path.name) and path.is_file():
+                    yield Entry(str(path), path.stat().st_size)
+
+
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is stored under `uri`."""
     if not _is_s3(uri):
@@ -187,6 +197,9 @@ def delete(uri: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ local files
+
+TEMPORARY = re.compile(r"\..+\.\w{8}")
+"""What `_beside` calls its files."""
 
 
 @contextmanager

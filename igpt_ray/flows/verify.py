@@ -136,9 +136,11 @@ def _evenly(manifest: Manifest, n: int) -> list[Shard]:
 
 
 def _unnamed(store: TokenStore) -> list[str]:
-    """Shards and quarantine lists below the store that its manifest does not account for; other files are not ours."""
+    """Shards and quarantine lists below the store that its manifest does not account for, and temporary files of
+    writes that were killed; other files are not ours."""
     named = {shard.path for shard in store.manifest.shards}
     named |= {f"quarantine/{path.removesuffix('.parquet').replace('/', '-')}.json" for path in named}
     below = [entry.uri[len(store.root) + 1 :] for entry in storage.walk(store.root)]
     ours = [path for path in below if path.endswith(".parquet") or path.startswith("quarantine/")]
-    return [storage.join(store.root, path) for path in ours if path not in named]
+    unnamed = [storage.join(store.root, path) for path in ours if path not in named]
+    return unnamed + [entry.uri for entry in storage.leftovers(store.root)]
