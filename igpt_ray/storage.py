@@ -144,7 +144,7 @@ def upload(path: Path, uri: str) -> None:
 def download(uri: str, path: Path) -> None:
     """Bring a file of any size to the local `path`; the path appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors(uri), _beside(str(path)) as temporary:
+    with _errors(uri), _beside(str(path), None if _is_s3(uri) else os.path.getsize(uri)) as temporary:
         if _is_s3(uri):
             _download_s3(uri, temporary)
         else:
