@@ -402,6 +402,21 @@ class BenchPalette(Section):
     """Pixels to look up."""
 
 
+class BenchData(Section):
+    """From JPEG files to token shards, beside the JPEG decoder alone, PIL and transformers."""
+
+    images: Uri
+    """URI of JPEG files on this machine; they are repeated to the numbers below."""
+    n_px: Annotated[int, Field(gt=0, le=224)] = 32
+    """Pixels a side."""
+    n: Count = 4000
+    """Images that each way works through in a round."""
+    rounds: Count = 3
+    """How often each way is tried."""
+    whole: tuple[Count, ...] = (1000, 100_000)
+    """Images of whole preparations, whose memory should not grow with them."""
+
+
 # ------------------------------------------------------------------------------------------------ provenance
 
 
