@@ -71,7 +71,11 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """sha256 of names, sizes and labels: another listing is another unit."""
+        """sha256 of names, sizes and labels: another listing is another unit.
+
+        Not of times of change or a bucket's ETags: a copy of the data has others, and must give the same shards.
+        What changes under its name at equal size is found by making the shard again, as jobs/verify.py does.
+        """
         return hashlib.sha256(repr(self.content.identity()).encode("utf-8", "backslashreplace")).hexdigest()
 
 
