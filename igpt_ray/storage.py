@@ -80,6 +80,11 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
+def below(place: str, uri: str) -> str:
+    """`below("s3://b/x", "s3://b/x/y/z.png") == "y/z.png"`: undoes `join`."""
+    return uri[len(place) + 1 :]
+
+
 def name(uri: str) -> str:
     """The last part of a URI."""
     return uri.rstrip("/").rsplit("/", 1)[-1]

@@ -140,7 +140,7 @@ def _unnamed(store: TokenStore) -> list[str]:
     writes that were killed; other files are not ours."""
     named = {shard.path for shard in store.manifest.shards}
     named |= {f"quarantine/{path.removesuffix('.parquet').replace('/', '-')}.json" for path in named}
-    below = [entry.uri[len(store.root) + 1 :] for entry in storage.walk(store.root)]
+    below = [storage.below(store.root, entry.uri) for entry in storage.walk(store.root)]
     ours = [path for path in below if path.endswith(".parquet") or path.startswith("quarantine/")]
     unnamed = [storage.join(store.root, path) for path in ours if path not in named]
     return unnamed + [entry.uri for entry in storage.leftovers(store.root)]

@@ -77,7 +77,7 @@ def read(unit: Unit, wanted: Wanted | None = None) -> Iterator[Image | Unreadabl
 def recognise(source: str) -> Layout:
     """The layout of a place, by its first names; of unnamed tars, by the first member of the first."""
     head = list(islice(storage.walk(source), LOOKED_AT))
-    names = [entry.uri[len(source) + 1 :].lower() for entry in head]
+    names = [storage.below(source, entry.uri).lower() for entry in head]
     if any(name.startswith(("ilsvrc/", "loc_")) for name in names):
         return "kaggle"
     if any(name.endswith(PICTURES) for name in names):

@@ -92,7 +92,7 @@ def plan_kaggle(source: str, images_per_unit: int) -> Plan:
     images = storage.join(source, "ILSVRC/Data/CLS-LOC")
     files: dict[str, Listing] = defaultdict(list)
     for entry in storage.walk(images):
-        split, slash, path = entry.uri[len(images) + 1 :].partition("/")
+        split, slash, path = storage.below(images, entry.uri).partition("/")
         if split not in SPLITS or not slash or ("/" in path) != (split == TRAIN):
             raise SourceError(f"{entry.uri} has no place in Kaggle's layout: train/<wnid>/<image>, val/<image>")
         files[split].append((path, entry.size))
@@ -139,7 +139,7 @@ def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int]
 def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
     """Split -> files, and whether the splits are folders (every top folder is one) or all is training."""
     layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
-    listing = [(entry.uri[len(source) + 1 :], entry.size) for entry in storage.walk(source)]
+    listing = [(storage.below(source, entry.uri), entry.size) for entry in storage.walk(source)]
     if not listing:
         raise SourceError(f"{source} holds no files: expected images in class folders, {layout}")
     tops = {path.partition("/")[0] for path, _ in listing}
