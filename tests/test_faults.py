@@ -7,7 +7,7 @@ cluster. Faults of disks are in test_full_disk.py, damage in test_damage.py, kil
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,11 @@ from igpt_ray.flows import prepare
 from igpt_ray.palette import Palette
 from igpt_ray.shards import TokenStore
 
-Through = Callable[[Sequence[str | None]], "Iterator[FaultProxy]"]
+Through = Callable[[Sequence[str | None]], AbstractContextManager[FaultProxy]]
 
 
 @pytest.fixture
-def through(
-    on_rclone: str, rclone_s3: Keyed, aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Sequence[str | None]], "contextmanager[FaultProxy]"]:
+def through(on_rclone: str, rclone_s3: Keyed, aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Through:
     """A block in which `storage` reaches the server of `on_rclone` through a proxy that fails as scheduled.
 
     Less silence, and shorter waits between attempts: what takes minutes with the usual numbers takes a second.
@@ -69,9 +67,12 @@ def operations(place: str, folder: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.mark.parametrize("fault", [*ANYTHING, "hang", "stall 100", "stall 900"])
+SILENCES = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hang", "stall 100", "stall 900")]
+
+
+@pytest.mark.parametrize("fault", [*ANYTHING, *SILENCES])
 def test_every_operation_outlives_faults_of_any_kind(
-    fault: str, through: Callable, on_rclone: str, tmp_path: Path
+    fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
     """Twice in a row the same fault, then health: what a healthy server answers, not less and not an error."""
     times = 1 if fault.startswith(("hang", "stall")) else 2
@@ -87,7 +88,7 @@ def test_every_operation_outlives_faults_of_any_kind(
 
 @pytest.mark.parametrize("name", ["read", "read_range", "walk", "exists", "write", "write_new", "upload", "download"])
 def test_a_server_that_never_answers_is_named_soon(
-    name: str, through: Callable, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts upon attempts: ten of ours around eleven of the client's, a minute each, were 110 minutes."""
     monkeypatch.setattr(storage, "RETRIES", 3)
@@ -101,7 +102,7 @@ def test_a_server_that_never_answers_is_named_soon(
 
 @pytest.mark.parametrize("fault", ["stall 900", "cut 100", "cut 900", "503", "reset"])
 def test_a_fault_that_lasts_is_an_error_that_names_the_file(
-    fault: str, through: Callable, on_rclone: str, monkeypatch: pytest.MonkeyPatch
+    fault: str, through: Through, on_rclone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a file, an empty listing, or a wait without an end."""
     monkeypatch.setattr(storage, "RETRIES", 3)
@@ -114,7 +115,7 @@ def test_a_fault_that_lasts_is_an_error_that_names_the_file(
 
 
 def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
-    through: Callable, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """boto3's download waited for ever where the head of an answer was cut; parts must not change places."""
     original = tmp_path / "original"
@@ -129,7 +130,7 @@ def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
 
 @pytest.mark.parametrize("fault", ["cut 100", "cut 300"])
 def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
-    fault: str, through: Callable, on_rclone: str, tmp_path: Path
+    fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
     """A missing upload id or tag is a `KeyError` inside boto3, which nobody asks again for."""
     original = tmp_path / "original"
@@ -140,7 +141,7 @@ def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
         assert len(storage.read(f"{on_rclone}/big")) == 9 << 20
 
 
-def test_storage_reads_and_writes_through_faults(through: Callable, on_rclone: str) -> None:
+def test_storage_reads_and_writes_through_faults(through: Through, on_rclone: str) -> None:
     with through(seeded(1, 10_000, 0.3)) as proxy:
         for i in range(12):
             data = os.urandom(3000 + i)
@@ -154,7 +155,7 @@ def test_storage_reads_and_writes_through_faults(through: Callable, on_rclone: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_planned_and_read_through_faults(layout: str, through: Callable, on_rclone: str) -> None:
+def test_every_layout_is_planned_and_read_through_faults(layout: str, through: Through, on_rclone: str) -> None:
     """A member, a row or a label that a cut answer swallowed; blocks read ahead fail in another thread."""
     LAYOUTS[layout](on_rclone, tiny())
     with through(seeded(3, 10_000, 0.25, [*ANYTHING, "stall 300", "hang"])) as proxy:
@@ -162,9 +163,10 @@ def test_every_layout_is_planned_and_read_through_faults(layout: str, through: C
     assert proxy.faults >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_source_that_falls_silent_for_good_is_an_error_in_every_layout(
-    layout: str, through: Callable, on_rclone: str, monkeypatch: pytest.MonkeyPatch
+    layout: str, through: Through, on_rclone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pyarrow and the threads that read ahead must hand on the error as it is: not a hang, not a damaged file."""
     LAYOUTS[layout](on_rclone, tiny())
@@ -175,12 +177,13 @@ def test_a_source_that_falls_silent_for_good_is_an_error_in_every_layout(
             everything(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [("503",), ("reset", "drop"), ("cut 0", "cut 200", "cut 900"), ("lost",), ("hang", "stall 300")], ids=str
 )
 def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
     kinds: Sequence[str],
-    through: Callable,
+    through: Through,
     on_rclone: str,
     pictures: str,
     palette: Palette,

@@ -48,11 +48,12 @@ def visible(files: dict[str, str]) -> dict[str, str]:
     return {path: sha256 for path, sha256 in files.items() if not Path(path).name.startswith(".")}
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_repeated_a_local_store_is_the_undisturbed_one(
     pictures: str, palette: Palette, tmp_path: Path
 ) -> None:
     """Between a temporary file and its rename, between list and shard, before and after the manifest's link."""
-    *killed, undisturbed = deaths(pictures, palette, str(tmp_path / "stores"), tmp_path, shard_images=6, holdout=0.3)
+    *killed, undisturbed = deaths(pictures, palette, str(tmp_path / "stores"), tmp_path, shard_images=20, holdout=0.3)
     assert (undisturbed.about_to, undisturbed.exit_code) == ("", 0)
     expected = TokenStore.open(str(tmp_path / "stores" / str(undisturbed.n)))
     assert {shard.split for shard in expected.manifest.shards} == {"train", "test", "holdout"}
