@@ -227,7 +227,7 @@ def packed(folder: Path, out: Path) -> None:
     paths = sorted(folder.glob("train/*/*"))
     out.joinpath("classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
     for n, part in enumerate(batched(paths, UNIT)):
-        with tarfile.open(out / f"train-{n:05d}.tar", "w") as shard:
+        with tarfile.open(out / f"train-{n:05d}.tar", "w", dereference=True) as shard:  # or links would stay links
             for i, path in enumerate(part):
                 shard.add(path, f"{i:05d}.jpg")
                 label = tarfile.TarInfo(f"{i:05d}.cls")
