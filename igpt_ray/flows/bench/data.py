@@ -10,6 +10,7 @@ all that; what they hold is read from the kernel's own record of each worker's l
 import io
 import os
 import shutil
+import tarfile
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from igpt_ray.flows.pool import spread
 from igpt_ray.formats import header_of, scaled_jpeg
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind
+from igpt_ray.sources.units import batched
 
 Report = dict[str, Any]
 UNIT = 1000
@@ -40,6 +42,7 @@ def data(settings: BenchData) -> Report:
         os.environ.update(env)  # before Ray starts: its workers inherit it
         bucket = Path(scratch, "bucket")
         n_files = repeated(settings.images, bucket / "some", settings.n)
+        packed(bucket / "some", bucket / "packed")
         job.connect()
         Palette.load("openai").save(str(bucket / "palette.npy"))
         rounds = [one_round(str(bucket), settings.n_px) for _ in range(settings.rounds)]
@@ -67,10 +70,10 @@ Round = dict[str, Rate]
 
 def one_round(bucket: str, n_px: int) -> Round:
     rates = {way: rate(f"{bucket}/some", way, bucket, n_px) for way in WAYS}
-    for way in ("fast_centre", "fast_random"):
+    for place in ("some", "packed"):
         with cores_of("rclone") as cores:
-            found = rate("s3://bucket/some", way, bucket, n_px)
-        rates[f"{way}_from_s3"] = found._replace(server_cores=cores())
+            found = rate(f"s3://bucket/{place}", "fast_centre", bucket, n_px)
+        rates[f"fast_centre_from_s3_{'files' if place == 'some' else 'tars'}"] = found._replace(server_cores=cores())
     return rates
 
 
@@ -216,6 +219,20 @@ def repeated(source: str, folder: Path, n: int) -> int:
         except OSError:  # another disk, or one without links
             shutil.copyfile(uri, place)
     return len(found)
+
+
+def packed(folder: Path, out: Path) -> None:
+    """The same images in WebDataset shards of a unit each."""
+    out.mkdir()
+    paths = sorted(folder.glob("train/*/*"))
+    out.joinpath("classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+    for n, part in enumerate(batched(paths, UNIT)):
+        with tarfile.open(out / f"train-{n:05d}.tar", "w", dereference=True) as shard:  # or links would stay links
+            for i, path in enumerate(part):
+                shard.add(path, f"{i:05d}.jpg")
+                label = tarfile.TarInfo(f"{i:05d}.cls")
+                label.size = 1
+                shard.addfile(label, io.BytesIO(path.parent.name.encode()))
 
 
 @contextmanager
