@@ -42,6 +42,10 @@ class FaultProxy:
         self.faults = 0
         self.ended = asyncio.Event()
 
+    def fail_next(self, schedule: Sequence[str | None]) -> None:
+        """Begin again: what the next requests will meet."""
+        self.schedule, self.requests, self.faults = list(schedule), 0, 0
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]

@@ -4,8 +4,8 @@
 
 For n = 0, 1, 2 ... a child process prepares into <root>/<n> and kills itself with SIGKILL right before its n-th step:
 a temporary file of the store that is made, opened, renamed, linked or removed; in a bucket, bytes that leave for the
-server. Python's audit hooks announce these. The loop ends with the child that gets through. A JSON line for each
-tells where it died, and what the store's files are after the death and after the repeat (local stores only).
+server to be written. Python's audit hooks announce these. The loop ends with the child that gets through. A JSON line
+for each tells where it died, and what the store's files are after the death and after the repeat (local stores only).
 """
 
 import hashlib
@@ -70,7 +70,8 @@ class Killer:
             paths = [str(a) for a in arguments if str(a).startswith(self.tokens + "/")]
             step = f"{event} {paths[0].removeprefix(self.tokens)}" if paths else ""
         else:
-            step = f"{event} {bytes(arguments[1][:60])!r}" if event == SENT else ""
+            sent = bytes(arguments[1][:60]) if event == SENT else b"GET"
+            step = "" if sent.startswith((b"GET", b"HEAD")) else f"{event} {sent!r}"
         if step and not self.left:
             os.write(self.writer, step.encode())
             os.kill(os.getpid(), signal.SIGKILL)
