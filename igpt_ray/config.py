@@ -41,6 +41,8 @@ class Section(BaseModel):
 class Model(Section):
     """The network [facts of the paper, section 2, and OpenAI's `src/model.py`]."""
 
+    objective: Literal["next", "masked"] = "next"
+    """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
     n_layer: Count = 24
     """Blocks."""
     n_embd: Count = 512
@@ -51,6 +53,8 @@ class Model(Section):
     """Pixels a side; the sequence has n_px * n_px positions."""
     n_vocab: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours of the palette."""
+    n_class: Annotated[int, Field(ge=0)] = 0
+    """Classes that a head for fine-tuning tells apart; 0 has no head."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -65,7 +69,8 @@ class Model(Section):
     @property
     def n_params(self) -> int:
         d, n = self.n_embd, self.n_positions
-        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + 2 * d
+        sos = d if self.objective == "next" else 0
+        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + d + sos + self.n_class * d
 
 
 class Optim(Section):
@@ -271,6 +276,22 @@ class Verify(Section):
     remove: bool = False
     """Remove shards and quarantine lists that the manifest does not name (left by an abandoned preparation, say)."""
     pool: Pool = Pool()
+
+
+class Convert(Section):
+    """Carry weights from one format to another: OpenAI's, transformers', and our releases."""
+
+    source: Uri
+    """URI of a release, of a folder of transformers, or of OpenAI's checkpoint without `.index`."""
+    out: Uri
+    """URI of the folder to write."""
+    to: Literal["release", "transformers"] = "release"
+    """Format to write."""
+    palette: PaletteUri | None = None
+    """URI of the palette (.npy), or the word openai; None: what the source holds (OpenAI's checkpoints hold none)."""
+    pipeline: Literal["fast", "reference"] = "reference"
+    """Pixel pipeline to give a release. The one behind foreign weights was never published; this is what images will
+    be prepared with."""
 
 
 class Evaluate(Section):

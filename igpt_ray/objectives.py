@@ -1,10 +1,63 @@
-"""Objectives, as sums and counts: divided once, after every reduction."""
+"""Objectives, as sums and counts: divided once, after every reduction.
+
+B batch   T positions   V colours
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from igpt_ray.model import ImageGPT
+from igpt_ray.sampling import uniforms
+
+MASKED = 0.15
+"""Share of positions that are masked (paper, section 2.1)."""
+MASKS = 5
+"""Masks of each image when a masked network is judged (paper, section 4.6)."""
 
 
 def next_pixel(logits: Tensor, tokens: Tensor) -> Tensor:
     """Nats of every token: (B, T, V), (B, T) -> (B, T), in float32. The first pixel counts [OpenAI's `model`]."""
     B, T, V = logits.shape
     return F.cross_entropy(logits.float().view(B * T, V), tokens.view(B * T), reduction="none").view(B, T)
+
+
+def masked_pixel(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
+    """Nats per masked token of every image: (B, T, V), (B, T), (B, T) -> (B,), in float32.
+
+    The objective is the mean of these over images: an image counts the same however many positions it has masked
+    [OpenAI's `model`].
+    """
+    masked = ~keep
+    return (next_pixel(logits, tokens) * masked).sum(1) / masked.sum(1)
+
+
+def keep_masks(seeds: list[int], n_positions: int) -> Tensor:
+    """A mask for each seed, False where masked: (len(seeds), T) bool.
+
+    A position is kept with probability 1 - MASKED. If none falls out, which is common only in pictures of a few
+    pixels, the likeliest one does: OpenAI's mean over no position at all would not be a number.
+    """
+    u = uniforms(seeds, n_positions)
+    return u > u.amin(1, keepdim=True).clamp_min(MASKED)
+
+
+def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
+    """The model's own objective as a sum and a count: over tokens, or over images if it is masked by `keep`."""
+    if keep is None:
+        return next_pixel(model(tokens), tokens).sum(), tokens.numel()
+    return masked_pixel(model(tokens, keep), tokens, keep).sum(), len(tokens)
+
+
+def joint(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The fine-tuning loss of every image, generative + classification, 1:1 (paper, section 2.3): (B, T), (B,) -> (B,).
+
+    In nats: the mean over the image's (masked) tokens, and of its label.
+    """
+    logits, classes = model.joint(tokens, keep)
+    nats = next_pixel(logits, tokens).mean(1) if keep is None else masked_pixel(logits, tokens, keep)
+    return nats + classification(classes, labels)
+
+
+def classification(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats of every label: (B, classes), (B,) -> (B,), in float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -4,7 +4,6 @@ Work is spread by shard. Where a job writes, every input shard becomes one outpu
 it, marked with the release and shard it was made from: a repeat redoes only what is missing or out of date.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -291,7 +290,7 @@ def _pick_images(store: TokenStore, split: str, n: int) -> tuple[list[str], Toke
 
 def _seeds(seed: int, image: int, n: int) -> list[int]:
     """One stream per sample, a function of the seed, the picture's number and the sample's."""
-    return [int.from_bytes(hashlib.sha256(f"{seed}\0{image}\0{i}".encode()).digest()[:8], "little") for i in range(n)]
+    return [sampling.seed_of(seed, image, i) for i in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------ helpers
