@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ray.model import ImageGPT
-from igpt_ray.sampling import uniforms
+from igpt_ray.sampling import seed_of, uniforms
 
 MASKED = 0.15
 """Share of positions that are masked (paper, section 2.1)."""
@@ -41,11 +41,16 @@ def keep_masks(seeds: list[int], n_positions: int) -> Tensor:
     return u > u.amin(1, keepdim=True).clamp_min(MASKED)
 
 
-def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
-    """The model's own objective as a sum and a count: over tokens, or over images if it is masked by `keep`."""
+def keep_of_keys(keys: list[str], mask: int, n_positions: int) -> Tensor:
+    """The masks under which images are judged, a function of their keys: (len(keys), T) bool. `mask` < MASKS."""
+    return keep_masks([seed_of("mask", key, mask) for key in keys], n_positions)
+
+
+def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The sum of which the model's own objective is the mean: over tokens, or over images if masked by `keep`."""
     if keep is None:
-        return next_pixel(model(tokens), tokens).sum(), tokens.numel()
-    return masked_pixel(model(tokens, keep), tokens, keep).sum(), len(tokens)
+        return next_pixel(model(tokens), tokens).sum()
+    return masked_pixel(model(tokens, keep), tokens, keep).sum()
 
 
 def joint(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:

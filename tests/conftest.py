@@ -23,7 +23,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -295,7 +295,7 @@ def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathF
     return root
 
 
-def random_model(seed: int = 0, std: float = 0.3, **shape: int) -> ImageGPT:
+def random_model(seed: int = 0, std: float = 0.3, **shape: Any) -> ImageGPT:
     """A small network in evaluation mode whose every weight is random: gains, start vector and head too."""
     settings = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16} | shape
     model = ImageGPT(config.Model(**settings)).eval().requires_grad_(False)

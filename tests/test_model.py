@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
@@ -75,12 +77,14 @@ def test_features_may_stop_early(last: int) -> None:
 # ------------------------------------------------------------------------------------------------ by itself
 
 
-def test_the_first_loss_is_the_logarithm_of_the_colours() -> None:
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_the_first_loss_is_the_logarithm_of_the_colours(objective: Literal["next", "masked"]) -> None:
     """A head that is not zero, or tied to the input: every published curve begins at ln 512."""
-    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4))
+    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=16, objective=objective))
     x = random_tokens(model, 2)
-    nats = objectives.next_pixel(model(x), x)
-    torch.testing.assert_close(nats, torch.full_like(nats, math.log(512)), rtol=1e-6, atol=0)
+    keep = random_keep(model, 2) if objective == "masked" else None
+    nats = objectives.generative(model, x, keep).item() / (x.numel() if keep is None else len(x))
+    assert nats == pytest.approx(math.log(512), abs=1e-6)
 
 
 def test_weights_start_as_openais_did() -> None:
@@ -170,3 +174,115 @@ def test_every_weight_learns() -> None:
         assert parameter.grad is not None, name
         used = parameter.grad if name != "wte.weight" else parameter.grad[x[:, :-1].unique()]
         assert (used != 0).any(-1).all(), name
+
+
+# ------------------------------------------------------------------------------------------------ the default path
+
+
+def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
+    """Next-pixel nats by torch's functions alone: the network before it had any option."""
+    B, T = x.shape
+    C = state["sos"].shape[0]
+
+    def norm(h: Tensor, name: str) -> Tensor:
+        return F.rms_norm(h, (C,), state[name], 1e-5)
+
+    h = torch.cat([state["sos"].expand(B, 1, -1), F.embedding(x[:, :-1], state["wte.weight"])], 1) + state["wpe"][:T]
+    for i in range(sum(name.endswith("ln_1.weight") for name in state)):
+        qkv = F.linear(norm(h, f"h.{i}.ln_1.weight"), state[f"h.{i}.attn.c_attn.weight"])
+        q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + F.linear(y.transpose(1, 2).reshape(B, T, C), state[f"h.{i}.attn.c_proj.weight"])
+        m = F.linear(norm(h, f"h.{i}.ln_2.weight"), state[f"h.{i}.mlp.c_fc.weight"])
+        h = h + F.linear(m * torch.sigmoid(1.702 * m), state[f"h.{i}.mlp.c_proj.weight"])
+    logits = F.linear(norm(h, "ln_f.weight"), state["wtet.weight"])
+    return F.cross_entropy(logits.float().view(B * T, -1), x.view(B * T), reduction="none").sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
+    """An option that is off and still costs an operation: a run could not be resumed by the next version."""
+    model = random_model(std=0.15, n_embd=64, n_px=8).requires_grad_(True).to(dtype)
+    x = random_tokens(model, 3)
+    expected = plain_nats(dict(model.named_parameters()), x, 4)
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    nats = objectives.generative(model, x)
+    nats.backward()
+    assert torch.equal(nats, expected)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name]), name
+
+
+def test_options_do_not_change_the_weights_of_a_seed() -> None:
+    """One more number drawn, and every run of that seed is another."""
+    torch.manual_seed(4)
+    c = config.Model(n_layer=2, n_embd=16, n_head=2, n_px=4, n_vocab=8)
+    own = ImageGPT(c).state_dict()
+    torch.manual_seed(4)
+    torch.nn.Embedding(8, 16)  # torch initialises its modules, in the order in which they are made
+    for _ in range(2):
+        for rows, columns in ((48, 16), (16, 16), (64, 16), (16, 64)):
+            torch.nn.Linear(columns, rows, bias=False)
+    torch.nn.Linear(16, 8, bias=False)
+    drawn = [("wte.weight", 0.02), ("wpe", 0.01), ("sos", 0.02)]
+    for i in range(2):
+        drawn += [(f"h.{i}.attn.c_attn.weight", 16**-0.5), (f"h.{i}.attn.c_proj.weight", 32**-0.5)]
+        drawn += [(f"h.{i}.mlp.c_fc.weight", 0.02), (f"h.{i}.mlp.c_proj.weight", 0.02)]
+    for name, std in drawn:
+        assert torch.equal(own[name], torch.empty_like(own[name]).normal_(std=std)), name
+
+
+# ------------------------------------------------------------------------------------------------ masked, with a head
+
+
+def random_keep(model: ImageGPT, n: int) -> Tensor:
+    return objectives.keep_masks(list(range(n)), model.config.n_positions)
+
+
+def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
+    """A mask that hides the position too, or leaves a way around: the network would copy what it should guess."""
+    model = random_model(objective="masked")
+    assert not hasattr(model, "sos")
+    x, keep = random_tokens(model, 2), torch.ones(2, 16).bool()
+    keep[:, 5] = False
+    for t, seen in ((5, False), (0, True), (15, True)):
+        y = x.clone()
+        y[:, t] = (y[:, t] + 1) % 16
+        changed = (model(x, keep) != model(y, keep)).any(-1)
+        assert (changed == seen).all()
+    both = keep.clone()
+    both[:, 6] = False
+    assert (model(x, keep) != model(x, both)).any(-1).all()  # where a pixel is missing is seen
+
+
+def test_a_mask_that_keeps_everything_is_none() -> None:
+    model = random_model(objective="masked")
+    x = random_tokens(model, 2)
+    assert torch.equal(model(x, torch.ones(2, 16).bool()), model(x))
+    torch.testing.assert_close(model.features(x, keep=torch.ones(2, 16).bool()), model.features(x))
+    keep = random_keep(model, 2)
+    assert not torch.equal(model.features(x, keep=keep), model.features(x))
+    torch.testing.assert_close(model.features(x, keep=keep)[:, -1], model.hidden(x, keep).mean(1))
+
+
+def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None:
+    """A head on the last position, or before the norm; a head that starts at random spoils the first steps."""
+    model = random_model(n_class=5)
+    x = random_tokens(model, 3)
+    logits, classes = model.joint(x)
+    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(classes, model.features(x)[:, -1] @ model.wclf.weight.T)
+    fresh = ImageGPT(model.config)
+    assert (fresh.joint(x)[1] == 0).all()
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+@pytest.mark.parametrize("n_class", [0, 10])
+def test_parameters_are_counted_with_every_option(objective: Literal["next", "masked"], n_class: int) -> None:
+    """The masked networks lack `sos`, the head adds one row a class."""
+    c = config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, objective=objective, n_class=n_class)
+    assert sum(p.numel() for p in ImageGPT(c).parameters()) == c.n_params
+    default = c.model_copy(update={"objective": "next", "n_class": 0}).n_params
+    assert c.n_params == default - (32 if objective == "masked" else 0) + 32 * n_class

@@ -57,6 +57,15 @@ def check_kind(about: ReleaseConfig, kind: Kind, where: str) -> None:
             )
 
 
+def check_next(about: ReleaseConfig, where: str) -> None:
+    """Raises `CheckpointError` for a masked network: it finishes no picture, and gives none a probability."""
+    if about.model.objective != "next":
+        raise CheckpointError(
+            f"{where} is a masked network: completions, scores and the server need one that predicts the next pixel;"
+            " jobs/evaluate.py and jobs/probe.py take both"
+        )
+
+
 def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, about: ReleaseConfig) -> None:
     """Write a release; `about.sha256` is filled in here."""
     with tempfile.TemporaryDirectory() as folder:
