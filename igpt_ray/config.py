@@ -41,8 +41,6 @@ class Section(BaseModel):
 class Model(Section):
     """The network [facts of the paper, section 2, and OpenAI's `src/model.py`]."""
 
-    objective: Literal["next", "masked"] = "next"
-    """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
     n_layer: Count = 24
     """Blocks."""
     n_embd: Count = 512
@@ -53,6 +51,8 @@ class Model(Section):
     """Pixels a side; the sequence has n_px * n_px positions."""
     n_vocab: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours of the palette."""
+    objective: Literal["next", "masked"] = "next"
+    """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
     n_class: Annotated[int, Field(ge=0)] = 0
     """Classes that a head for fine-tuning tells apart; 0 has no head."""
 

@@ -34,8 +34,8 @@ def masked_pixel(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
 def keep_masks(seeds: list[int], n_positions: int) -> Tensor:
     """A mask for each seed, False where masked: (len(seeds), T) bool.
 
-    A position is kept with probability 1 - MASKED. If none falls out, which is common only in pictures of a few
-    pixels, the likeliest one does: OpenAI's mean over no position at all would not be a number.
+    A position is masked with probability MASKED. If none is, which is common only in pictures of a few pixels, the one
+    that came nearest to it is: the mean over no position at all would not be a number.
     """
     u = uniforms(seeds, n_positions)
     return u > u.amin(1, keepdim=True).clamp_min(MASKED)

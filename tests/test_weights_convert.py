@@ -70,7 +70,12 @@ def test_what_is_missing_or_contradicts_is_refused(release: str, palette: Palett
         (OPENAI, {"palette": str(OPENAI) + ".index"}, PaletteError, "is not a palette"),
         (OPENAI, {"to": "transformers"}, CheckpointError, "transformers' ImageGPT has no masked network"),
         (release, {}, SettingError, "is a release already: --to transformers"),
-        (release, {"to": "transformers", "palette": other}, SettingError, "has a palette of its own, and .* is another"),
+        (
+            release,
+            {"to": "transformers", "palette": other},
+            SettingError,
+            "has a palette of its own, and .* is another",
+        ),
         (tmp_path / "empty", {}, CheckpointError, "nothing to convert at"),
         (OPENAI.parent, {}, CheckpointError, "the name that stands before .index"),
     ):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from igpt_ray import config, images, objectives, probe, sampling, storage, weights
 from igpt_ray.errors import NotFound, SettingError
@@ -211,26 +212,21 @@ class FeaturesOfShard:
 
 
 @torch.inference_mode()
-def pooled_features(model: ImageGPT, tokens: Tokens, batch_size: int) -> np.ndarray:
-    """Every layer's features: (N, T) -> (N, layers + 1, C) float32."""
-    parts = []
-    for start in range(0, len(tokens), batch_size):
-        x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(model.wpe.device)
-        parts.append(model.features(x).float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-@torch.inference_mode()
-def masked_features(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> np.ndarray:
-    """Every layer's features under every mask: (N, T) -> (N, MASKS, layers + 1, C) float32."""
-    device, parts = model.wpe.device, []
+def pooled_features(model: ImageGPT, tokens: Tokens, batch_size: int, keep: Tensor | None = None) -> np.ndarray:
+    """Every layer's features, of images masked by `keep` (N, T): (N, T) -> (N, layers + 1, C) float32."""
+    parts, device = [], model.wpe.device
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        keeps = [objectives.keep_of_keys(keys[rows], mask, x.shape[1]).to(device) for mask in range(objectives.MASKS)]
-        looks = [model.features(x, keep=keep).float().cpu().numpy() for keep in keeps]
-        parts.append(np.stack(looks, axis=1))
+        features = model.features(x, keep=None if keep is None else keep[rows].to(device))
+        parts.append(features.float().cpu().numpy())
     return np.concatenate(parts)
+
+
+def masked_features(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> np.ndarray:
+    """The same under each of an image's masks: (N, T) -> (N, MASKS, layers + 1, C)."""
+    keeps = (objectives.keep_of_keys(keys, mask, tokens.shape[1]) for mask in range(objectives.MASKS))
+    return np.stack([pooled_features(model, tokens, batch_size, keep) for keep in keeps], axis=1)
 
 
 def _raw_pixels(store: TokenStore, palette: Palette, split: str) -> probe.Labelled:

@@ -197,9 +197,8 @@ def build(settings: config.Serve) -> serve.Application:
 
 def run(settings: config.Serve) -> dict[str, Any]:
     """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`)."""
-    weights.check_next(
-        weights.load_config(settings.release), settings.release
-    )  # refuse here, not in a replica that Serve would start again and again
+    # Refuse here, not in a replica that Serve would start again and again.
+    weights.check_next(weights.load_config(settings.release), settings.release)
     _check_port(settings.host, settings.port)
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=REQUEST_TIMEOUT_S))
     started = time.time()

@@ -136,7 +136,7 @@ def _sha256(path: Path) -> str:
 def _card(about: ReleaseConfig) -> str:
     m, k = about.model, about.kind
     objective = "Autoregressive" if m.objective == "next" else "Masked"
-    history = "\n".join(f"| {name} | {value} |" for name, value in _history(about.trained).items())
+    history = "\n".join(f"| {name} | {value} |" for name, value in _history(about).items())
     return f"""# ImageGPT, {m.n_layer} layers x {m.n_embd}, {m.n_px}x{m.n_px}, {m.n_vocab} colours
 
 {objective} model of pixels ("Generative Pretraining from Pixels", Chen et al., 2020), written by igpt_ray.
@@ -154,8 +154,9 @@ images show, their biases included; it has no notion of what a picture means.
 """
 
 
-def _history(trained: dict[str, Any]) -> dict[str, str]:
+def _history(about: ReleaseConfig) -> dict[str, str]:
     """Where the weights come from."""
+    trained, token = about.trained, "token" if about.model.objective == "next" else "masked token"
     if origin := trained.get("converted_from"):
         return {
             "converted from": str(origin),
@@ -164,5 +165,5 @@ def _history(trained: dict[str, Any]) -> dict[str, str]:
     nats = trained.get("nats_per_token")
     return {
         "steps": str(trained.get("steps")),
-        "training nats per token, last line": str(nats if nats is None else f"{nats:.4f}"),
+        f"training nats per {token}, last line": str(nats if nats is None else f"{nats:.4f}"),
     }
