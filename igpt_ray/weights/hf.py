@@ -94,7 +94,10 @@ def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None
     for name, value in found.items():
         check_finite(name, value, where)
         if name.endswith(".bias") and value.any():
-            raise CheckpointError(f"{where}: {name} is not zero, and ImageGPT has no biases: it was not made by OpenAI")
+            raise CheckpointError(
+                f"{where}: {name} is not zero, and our network has no biases: what transformers trained further cannot"
+                " be carried over"
+            )
     model.to_empty(device="cpu")
     model.load_state_dict(_ours(found, model))
     return model.eval()
