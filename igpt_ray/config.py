@@ -51,6 +51,10 @@ class Model(Section):
     """Pixels a side; the sequence has n_px * n_px positions."""
     n_vocab: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours of the palette."""
+    objective: Literal["next", "masked"] = "next"
+    """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
+    n_class: Annotated[int, Field(ge=0)] = 0
+    """Classes that a head for fine-tuning tells apart; 0 has no head."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -65,7 +69,8 @@ class Model(Section):
     @property
     def n_params(self) -> int:
         d, n = self.n_embd, self.n_positions
-        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + 2 * d
+        sos = d if self.objective == "next" else 0
+        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + d + sos + self.n_class * d
 
 
 class Optim(Section):
@@ -170,8 +175,21 @@ class Estimate(Pretrain):
 
 
 def _paper(n_layer: int, n_embd: int, n_head: int, n_px: int, optim: Optim) -> Pretrain:
+    """A recipe of the paper. What it does not state is chosen in `Optim`; the pixels in `images.py`."""
     return Pretrain(model=Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px), optim=optim)
 
+
+def _bert(recipe: Pretrain, lr: float) -> Pretrain:
+    """The masked twin of a recipe: the paper changes the objective and the learning rate, and states nothing else."""
+    model = recipe.model.model_copy(update={"objective": "masked"})
+    return recipe.model_copy(update={"model": model, "optim": recipe.optim.model_copy(update={"lr": lr})})
+
+
+IGPT_S = _paper(24, 512, 8, 32, Optim(lr=3e-3))
+IGPT_M = _paper(36, 1024, 8, 32, Optim(lr=3e-3))
+IGPT_L = _paper(48, 1536, 16, 32, Optim(lr=1e-3))
+IGPT_L_48 = _paper(48, 1536, 16, 48, Optim(lr=1e-2))
+IGPT_XL = _paper(60, 3072, 32, 64, Optim(lr=3e-4, batch_size=64, steps=2_000_000, warmup_steps=20_018))
 
 PRESETS: dict[str, tuple[str, Pretrain]] = {
     "tiny": (
@@ -183,14 +201,22 @@ PRESETS: dict[str, tuple[str, Pretrain]] = {
             run=Run(checkpoint_every=110),
         ),
     ),
-    "igpt-s": ("iGPT-S of the paper, 76.6M parameters", _paper(24, 512, 8, 32, Optim(lr=3e-3))),
-    "igpt-m": ("iGPT-M of the paper, 455M parameters", _paper(36, 1024, 8, 32, Optim(lr=3e-3))),
-    "igpt-l": ("iGPT-L of the paper at 32x32, 1.36B parameters", _paper(48, 1536, 16, 32, Optim(lr=1e-3))),
-    "igpt-l-48": ("iGPT-L of the paper at 48x48, 1.36B parameters", _paper(48, 1536, 16, 48, Optim(lr=1e-2))),
+    "igpt-s": ("iGPT-S of the paper, 76.6M parameters", IGPT_S),
+    "igpt-m": ("iGPT-M of the paper, 455M parameters", IGPT_M),
+    "igpt-l": ("iGPT-L of the paper at 32x32, 1.36B parameters", IGPT_L),
+    "igpt-l-48": ("iGPT-L of the paper at 48x48, 1.36B parameters; a learning rate of 0.01 as printed", IGPT_L_48),
     "igpt-xl": (
         "iGPT-XL of the paper, 6.8B parameters; its heads are not stated: 32 keep the head width of L",
-        _paper(60, 3072, 32, 64, Optim(lr=3e-4, batch_size=64, steps=2_000_000, warmup_steps=20_018)),
+        IGPT_XL,
     ),
+    "igpt-s-bert": ("iGPT-S of the paper with masked pixels", _bert(IGPT_S, 1e-2)),
+    "igpt-m-bert": ("iGPT-M of the paper with masked pixels", _bert(IGPT_M, 3e-3)),
+    "igpt-l-bert": ("iGPT-L of the paper at 32x32 with masked pixels", _bert(IGPT_L, 1e-3)),
+    "igpt-l-48-bert": (
+        "iGPT-L at 48x48 with masked pixels; not in the paper: the rate of igpt-l-bert",
+        _bert(IGPT_L_48, 1e-3),
+    ),
+    "igpt-xl-bert": ("iGPT-XL with masked pixels; not in the paper: the rate of igpt-xl", _bert(IGPT_XL, 3e-4)),
 }
 
 
@@ -303,6 +329,22 @@ class Verify(Section):
     remove: bool = False
     """Remove shards and quarantine lists that the manifest does not name (left by an abandoned preparation, say)."""
     pool: Pool = Pool()
+
+
+class Convert(Section):
+    """Carry weights from one format to another: OpenAI's, transformers', and our releases."""
+
+    source: Uri
+    """URI of a release, of a folder of transformers, or of OpenAI's checkpoint without `.index`."""
+    out: Uri
+    """URI of the folder to write."""
+    to: Literal["release", "transformers"] = "release"
+    """Format to write."""
+    palette: PaletteUri | None = None
+    """URI of the palette (.npy), or the word openai; None: what the source holds (OpenAI's checkpoints hold none)."""
+    pipeline: Literal["fast", "reference"] = "reference"
+    """Pixel pipeline to give a release. The one behind foreign weights was never published; this is what images will
+    be prepared with."""
 
 
 class Evaluate(Section):

@@ -29,6 +29,20 @@ def image_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
     return nats
 
 
+@torch.inference_mode()
+def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> Nats:
+    """Nats per masked token of each image under a masked network, the mean over MASKS masks: (N, T) -> (N,)."""
+    device = model.wpe.device
+    nats = np.zeros(len(tokens))
+    for start in range(0, len(tokens), batch_size):
+        rows = slice(start, start + batch_size)
+        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
+        for mask in range(objectives.MASKS):
+            keep = objectives.keep_of_keys(keys[rows], mask, x.shape[1]).to(device)
+            nats[rows] += objectives.masked_pixel(model(x, keep), x, keep).double().cpu().numpy()
+    return nats / objectives.MASKS
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """Sums over images."""

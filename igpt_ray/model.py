@@ -17,10 +17,13 @@ NORM_EPS = 1e-5
 
 
 class ImageGPT(nn.Module):
-    """Predicts each pixel from those before it.
+    """Predicts each pixel from those before it, or (`objective` masked) the masked ones from all others.
 
     Position t sees sos, x_0 .. x_{t-1} and predicts x_t: the first pixel is predicted from the learned start vector
     `sos` alone, and the last is never an input. Input and output embeddings are separate (`wte`, `wtet`).
+
+    A masked network has no start vector and no shift. Where `keep` (B, T) is False, a position's content embedding is
+    zero, so that it sees of itself only where it stands; there is no mask token. Attention looks both ways.
     """
 
     def __init__(self, config: config.Model):
@@ -28,34 +31,56 @@ class ImageGPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.n_vocab, config.n_embd)
         self.wpe = nn.Parameter(torch.empty(config.n_positions, config.n_embd))
-        self.sos = nn.Parameter(torch.empty(config.n_embd))
-        self.h = nn.ModuleList(Block(config.n_embd, config.n_head) for _ in range(config.n_layer))
+        self.causal = config.objective == "next"
+        if self.causal:
+            self.sos = nn.Parameter(torch.empty(config.n_embd))
+        self.h = nn.ModuleList(Block(config.n_embd, config.n_head, self.causal) for _ in range(config.n_layer))
         self.ln_f = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.wtet = nn.Linear(config.n_embd, config.n_vocab, bias=False)
+        if config.n_class:
+            self.wclf = nn.Linear(config.n_embd, config.n_class, bias=False)
         self.init_weights()
 
     @property
     def blocks(self) -> list["Block"]:
         return cast("list[Block]", list(self.h))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t."""
-        h = self.embed(tokens)
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t, unless a mask keeps it."""
+        return self.wtet(self.hidden(tokens, keep))  # (B, T, V)
+
+    def joint(self, tokens: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of every position, and of the classes: (B, T) -> (B, T, V), (B, classes). For fine-tuning.
+
+        The head looks at the mean over positions of what `wtet` looks at (paper, section 2.3).
+        """
+        h = self.hidden(tokens, keep)
+        return self.wtet(h), self.wclf(h.mean(1))
+
+    def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The output of the last norm: (B, T) -> (B, T, C)."""
+        h = self.embed(tokens, keep)
         for block in self.h:
             h = block(h)
-        return self.wtet(self.ln_f(h))  # (B, T, V)
+        return self.ln_f(h)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C): shifted right by the start vector, positions added."""
+    def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, C): shifted right by the start vector, or masked by `keep`; positions added."""
         B, T = tokens.shape
-        sos = self.sos.expand(B, 1, -1)
-        return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[:T]
+        if self.causal:
+            assert keep is None, "a mask for a network that predicts the next pixel"
+            sos = self.sos.expand(B, 1, -1)
+            return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[:T]
+        h = self.wte(tokens)
+        if keep is not None:
+            h = h * keep[..., None]
+        return h + self.wpe[:T]
 
-    def features(self, tokens: Tensor, last: int | None = None) -> Tensor:
+    def features(self, tokens: Tensor, last: int | None = None, keep: Tensor | None = None) -> Tensor:
         """The paper's features (section 3.4): (B, T) -> (B, last + 1, C), the mean over positions of each block's
         ln_1 output, and of ln_f's output at layer L. Stops at layer `last` (default L)."""
         last = len(self.h) if last is None else last
-        h = self.embed(tokens)
+        h = self.embed(tokens, keep)
         pooled = []
         for block in self.blocks[: last + 1]:
             pooled.append(block.ln_1(h).mean(1))
@@ -67,6 +92,7 @@ class ImageGPT(nn.Module):
 
     def prefill(self, given: Tensor, cache: "KVCache") -> Tensor:
         """The logits that predict pixel S from S given ones, filling an empty cache: (B, S) -> (B, V)."""
+        assert self.causal, "a masked network has no next pixel"
         B, S = given.shape
         sos = self.sos.expand(B, 1, -1)
         h = torch.cat([sos, self.wte(given)], dim=1) + self.wpe[: S + 1]  # (B, S + 1, C)
@@ -85,12 +111,15 @@ class ImageGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's initialisation. The zero head makes the first loss exactly ln V."""
+        """OpenAI's initialisation. The zero heads make the first loss exactly ln V, and ln n_class."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe, std=0.01)
-        nn.init.normal_(self.sos, std=0.02)
+        if self.causal:
+            nn.init.normal_(self.sos, std=0.02)
         nn.init.zeros_(self.wtet.weight)
+        if self.config.n_class:
+            nn.init.zeros_(self.wclf.weight)
         for block in self.blocks:
             nn.init.normal_(block.attn.c_attn.weight, std=C**-0.5)
             nn.init.normal_(block.attn.c_proj.weight, std=(C * self.config.n_layer) ** -0.5)
@@ -101,10 +130,10 @@ class ImageGPT(nn.Module):
 class Block(nn.Module):
     """Pre-norm: attention, then the MLP. The norms are RMS norms with a gain and no bias."""
 
-    def __init__(self, n_embd: int, n_head: int):
+    def __init__(self, n_embd: int, n_head: int, causal: bool):
         super().__init__()
         self.ln_1 = nn.RMSNorm(n_embd, NORM_EPS)
-        self.attn = Attention(n_embd, n_head)
+        self.attn = Attention(n_embd, n_head, causal)
         self.ln_2 = nn.RMSNorm(n_embd, NORM_EPS)
         self.mlp = MLP(n_embd)
 
@@ -114,11 +143,12 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. OpenAI's q, k and v projections lie fused, in this order, in `c_attn`."""
+    """Self-attention, causal or both ways. OpenAI's q, k and v projections lie fused, in this order, in `c_attn`."""
 
-    def __init__(self, n_embd: int, n_head: int):
+    def __init__(self, n_embd: int, n_head: int, causal: bool):
         super().__init__()
         self.n_head = n_head
+        self.causal = causal
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
 
@@ -130,7 +160,7 @@ class Attention(nn.Module):
             assert start == 0 or T == 1, f"{T} positions at once onto a cache of {start}"
             kv[:, :, :, start : start + T] = torch.stack([k, v])
             k, v = kv[:, :, :, : start + T]  # each (B, N, start + T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, N, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)  # (B, N, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from igpt_ray.model import ImageGPT
 
@@ -20,6 +20,7 @@ def shard(model: ImageGPT, mesh: DeviceMesh, precision: str) -> ImageGPT:
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "joint")  # it too gathers the weights first
     return model
 
 

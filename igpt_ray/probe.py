@@ -29,7 +29,7 @@ class Labelled:
     """Images as the probe sees them."""
 
     features: Features
-    """(N, D)"""
+    """(N, D); or (N, M, D) if each was seen under M masks."""
     labels: Labels
     """(N,)"""
 
@@ -53,11 +53,22 @@ def probe(fit: Labelled, test: Labelled, n_classes: int, seed: int) -> dict[str,
 def _accuracy(
     fit: Labelled, fit_rows: NDArray[np.bool_], on: Labelled, on_rows: NDArray[np.bool_], n_classes: int, l2: float
 ) -> float:
-    x = fit.features[fit_rows]
+    x, y = fit.features[fit_rows], fit.labels[fit_rows]
+    if x.ndim == 3:  # every look at an image is an example
+        x, y = x.reshape(-1, x.shape[2]), y.repeat(x.shape[1])
     mean, deviation = x.mean(0), x.std(0) + 1e-6
-    weight, bias = fit_logistic((x - mean) / deviation, fit.labels[fit_rows], n_classes, l2)
+    weight, bias = fit_logistic((x - mean) / deviation, y, n_classes, l2)
     logits = (on.features[on_rows] - mean) / deviation @ weight.T + bias
-    return float((logits.argmax(1) == on.labels[on_rows]).mean())
+    chosen = logits.argmax(1) if logits.ndim == 2 else vote(logits)
+    return float((chosen == on.labels[on_rows]).mean())
+
+
+def vote(logits: Features) -> Labels:
+    """The class that most masks of an image speak for; of equals, the likelier: (N, M, classes) -> (N,)."""
+    n_classes = logits.shape[2]
+    votes = np.eye(n_classes)[logits.argmax(2)].sum(1)
+    p = torch.from_numpy(logits).double().softmax(2).mean(1).numpy()
+    return (votes + p / 2).argmax(1)
 
 
 def fit_logistic(x: Features, y: Labels, n_classes: int, l2: float) -> tuple[Features, Features]:

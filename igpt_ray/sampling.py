@@ -5,6 +5,7 @@ by inverting the cumulative distribution. So a sample does not depend on what it
 given part ends.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,12 @@ from torch import Tensor
 
 from igpt_ray.errors import SettingError
 from igpt_ray.model import ImageGPT, KVCache
+
+
+def seed_of(*words: int | str) -> int:
+    """A seed that is a function of the words: below 2^64, and unlike that of any others."""
+    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def uniforms(seeds: list[int], n_positions: int) -> Tensor:
@@ -39,6 +46,8 @@ def steps(
     """The new pixels of `complete`, one position at a time: (B * n, 1) each."""
     B, S = given.shape
     T = model.config.n_positions
+    if not model.causal:
+        raise SettingError("a masked network has no next pixel: completions need one with the objective next")
     if S > T:
         raise SettingError(f"{S} pixels are given; a picture has {T}")
     if S == T:

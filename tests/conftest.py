@@ -23,7 +23,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -35,6 +35,9 @@ from igpt_ray import config, images, shards, storage
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Manifest, Shard, Statistics, TokenStore
+
+if TYPE_CHECKING:
+    from transformers import ImageGPTForCausalImageModeling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -305,7 +308,7 @@ def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathF
     return root
 
 
-def random_model(seed: int = 0, std: float = 0.3, **shape: int) -> ImageGPT:
+def random_model(seed: int = 0, std: float = 0.3, **shape: Any) -> ImageGPT:
     """A small network in evaluation mode whose every weight is random: gains, start vector and head too."""
     settings = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16} | shape
     model = ImageGPT(config.Model(**settings)).eval().requires_grad_(False)
@@ -319,6 +322,42 @@ def random_tokens(model: ImageGPT, n: int, seed: int = 0) -> Tensor:
     """(n, T) int64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.n_vocab, (n, model.config.n_positions), generator=generator)
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
+HF_SHAPES = [
+    {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16},
+    {"n_layer": 2, "n_embd": 48, "n_head": 3, "n_px": 6, "n_vocab": 512},
+    {"n_layer": 5, "n_embd": 64, "n_head": 8, "n_px": 5, "n_vocab": 100},
+]
+
+
+def random_hf(
+    n_layer: int, n_embd: int, n_head: int, n_px: int, n_vocab: int, seed: int = 0
+) -> "ImageGPTForCausalImageModeling":
+    """transformers' own network with random weights, gains too; its biases are zero, as in a converted model."""
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": n_px**2, "vocab_size": n_vocab + 1}
+    hf = ImageGPTForCausalImageModeling(ImageGPTConfig(**shape)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in hf.named_parameters():
+        parameter.zero_() if name.endswith(".bias") else parameter.normal_(0, 0.15, generator=generator)
+    return hf
+
+
+def shifted(tokens: Tensor, model: ImageGPT) -> Tensor:
+    """The input with which transformers' network predicts `tokens`: nothing there prepends the start token."""
+    return torch.cat([torch.full((len(tokens), 1), model.config.n_vocab), tokens[:, :-1]], dim=1)
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,24 @@ def test_the_sizes_of_the_paper_have_its_parameters(
     assert sum(p.numel() for p in network.parameters()) == n_params
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_the_presets_have_the_parameters_of_the_paper_and_the_masked_ones_no_start_vector(name: str) -> None:
+    """Counted in the network that a preset builds, at its full size."""
+    for preset, n_params in ((name, PAPER[name][4]), (f"{name}-bert", PAPER[name][4] - PAPER[name][1])):
+        with torch.device("meta"):
+            network = ImageGPT(PRESETS[preset][1].model)
+        assert sum(p.numel() for p in network.parameters()) == PRESETS[preset][1].model.n_params == n_params
+
+
 RECIPES = {
     "igpt-s": (3e-3, 128, 1_000_000),
     "igpt-m": (3e-3, 128, 1_000_000),
     "igpt-l": (1e-3, 128, 1_000_000),
     "igpt-l-48": (1e-2, 128, 1_000_000),
     "igpt-xl": (3e-4, 64, 2_000_000),
+    "igpt-s-bert": (1e-2, 128, 1_000_000),
+    "igpt-m-bert": (3e-3, 128, 1_000_000),
+    "igpt-l-bert": (1e-3, 128, 1_000_000),
 }
 
 
@@ -46,13 +58,23 @@ RECIPES = {
 def test_presets_are_the_recipes_of_the_paper(name: str) -> None:
     """A preset that was tuned for a benchmark and still carries the paper's name."""
     preset = PRESETS[name][1]
-    m, o = preset.model, preset.optim
-    assert (m.n_layer, m.n_embd, m.n_px, m.n_vocab) == (*PAPER[name][:2], PAPER[name][3], 512)
-    assert name == "igpt-xl" or m.n_head == PAPER[name][2]
+    m, o, size = preset.model, preset.optim, PAPER[name.removesuffix("-bert")]
+    assert (m.n_layer, m.n_embd, m.n_px, m.n_vocab) == (*size[:2], size[3], 512)
+    assert name == "igpt-xl" or m.n_head == size[2]
+    assert (m.objective, m.n_class) == ("masked" if name.endswith("-bert") else "next", 0)
     assert (o.lr, o.batch_size, o.steps) == RECIPES[name]
     assert (o.betas, o.clip) == ((0.9, 0.95), None)
     assert abs(o.warmup_steps - 1_281_167 / o.batch_size) < 1  # one epoch of ImageNet
     assert preset.workers.precision == "float32"
+
+
+def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
+    """A choice of ours that passes for the paper's."""
+    for name, said in (("igpt-xl", "not stated"), ("igpt-l-48-bert", "not in the paper"), ("igpt-xl-bert", "not in")):
+        assert said in PRESETS[name][0]
+    assert Optim.__doc__
+    for choice in ("linear warm-up", "epsilon 1e-8", "no clipping"):
+        assert choice in Optim.__doc__
 
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:

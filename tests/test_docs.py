@@ -45,6 +45,6 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
     if "subcommand_cli_from_dict" in source:  # `bench.py palette` reads config.BenchPalette
         tyro.cli(getattr(config, f"Bench{words[2].title()}"), args=words[3:])
         return
-    settings = re.search(r"(?:job\.run\([\w.]+, |tyro\.cli\()(\w+)\)", source)
+    settings = re.search(r"(?:job\.run(?:_alone)?\([\w.]+, |tyro\.cli\()(\w+)\)", source)
     assert settings, f"{words[1]} does not say which settings it reads"
     tyro.cli(getattr(config, settings[1]), args=words[2:])

@@ -8,7 +8,8 @@ import torch
 from conftest import random_model, random_tokens
 from numpy.typing import NDArray
 
-from igpt_ray.evaluate import Likelihood, count_models, image_nats
+from igpt_ray import objectives
+from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
 from igpt_ray.shards import Tokens
 
 # ------------------------------------------------------------------------------------------------ a network's nats
@@ -32,6 +33,21 @@ def test_the_batch_size_changes_no_number() -> None:
     for batch_size in (1, 3, 10, 64):
         np.testing.assert_allclose(image_nats(model, x, batch_size), reference, rtol=1e-5)
     assert image_nats(model, x[:0], 4).shape == (0,)
+
+
+def test_a_masked_network_is_judged_under_five_masks_of_each_image() -> None:
+    """Masks that follow the batch instead of the image: its score would depend on its neighbours."""
+    model = random_model(std=0.15, objective="masked")
+    x = random_tokens(model, 7)
+    keys = [f"cat/{i}.png" for i in range(7)]
+    nats = masked_nats(model, x.numpy().astype(np.uint16), keys, batch_size=3)
+    for i in (0, 6):
+        one = x[i : i + 1]
+        keeps = [objectives.keep_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
+        direct = [objectives.masked_pixel(model(one, keep), one, keep).item() for keep in keeps]
+        assert nats[i] == pytest.approx(np.mean(direct), rel=1e-5)
+    alone = masked_nats(model, x[4:5].numpy().astype(np.uint16), keys[4:5], batch_size=3)
+    assert alone[0] == pytest.approx(nats[4], rel=1e-5)
 
 
 def test_parts_add_up_to_the_whole() -> None:

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from igpt_ray import checkpoint, config, metrics, shards, storage
+from igpt_ray import checkpoint, config, metrics, shards, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
-from igpt_ray.flows import train
+from igpt_ray.evaluate import masked_nats
+from igpt_ray.flows import infer, serve, train
+from igpt_ray.loader import global_batch, share
+from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +113,65 @@ def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str
     assert alone == pytest.approx(together, rel=1e-5)
 
 
+def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tmp_path: Path) -> None:
+    """A likelihood, a completion or a server from a network that has none; a probe of unmasked pictures."""
+    model = config.Model(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
+    trained = train.pretrain(settings_for(prepared, "masked", model=model))
+    losses = losses_of(trained["run"])
+    assert losses[4] > losses[STEPS]
+
+    both = {"release": trained["release"], "tokens": storage.join(prepared, "tokens")}
+    table = pa.concat_tables(TokenStore.open(both["tokens"]).read_split("test"))
+    nats = masked_nats(
+        weights.load_release(both["release"]).model, tokens_of(table), table["key"].to_pylist(), batch_size=7
+    )
+    report = infer.evaluate(config.Evaluate(**both))
+    assert report["nats_per_masked_token"] == pytest.approx(nats.mean(), rel=1e-6)
+    assert (report["masks"], report["images"]) == (5, len(nats))
+
+    probed = infer.probe_layers(config.Probe(**both, out=str(tmp_path)))
+    assert len(probed["layers"]) == 3
+    stored = pq.read_table(next((tmp_path / "features/test").iterdir()))["features"]
+    assert stored.combine_chunks().to_numpy_ndarray().shape[1:] == (5, 3, 32)
+
+    for refused in (
+        lambda: infer.complete(config.Complete(**both, out=str(tmp_path))),
+        lambda: infer.score(config.Score(**both, out=str(tmp_path))),
+        lambda: serve.run(config.Serve(release=both["release"])),
+        lambda: serve.Painter(both["release"]),
+    ):
+        with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
+            refused()
+    with pytest.raises(SettingError, match="leave --baselines out"):
+        infer.evaluate(config.Evaluate(**both, baselines="train"))
+
+
+def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
+    """Masks drawn by rank: another number of workers would be another run."""
+    batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
+    whole = train._keep(3, batch, 64)
+    for world_size in (2, 3, 9):
+        parts = [train._keep(3, share(batch, rank, world_size), 64) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), whole)
+    again = train._keep(3, global_batch(seed=3, step=25, batch_size=9, n_rows=20), 64)
+    assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
+
+
+def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str, Any], prepared: str) -> None:
+    """Its config.json lacks the setting, which then had what is now the default."""
+    path = Path(undisturbed["run"], "config.json")
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["identity"]["model"]["objective"], older["identity"]["model"]["n_class"]
+    path.write_text(json.dumps(older))
+    settings = settings_for(prepared, "undisturbed")
+    train._claim(settings, train._check(settings))
+    masked = settings.model.model_copy(update={"objective": "masked"})
+    with pytest.raises(CheckpointError, match=r"model\.objective was next, now masked"):
+        train._claim(settings.model_copy(update={"model": masked}), train._check(settings))
+    path.write_text(whole)
+
+
 def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     undisturbed: dict[str, Any], prepared: str
 ) -> None:
@@ -130,6 +195,7 @@ def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_pat
         ({"data": config.Data(tokens=fits.data.tokens, split="dev")}, TokenStoreError, "has test, train"),
         ({"model": fits.model.model_copy(update={"n_px": 16})}, SettingError, r"n_px is 16, but .* n_px 8"),
         ({"model": fits.model.model_copy(update={"n_vocab": 512})}, SettingError, "n_vocab is 512"),
+        ({"model": fits.model.model_copy(update={"n_class": 10})}, SettingError, "--model.n-class is for fine-tuning"),
         ({"workers": config.Workers(n=10)}, SettingError, "batch_size 9 is smaller than workers.n 10"),
     ):
         with pytest.raises(error, match=complaint):

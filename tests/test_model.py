@@ -1,129 +1,36 @@
 """The network: equal to OpenAI's own and to transformers', causal, and the same with a cache as without."""
 
-import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, random_tokens
-from numpy.typing import NDArray
+import torch.nn.functional as F
+from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
-from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
-from igpt_ray import config, objectives
+from igpt_ray import config, objectives, weights
 from igpt_ray.model import ImageGPT, KVCache
 
-Variables = dict[str, NDArray[np.float32]]
+Golden = tuple[ImageGPT, dict[str, Tensor]]
 
 
-# ------------------------------------------------------------------------------------------------ OpenAI's checkpoint
-
-
-def read_checkpoint(folder: Path) -> Variables:
-    """The variables of a TensorFlow V2 checkpoint, without TensorFlow.
-
-    The `.index` file is a LevelDB table: blocks of (name, BundleEntryProto), found through an index block whose place
-    stands in the last 48 bytes. An entry says in which data file, where and how long a tensor's raw floats are.
-    """
-    (index_file,) = folder.glob("*.index")
-    shapes = json.loads((folder / "config.json").read_text())["variables"]
-    index = index_file.read_bytes()
-    assert index[-8:] == bytes.fromhex("57fb808b247547db"), "not a LevelDB table"
-    _, at = varint(index, len(index) - 48)
-    _, at = varint(index, at)  # the first two numbers place the unused metaindex
-    variables = {}
-    for _, handle in block(index, *varint_pair(index, at)):
-        for name, entry in block(index, *varint_pair(handle, 0)):
-            if name:  # the empty name holds the header
-                fields = proto(entry)
-                shard, offset, size = (fields.get(number, 0) for number in (3, 4, 5))
-                (data_file,) = folder.glob(f"{index_file.stem}.data-{shard:05d}-of-*")
-                raw = data_file.read_bytes()[offset : offset + size]
-                variables[name] = np.frombuffer(raw, "<f4").reshape(shapes[name])
-    assert variables.keys() == shapes.keys()
-    return variables
-
-
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A base-128 number, lowest bits first, and where it ends."""
-    value = shift = 0
-    while True:
-        value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return value, at
-
-
-def varint_pair(data: bytes, at: int) -> tuple[int, int]:
-    first, at = varint(data, at)
-    return first, varint(data, at)[0]
-
-
-def block(data: bytes, offset: int, size: int) -> list[tuple[str, bytes]]:
-    """The entries of a block: each key shares a prefix with the one before; restart points follow at the end."""
-    assert data[offset + size] == 0, "a compressed block"
-    restarts = int.from_bytes(data[offset + size - 4 : offset + size], "little")
-    at, end, key, entries = offset, offset + size - 4 * restarts - 4, b"", []
-    while at < end:
-        same, at = varint(data, at)
-        new, at = varint(data, at)
-        length, at = varint(data, at)
-        key = key[:same] + data[at : at + new]
-        entries.append((key.decode(), data[at + new : at + new + length]))
-        at += new + length
-    return entries
-
-
-def proto(data: bytes) -> dict[int, int]:
-    """The integer fields of a protocol buffer message; others are passed over."""
-    at, fields = 0, {}
-    while at < len(data):
-        tag, at = varint(data, at)
-        if tag & 7 == 0:
-            fields[tag >> 3], at = varint(data, at)
-        elif tag & 7 == 2:
-            length, at = varint(data, at)
-            at += length
-        else:
-            assert tag & 7 == 5, f"wire type {tag & 7}"
-            at += 4
-    return fields
-
-
-def from_openai(variables: Variables) -> dict[str, Tensor]:
-    """facts.md, section 2: projections are [heads, head_dim, width], MLP matrices [in, out]."""
-    v = {name.removeprefix("model/"): torch.from_numpy(value.copy()) for name, value in variables.items()}
-    d = v["wpe"].shape[1]
-    weights = {"wte.weight": v["wte"], "wpe": v["wpe"], "sos": v["sos"], "wtet.weight": v["wtet"]}
-    weights["ln_f.weight"] = v["ln_f/g"]
-    for i in range(sum(name.endswith("ln_1/g") for name in v)):
-        attn = [v[f"h{i}/attn/{which}_proj"].reshape(d, d) for which in "qkv"]
-        weights |= {
-            f"h.{i}.ln_1.weight": v[f"h{i}/ln_1/g"],
-            f"h.{i}.attn.c_attn.weight": torch.cat(attn),
-            f"h.{i}.attn.c_proj.weight": v[f"h{i}/attn/c_proj"].reshape(d, d).T,
-            f"h.{i}.ln_2.weight": v[f"h{i}/ln_2/g"],
-            f"h.{i}.mlp.c_fc.weight": v[f"h{i}/mlp/c_fc/w"].T,
-            f"h.{i}.mlp.c_proj.weight": v[f"h{i}/mlp/c_proj/w"].T,
-        }
-    return weights
+# ------------------------------------------------------------------------------------------------ OpenAI's own outputs
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> tuple[ImageGPT, dict[str, Tensor]]:
+def golden(shared: Path) -> Golden:
     """A tiny network with OpenAI's checkpoint, and what OpenAI's code computed with it."""
     folder = shared / "golden" / "openai_tiny"
-    about = json.loads((folder / "config.json").read_text())
-    model = ImageGPT(config.Model(**{name: about[name] for name in config.Model.model_fields}))
-    model.load_state_dict(from_openai(read_checkpoint(folder)))
+    model = weights.load_openai(folder / "model.ckpt-1000")
     with np.load(folder / "golden.npz") as arrays:
         computed = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    return model.eval().requires_grad_(False), computed | {"tokens": computed["tokens"].long()}
+    return model.requires_grad_(False), computed | {"tokens": computed["tokens"].long()}
 
 
-def test_logits_and_loss_are_openais(golden: tuple[ImageGPT, dict[str, Tensor]]) -> None:
+def test_logits_and_loss_are_openais(golden: Golden) -> None:
     """Any slip of the network: the norm, the scale, the activation, the shift, a transposed matrix."""
     model, computed = golden
     logits = model(computed["tokens"])
@@ -132,7 +39,7 @@ def test_logits_and_loss_are_openais(golden: tuple[ImageGPT, dict[str, Tensor]])
     torch.testing.assert_close(loss, computed["gen_loss"], rtol=0, atol=1e-6)
 
 
-def test_keys_and_values_are_openais(golden: tuple[ImageGPT, dict[str, Tensor]]) -> None:
+def test_keys_and_values_are_openais(golden: Golden) -> None:
     """Keys where values belong, or heads cut along the wrong axis: sampling would go wrong where training does not."""
     model, computed = golden
     cache = KVCache(model, 4)
@@ -145,29 +52,13 @@ def test_keys_and_values_are_openais(golden: tuple[ImageGPT, dict[str, Tensor]])
 # ------------------------------------------------------------------------------------------------ transformers
 
 
-def as_transformers(model: ImageGPT) -> ImageGPTForCausalImageModeling:
-    """facts.md, section 8: `sos` is row V of the embedding, Conv1D is [in, out] with biases, dropout is on."""
-    c, own = model.config, model.state_dict()
-    shape = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head, "n_positions": c.n_positions}
-    hf = ImageGPTForCausalImageModeling(ImageGPTConfig(vocab_size=c.n_vocab + 1, **shape)).eval().requires_grad_(False)
-    theirs = {"transformer.wte.weight": torch.cat([own.pop("wte.weight"), own.pop("sos")[None]])}
-    theirs |= {"transformer.wpe.weight": own.pop("wpe"), "lm_head.weight": own.pop("wtet.weight")}
-    for name, value in own.items():
-        theirs[f"transformer.{name}"] = value.T if value.ndim == 2 else value
-    for name, parameter in hf.named_parameters():
-        parameter.copy_(torch.zeros_like(parameter) if name.endswith(".bias") else theirs.pop(name))
-    assert not theirs
-    return hf
-
-
-@pytest.mark.parametrize("shape", [{}, {"n_layer": 2, "n_embd": 48, "n_head": 3, "n_px": 6, "n_vocab": 512}])
+@pytest.mark.parametrize("shape", HF_SHAPES)
 def test_logits_and_features_are_those_of_transformers(shape: dict[str, int]) -> None:
     """The second witness, at other shapes. Features: the mean of ln_1's output, not the raw residual stream."""
-    model = random_model(std=0.15, **shape)
-    hf = as_transformers(model)
+    hf = random_hf(**shape)
+    model = weights.load_hf(hf.state_dict(), n_head=hf.config.n_head).requires_grad_(False)
     x = random_tokens(model, 3)
-    shifted = torch.cat([torch.full((3, 1), model.config.n_vocab), x[:, :-1]], dim=1)
-    out = hf(shifted, output_hidden_states=True)
+    out = hf(shifted(x, model), output_hidden_states=True)
     torch.testing.assert_close(model(x), out.logits, rtol=0, atol=2e-5)
     assert out.logits.abs().max() > 0.1  # not a comparison of zeros
     blocks = zip(hf.transformer.h, out.hidden_states[:-1], strict=True)
@@ -186,12 +77,14 @@ def test_features_may_stop_early(last: int) -> None:
 # ------------------------------------------------------------------------------------------------ by itself
 
 
-def test_the_first_loss_is_the_logarithm_of_the_colours() -> None:
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_the_first_loss_is_the_logarithm_of_the_colours(objective: Literal["next", "masked"]) -> None:
     """A head that is not zero, or tied to the input: every published curve begins at ln 512."""
-    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4))
+    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=16, objective=objective))
     x = random_tokens(model, 2)
-    nats = objectives.next_pixel(model(x), x)
-    torch.testing.assert_close(nats, torch.full_like(nats, math.log(512)), rtol=1e-6, atol=0)
+    keep = random_keep(model, 2) if objective == "masked" else None
+    nats = objectives.generative(model, x, keep).item() / (x.numel() if keep is None else len(x))
+    assert nats == pytest.approx(math.log(512), abs=1e-6)
 
 
 def test_weights_start_as_openais_did() -> None:
@@ -281,3 +174,115 @@ def test_every_weight_learns() -> None:
         assert parameter.grad is not None, name
         used = parameter.grad if name != "wte.weight" else parameter.grad[x[:, :-1].unique()]
         assert (used != 0).any(-1).all(), name
+
+
+# ------------------------------------------------------------------------------------------------ the default path
+
+
+def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
+    """Next-pixel nats by torch's functions alone: the network before it had any option."""
+    B, T = x.shape
+    C = state["sos"].shape[0]
+
+    def norm(h: Tensor, name: str) -> Tensor:
+        return F.rms_norm(h, (C,), state[name], 1e-5)
+
+    h = torch.cat([state["sos"].expand(B, 1, -1), F.embedding(x[:, :-1], state["wte.weight"])], 1) + state["wpe"][:T]
+    for i in range(sum(name.endswith("ln_1.weight") for name in state)):
+        qkv = F.linear(norm(h, f"h.{i}.ln_1.weight"), state[f"h.{i}.attn.c_attn.weight"])
+        q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + F.linear(y.transpose(1, 2).reshape(B, T, C), state[f"h.{i}.attn.c_proj.weight"])
+        m = F.linear(norm(h, f"h.{i}.ln_2.weight"), state[f"h.{i}.mlp.c_fc.weight"])
+        h = h + F.linear(m * torch.sigmoid(1.702 * m), state[f"h.{i}.mlp.c_proj.weight"])
+    logits = F.linear(norm(h, "ln_f.weight"), state["wtet.weight"])
+    return F.cross_entropy(logits.float().view(B * T, -1), x.view(B * T), reduction="none").sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
+    """An option that is off and still costs an operation: a run could not be resumed by the next version."""
+    model = random_model(std=0.15, n_embd=64, n_px=8).requires_grad_(True).to(dtype)
+    x = random_tokens(model, 3)
+    expected = plain_nats(dict(model.named_parameters()), x, 4)
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    nats = objectives.generative(model, x)
+    nats.backward()
+    assert torch.equal(nats, expected)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name]), name
+
+
+def test_options_do_not_change_the_weights_of_a_seed() -> None:
+    """One more number drawn, and every run of that seed is another."""
+    torch.manual_seed(4)
+    c = config.Model(n_layer=2, n_embd=16, n_head=2, n_px=4, n_vocab=8)
+    own = ImageGPT(c).state_dict()
+    torch.manual_seed(4)
+    torch.nn.Embedding(8, 16)  # torch initialises its modules, in the order in which they are made
+    for _ in range(2):
+        for rows, columns in ((48, 16), (16, 16), (64, 16), (16, 64)):
+            torch.nn.Linear(columns, rows, bias=False)
+    torch.nn.Linear(16, 8, bias=False)
+    drawn = [("wte.weight", 0.02), ("wpe", 0.01), ("sos", 0.02)]
+    for i in range(2):
+        drawn += [(f"h.{i}.attn.c_attn.weight", 16**-0.5), (f"h.{i}.attn.c_proj.weight", 32**-0.5)]
+        drawn += [(f"h.{i}.mlp.c_fc.weight", 0.02), (f"h.{i}.mlp.c_proj.weight", 0.02)]
+    for name, std in drawn:
+        assert torch.equal(own[name], torch.empty_like(own[name]).normal_(std=std)), name
+
+
+# ------------------------------------------------------------------------------------------------ masked, with a head
+
+
+def random_keep(model: ImageGPT, n: int) -> Tensor:
+    return objectives.keep_masks(list(range(n)), model.config.n_positions)
+
+
+def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
+    """A mask that hides the position too, or leaves a way around: the network would copy what it should guess."""
+    model = random_model(objective="masked")
+    assert not hasattr(model, "sos")
+    x, keep = random_tokens(model, 2), torch.ones(2, 16).bool()
+    keep[:, 5] = False
+    for t, seen in ((5, False), (0, True), (15, True)):
+        y = x.clone()
+        y[:, t] = (y[:, t] + 1) % 16
+        changed = (model(x, keep) != model(y, keep)).any(-1)
+        assert (changed == seen).all()
+    both = keep.clone()
+    both[:, 6] = False
+    assert (model(x, keep) != model(x, both)).any(-1).all()  # where a pixel is missing is seen
+
+
+def test_a_mask_that_keeps_everything_is_none() -> None:
+    model = random_model(objective="masked")
+    x = random_tokens(model, 2)
+    assert torch.equal(model(x, torch.ones(2, 16).bool()), model(x))
+    torch.testing.assert_close(model.features(x, keep=torch.ones(2, 16).bool()), model.features(x))
+    keep = random_keep(model, 2)
+    assert not torch.equal(model.features(x, keep=keep), model.features(x))
+    torch.testing.assert_close(model.features(x, keep=keep)[:, -1], model.hidden(x, keep).mean(1))
+
+
+def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None:
+    """A head on the last position, or before the norm; a head that starts at random spoils the first steps."""
+    model = random_model(n_class=5)
+    x = random_tokens(model, 3)
+    logits, classes = model.joint(x)
+    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(classes, model.features(x)[:, -1] @ model.wclf.weight.T)
+    fresh = ImageGPT(model.config)
+    assert (fresh.joint(x)[1] == 0).all()
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+@pytest.mark.parametrize("n_class", [0, 10])
+def test_parameters_are_counted_with_every_option(objective: Literal["next", "masked"], n_class: int) -> None:
+    """The masked networks lack `sos`, the head adds one row a class."""
+    c = config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, objective=objective, n_class=n_class)
+    assert sum(p.numel() for p in ImageGPT(c).parameters()) == c.n_params
+    default = c.model_copy(update={"objective": "next", "n_class": 0}).n_params
+    assert c.n_params == default - (32 if objective == "masked" else 0) + 32 * n_class

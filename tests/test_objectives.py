@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
 from conftest import random_model, random_tokens
+from numpy.typing import NDArray
 
 from igpt_ray import objectives
+from igpt_ray.model import ImageGPT
 
 
 def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:
@@ -39,3 +43,105 @@ def test_micro_batches_add_up_to_the_batch() -> None:
             (objectives.next_pixel(model(part), part).sum() / x.numel()).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ masked pixels
+
+
+def numpy_masked_loss(model: ImageGPT, x: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The masked network and its objective, from its published description, an image at a time: (B,) nats."""
+    w = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    N, C = model.config.n_head, model.config.n_embd
+    D = C // N
+
+    def norm(h: NDArray[np.float64], gain: str) -> NDArray[np.float64]:
+        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5) * w[gain]
+
+    losses = []
+    for tokens, M in zip(x, keep, strict=True):
+        h = w["wte.weight"][tokens] * M[:, None] + w["wpe"]
+        for i in range(model.config.n_layer):
+            a = norm(h, f"h.{i}.ln_1.weight")
+            q, k, v = np.split(a @ w[f"h.{i}.attn.c_attn.weight"].T, 3, axis=1)
+            out = []
+            for n in range(N):
+                head = slice(n * D, (n + 1) * D)
+                scores = np.exp(q[:, head] @ k[:, head].T / np.sqrt(D))
+                out.append(scores / scores.sum(1, keepdims=True) @ v[:, head])
+            h = h + np.concatenate(out, axis=1) @ w[f"h.{i}.attn.c_proj.weight"].T
+            m = norm(h, f"h.{i}.ln_2.weight") @ w[f"h.{i}.mlp.c_fc.weight"].T
+            h = h + m / (1 + np.exp(-1.702 * m)) @ w[f"h.{i}.mlp.c_proj.weight"].T
+        p = np.exp(norm(h, "ln_f.weight") @ w["wtet.weight"].T)
+        nats = -np.log(p[range(len(tokens)), tokens] / p.sum(1))
+        losses.append(nats[~M].mean())
+    return np.array(losses)
+
+
+def test_the_masked_objective_is_its_description_in_numpy() -> None:
+    """A mean over all positions, over the kept ones, or over the masked ones of the whole batch; a causal mask."""
+    model = random_model(std=0.15, objective="masked")
+    x = random_tokens(model, 5)
+    keep = objectives.keep_masks([0, 1, 2, 3, 4], 16)
+    keep[0], keep[1] = False, True  # all masked, and all but one kept
+    keep[1, 7] = False
+    expected = numpy_masked_loss(model, x.numpy(), keep.numpy())
+    per_image = objectives.masked_pixel(model(x, keep), x, keep)
+    np.testing.assert_allclose(per_image.numpy(), expected, rtol=1e-5)
+    assert objectives.generative(model, x, keep).item() == pytest.approx(expected.sum(), rel=1e-5)
+    pooled = objectives.next_pixel(model(x, keep), x)[~keep].mean()
+    assert abs(pooled - expected.mean()) > 1e-3  # the mean of means is another number
+
+
+def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -> None:
+    """A mask that depends on its neighbours in the batch: another number of workers, another run."""
+    keep = objectives.keep_masks(list(range(400)), 1024)
+    share = (~keep).float().mean().item()
+    assert share == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / keep.numel()) ** 0.5)
+    by_position = (~keep).float().mean(0)
+    assert (by_position - 0.15).abs().max() < 6 * (0.15 * 0.85 / 400) ** 0.5
+    assert torch.equal(objectives.keep_masks([7, 3], 1024), keep[[7, 3]])
+    assert torch.equal(objectives.keep_of_keys(["b"], 2, 64)[0], objectives.keep_of_keys(["a", "b"], 2, 64)[1])
+    drawn = [tuple(objectives.keep_of_keys(["a"], mask, 64)[0].tolist()) for mask in range(objectives.MASKS)]
+    assert len(set(drawn)) == objectives.MASKS
+
+
+def test_every_image_has_something_to_guess() -> None:
+    """OpenAI's mean over no position at all is not a number, which at 3x3 pixels happens in a quarter of all masks."""
+    keep = objectives.keep_masks(list(range(2000)), 9)
+    masked = (~keep).sum(1)
+    assert masked.min() == 1
+    single = (masked == 1).float().mean().item()
+    expected = 9 * 0.15 * 0.85**8 + 0.85**9
+    assert single == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 2000) ** 0.5)
+
+
+def test_masked_micro_batches_add_up_to_the_batch() -> None:
+    """Sums over images, divided by their number once."""
+    model = random_model(std=0.15, objective="masked")
+    x, keep = random_tokens(model, 5), objectives.keep_masks([0, 1, 2, 3, 4], 16)
+    whole = objectives.generative(model, x, keep)
+    parts = [objectives.generative(model, a, b) for a, b in zip(x.split([2, 3]), keep.split([2, 3]), strict=True)]
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_the_joint_loss_is_generative_plus_classification(objective: str) -> None:
+    """Weights other than 1:1, or a generative part that is a sum over an image's pixels and drowns the label."""
+    model = random_model(std=0.15, objective=objective, n_class=3)
+    x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2])
+    keep = objectives.keep_masks([0, 1, 2, 3], 16) if objective == "masked" else None
+    loss = objectives.joint(model, x, labels, keep)
+    per_image = objectives.generative(model, x, keep) / (x.numel() if keep is None else len(x))
+    p = torch.softmax(model.joint(x, keep)[1].double(), 1)[range(4), labels]
+    assert loss.shape == (4,)
+    assert loss.mean().item() == pytest.approx(per_image.item() - p.log().mean().item(), rel=1e-5)
+
+
+def test_the_first_joint_loss_is_the_logarithms_of_the_colours_and_the_classes() -> None:
+    model = ImageGPT(random_model(n_class=10).config)
+    x = random_tokens(model, 2)
+    loss = objectives.joint(model, x, torch.tensor([3, 4]))
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(16) + math.log(10)))

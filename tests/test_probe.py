@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from igpt_ray.errors import TokenStoreError
-from igpt_ray.probe import L2, Features, Labelled, Labels, fit_logistic, probe
+from igpt_ray.probe import L2, Features, Labelled, Labels, fit_logistic, probe, vote
 
 
 def clusters(n: int, d: int, classes: int, spread: float, seed: int) -> Labelled:
@@ -94,6 +94,25 @@ def test_a_class_that_is_absent_from_the_fit_is_allowed() -> None:
     """A small sample of many classes rarely has all of them."""
     data = clusters(200, 8, 3, 0.3, seed=9)
     assert probe(data, data, 10, seed=0)["test"] == 1
+
+
+def test_most_masks_decide_and_of_equals_the_likelier() -> None:
+    """Logits that are averaged: one mask that is very sure would outvote four."""
+    sure, weak = np.array([9.0, 0, 0]), np.array([0, 1.0, 0])
+    four_to_one = np.stack([sure, weak, weak, weak, weak])
+    two_to_two = np.stack([sure, sure, weak, weak, np.array([0, 0, 1.0])])
+    assert vote(np.stack([four_to_one, two_to_two, two_to_two[::-1]]).astype(np.float32)).tolist() == [1, 0, 0]
+
+
+def test_looks_at_an_image_are_examples_of_it_and_vote() -> None:
+    """Labels repeated in another order than features; one look taken for all."""
+    data, rng = clusters(300, 8, 3, 0.3, seed=12), np.random.default_rng(0)
+    same = Labelled(data.features[:, None].repeat(5, 1), data.labels)
+    assert probe(same, same, 3, seed=0)["test"] == pytest.approx(probe(data, data, 3, seed=0)["test"], abs=0.01)
+    noise = rng.normal(0, 2, (300, 5, 8)).astype(np.float32)
+    noisy = Labelled(same.features + noise, data.labels)
+    one = Labelled(noisy.features[:, 0], data.labels)
+    assert probe(noisy, noisy, 3, seed=0)["test"] > probe(one, one, 3, seed=0)["test"] + 0.05
 
 
 def test_a_single_class_is_refused() -> None:

@@ -88,6 +88,13 @@ def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
         sampling.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
 
 
+def test_a_masked_network_is_refused() -> None:
+    """It has no start vector: an AttributeError from inside."""
+    masked = random_model(objective="masked")
+    with pytest.raises(SettingError, match="a masked network has no next pixel"):
+        sampling.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
+
+
 # ------------------------------------------------------------------------------------------------ one pixel
 
 

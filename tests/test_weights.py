@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, random_tokens
+from conftest import Bomb, random_model, random_tokens
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -144,16 +144,6 @@ def test_weights_of_another_network_are_refused(
     """What does not load is left at its random start: a model that half works."""
     replace(release, save(change(tensors(release))))
     assert said in refusal(release)
-
-
-class Bomb:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.trace,)
 
 
 def test_a_pickle_is_refused_and_not_run(release: str, tmp_path: Path) -> None:

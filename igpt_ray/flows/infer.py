@@ -4,7 +4,6 @@ Work is spread by shard. Where a job writes, every input shard becomes one outpu
 it, marked with the release and shard it was made from: a repeat redoes only what is missing or out of date.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -16,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from igpt_ray import config, images, probe, sampling, storage, weights
+from igpt_ray import config, images, objectives, probe, sampling, storage, weights
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import Likelihood, count_models, image_nats
+from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
 from igpt_ray.flows.pool import spread
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
@@ -48,16 +48,31 @@ def _device() -> str:
 
 
 def evaluate(settings: config.Evaluate) -> dict[str, Any]:
-    """Nats per token of a split, and of count models if a split to fit them on is named."""
+    """Nats per token of a split, and of count models if a split to fit them on is named.
+
+    For a masked network, nats per masked token under MASKS masks, which is no likelihood: nothing counts beside it.
+    """
     started = time.perf_counter()
     store = _open(settings.release, settings.tokens, settings.split)
     shards = store.manifest.select(settings.split)
+    masked = weights.load_config(settings.release).model.objective == "masked"
+    if masked and settings.baselines:
+        raise SettingError("count models predict the next pixel, a masked network does not: leave --baselines out")
     arguments = {"release": settings.release, "tokens": settings.tokens, "batch_size": settings.batch_size}
-    total = Likelihood.of(np.empty(0), store.kind.n_positions)
+    n_positions = 1 if masked else store.kind.n_positions
+    total = Likelihood.of(np.empty(0), n_positions)
     for nats in spread(shards, ShardNats, arguments, settings.pool):
-        total += Likelihood.of(nats, store.kind.n_positions)
+        total += Likelihood.of(nats, n_positions)
         log.info("%d of %d images", total.images, store.manifest.rows(settings.split))
-    report = {"release": settings.release, "split": settings.split, **total.report()}
+    found: dict[str, Any] = total.report()
+    if masked:
+        found = {
+            "nats_per_masked_token": found["nats_per_token"],
+            "standard_error": found["standard_error"],
+            "masks": objectives.MASKS,
+            "images": found["images"],
+        }
+    report = {"release": settings.release, "split": settings.split, **found}
     if settings.baselines:
         fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
         report["baselines"] = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
@@ -65,7 +80,7 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
 
 
 class ShardNats:
-    """Shard -> nats of each of its images, (rows,)."""
+    """Shard -> nats of each of its images, (rows,); under a masked network, per masked token."""
 
     def __init__(self, release: str, tokens: str, batch_size: int):
         self.model = weights.load_release(release, _device()).model
@@ -73,12 +88,16 @@ class ShardNats:
         self.batch_size = batch_size
 
     def __call__(self, shard: Shard) -> np.ndarray:
-        return image_nats(self.model, tokens_of(self.store.read(shard)), self.batch_size)
+        table = self.store.read(shard)
+        if self.model.causal:
+            return image_nats(self.model, tokens_of(table), self.batch_size)
+        return masked_nats(self.model, tokens_of(table), table["key"].to_pylist(), self.batch_size)
 
 
 def score(settings: config.Score) -> dict[str, Any]:
     """A Parquet file per shard with key, label and the nats of every image."""
     started = time.perf_counter()
+    weights.check_next(weights.load_config(settings.release), settings.release)
     store = _open(settings.release, settings.tokens, settings.split)
     shards = store.manifest.select(settings.split)
     arguments = {
@@ -140,8 +159,8 @@ def _probe_network(settings: config.Probe, store: TokenStore, untrained: bool) -
     fit = _features(settings, store, settings.fit_split, untrained)
     test = _features(settings, store, settings.split, untrained)
     layers = []
-    for layer in range(fit.features.shape[1]):
-        fit_layer, test_layer = (probe.Labelled(x.features[:, layer], x.labels) for x in (fit, test))
+    for layer in range(fit.features.shape[-2]):
+        fit_layer, test_layer = (probe.Labelled(x.features[..., layer, :], x.labels) for x in (fit, test))
         layers.append(probe.probe(fit_layer, test_layer, len(store.manifest.classes), settings.seed))
         log.info("%s layer %d: %.1f %%", "untrained" if untrained else "pretrained", layer, 100 * layers[-1]["test"])
     best = max(range(len(layers)), key=lambda i: layers[i]["validation"])
@@ -149,7 +168,7 @@ def _probe_network(settings: config.Probe, store: TokenStore, untrained: bool) -
 
 
 def _features(settings: config.Probe, store: TokenStore, split: str, untrained: bool) -> probe.Labelled:
-    """(N, layers, C) of a split, through Parquet files below `out`."""
+    """(N, layers, C) of a split, or (N, masks, layers, C), through Parquet files below `out`."""
     arguments = {
         "release": settings.release,
         "tokens": settings.tokens,
@@ -163,7 +182,10 @@ def _features(settings: config.Probe, store: TokenStore, split: str, untrained: 
 
 
 class FeaturesOfShard:
-    """Shard -> its Parquet file of features, made unless it is there: key, label, features (layers, C) float32."""
+    """Shard -> its Parquet file of features, made unless it is there: key, label, features (layers, C) float32.
+
+    A masked network looks at each image under MASKS masks: features (MASKS, layers, C).
+    """
 
     def __init__(self, release: str, tokens: str, batch_size: int, out: str, untrained_seed: int | None):
         self.model = weights.load_release(release, _device()).model
@@ -179,7 +201,10 @@ class FeaturesOfShard:
     def __call__(self, shard: Shard) -> pa.Table:
         def make() -> pa.Table:
             source = self.store.read(shard)
-            features = pooled_features(self.model, tokens_of(source), self.batch_size)
+            if self.model.causal:
+                features = pooled_features(self.model, tokens_of(source), self.batch_size)
+            else:
+                features = masked_features(self.model, tokens_of(source), source["key"].to_pylist(), self.batch_size)
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(features)
             return source.select(["key", "label"]).append_column("features", column)
 
@@ -187,13 +212,21 @@ class FeaturesOfShard:
 
 
 @torch.inference_mode()
-def pooled_features(model: ImageGPT, tokens: Tokens, batch_size: int) -> np.ndarray:
-    """Every layer's features: (N, T) -> (N, layers + 1, C) float32."""
-    parts = []
+def pooled_features(model: ImageGPT, tokens: Tokens, batch_size: int, keep: Tensor | None = None) -> np.ndarray:
+    """Every layer's features, of images masked by `keep` (N, T): (N, T) -> (N, layers + 1, C) float32."""
+    parts, device = [], model.wpe.device
     for start in range(0, len(tokens), batch_size):
-        x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(model.wpe.device)
-        parts.append(model.features(x).float().cpu().numpy())
+        rows = slice(start, start + batch_size)
+        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
+        features = model.features(x, keep=None if keep is None else keep[rows].to(device))
+        parts.append(features.float().cpu().numpy())
     return np.concatenate(parts)
+
+
+def masked_features(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> np.ndarray:
+    """The same under each of an image's masks: (N, T) -> (N, MASKS, layers + 1, C)."""
+    keeps = (objectives.keep_of_keys(keys, mask, tokens.shape[1]) for mask in range(objectives.MASKS))
+    return np.stack([pooled_features(model, tokens, batch_size, keep) for keep in keeps], axis=1)
 
 
 def _raw_pixels(store: TokenStore, palette: Palette, split: str) -> probe.Labelled:
@@ -210,6 +243,7 @@ def _raw_pixels(store: TokenStore, palette: Palette, split: str) -> probe.Labell
 def complete(settings: config.Complete) -> dict[str, Any]:
     """Finish pictures of a split; write their tokens as Parquet and the figure: given | completions | original."""
     started = time.perf_counter()
+    weights.check_next(weights.load_config(settings.release), settings.release)
     store = _open(settings.release, settings.tokens, settings.split)
     n_px = store.kind.n_px
     rows = n_px // 2 if settings.rows is None else settings.rows
@@ -291,7 +325,7 @@ def _pick_images(store: TokenStore, split: str, n: int) -> tuple[list[str], Toke
 
 def _seeds(seed: int, image: int, n: int) -> list[int]:
     """One stream per sample, a function of the seed, the picture's number and the sample's."""
-    return [int.from_bytes(hashlib.sha256(f"{seed}\0{image}\0{i}".encode()).digest()[:8], "little") for i in range(n)]
+    return [sampling.seed_of(seed, image, i) for i in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -25,14 +25,20 @@ def run(flow: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
     finish(flow, tyro.cli(settings))
 
 
+def run_alone(work: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
+    """The same for work that needs no cluster."""
+    finish(work, tyro.cli(settings), cluster=False)
+
+
 def run_preset(flow: Callable[[Pretrain], dict[str, Any]]) -> None:
     """The same for pretraining, whose first word is a preset."""
     finish(flow, preset_from_words(sys.argv[1:], Pretrain))
 
 
-def finish(flow: Callable[[S], dict[str, Any]], settings: S) -> None:
+def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
     try:
-        connect()
+        if cluster:
+            connect()
         report = flow(settings)
     except KeyboardInterrupt:
         sys.exit(130)

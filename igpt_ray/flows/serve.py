@@ -69,6 +69,7 @@ class Painter:
 
     def __init__(self, release: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        weights.check_next(weights.load_config(release), release)
         self.release = weights.load_release(release, device)
         self.uri = release
 
@@ -196,7 +197,8 @@ def build(settings: config.Serve) -> serve.Application:
 
 def run(settings: config.Serve) -> dict[str, Any]:
     """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`)."""
-    weights.load_config(settings.release)  # refuse here, not in a replica that Serve would start again and again
+    # Refuse here, not in a replica that Serve would start again and again.
+    weights.check_next(weights.load_config(settings.release), settings.release)
     _check_port(settings.host, settings.port)
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=REQUEST_TIMEOUT_S))
     started = time.time()

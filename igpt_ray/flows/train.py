@@ -30,8 +30,9 @@ from torch.nn.utils import clip_grad_norm_
 from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TrainingError
 from igpt_ray.flows.job import log_to_stderr, mendable
-from igpt_ray.loader import SplitCache, global_batch, share
+from igpt_ray.loader import Batch, SplitCache, global_batch, share
 from igpt_ray.model import ImageGPT
+from igpt_ray.sampling import seed_of
 from igpt_ray.shards import TokenStore
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def _check(settings: config.Pretrain) -> TokenStore:
     """What would fail on the workers, found before they start."""
     if not settings.data.tokens:
         raise SettingError("--data.tokens is not set: give the token store that jobs/prepare.py wrote")
+    if settings.model.n_class:
+        raise SettingError("--model.n-class is for fine-tuning: pretraining reads no labels, leave it at 0")
     if settings.optim.batch_size < settings.workers.n:
         raise SettingError(f"batch_size {settings.optim.batch_size} is smaller than workers.n {settings.workers.n}")
     store = TokenStore.open(settings.data.tokens)
@@ -115,6 +118,8 @@ def _claim(settings: config.Pretrain, store: TokenStore) -> None:
     if storage.write_new(uri, data):
         return
     there = json.loads(storage.read(uri))["identity"]
+    for name, section in (("model", config.Model()), ("optim", config.Optim())):
+        there[name] = section.model_dump(mode="json") | there[name]  # a setting newer than the run had its default
     differing = sorted(_differences(there, identity))
     if differing and not checkpoint.committed_steps(settings.run.uri):
         storage.write(uri, data)
@@ -148,6 +153,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     store = TokenStore.open(cfg.data.tokens)
     images = SplitCache(store, cfg.data.split)
     tokens_per_step = batch_size * cfg.model.n_positions
+    masked = cfg.model.objective == "masked"
+    counted_per_step = batch_size if masked else tokens_per_step  # what the loss is a mean over: images, or tokens
 
     torch.manual_seed(cfg.seed)
     mesh = init_device_mesh(device.type, (world_size,))
@@ -166,15 +173,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         fetching = time.perf_counter()
         mine = share(global_batch(cfg.seed, step, batch_size, len(images)), rank, world_size)
         tokens = torch.from_numpy(images[mine].astype(np.int64))  # (B, T)
+        keep = _keep(cfg.seed, mine, cfg.model.n_positions) if masked else None
         data_seconds += time.perf_counter() - fetching
 
         # All workers take as many forward passes, or their collectives would not meet.
         n_micro = math.ceil(math.ceil(batch_size / world_size) / cfg.workers.micro_batch)
-        for i, micro in enumerate(tokens.tensor_split(n_micro)):
+        kept = keep.tensor_split(n_micro) if keep is not None else [None] * n_micro
+        for i, (micro, mask) in enumerate(zip(tokens.tensor_split(n_micro), kept, strict=True)):
             parallel.reduce_gradients(model, i == n_micro - 1)
             x = micro.to(device, non_blocking=True)
-            nats = objectives.next_pixel(model(x), x).sum()
-            (nats * (world_size / tokens_per_step)).backward()  # FSDP averages over workers; the loss is a mean
+            nats = objectives.generative(model, x, None if mask is None else mask.to(device, non_blocking=True))
+            (nats * (world_size / counted_per_step)).backward()  # FSDP averages over workers; the loss is a mean
             nats_sum += nats.detach()
 
         grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
@@ -191,7 +200,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             n_steps, now = step - since_step, time.perf_counter()
             line = {
                 "step": step,
-                "nats_per_token": float(nats_sum) / (n_steps * tokens_per_step),
+                "nats_per_token": float(nats_sum) / (n_steps * counted_per_step),
                 "lr": lr,
                 "grad_norm": float(grad_norm.full_tensor()),
                 "tokens_per_second": round(n_steps * tokens_per_step / (now - since), 1),
@@ -230,6 +239,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         )
         weights.save_release(release, cast("dict[str, Tensor]", full), store.palette(), about)
     return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
+
+
+def _keep(seed: int, batch: Batch, n_positions: int) -> Tensor:
+    """The masks of a worker's images, a function of (seed, epoch, row): the same on any number of workers."""
+    rows = zip(batch.epochs.tolist(), batch.rows.tolist(), strict=True)
+    return objectives.keep_masks([seed_of(seed, epoch, row) for epoch, row in rows], n_positions)
 
 
 _LINE = "step %d of %d: %.4f nats per token, %.0f tokens/s, %.0f s left"

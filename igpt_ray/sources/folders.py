@@ -34,9 +34,9 @@ from igpt_ray.sources.units import (
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD = 1
+READ_AHEAD = 16
 """Requests under way at once per unit, to hide the object store's latency."""
-TOGETHER = 32
+TOGETHER = 4
 """Files that a thread fetches one after the other: handing over every single one costs as much as reading it."""
 
 Listing = list[tuple[str, int]]

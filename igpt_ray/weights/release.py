@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Strict
+from igpt_ray.weights.check import check_finite, check_shapes, outline, shapes_of
 
 FORMAT = "igpt_ray release 1"
 
@@ -36,7 +36,7 @@ class ReleaseConfig(Strict):
     """Of model.safetensors."""
     classes: list[str]
     trained: dict[str, Any]
-    """Steps, last nats per token, settings, versions."""
+    """Steps and last nats per token, or what it was converted from; settings, versions."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ def check_kind(about: ReleaseConfig, kind: Kind, where: str) -> None:
                 f"the release was trained with {field} {ours}, but {where} has {theirs}:"
                 " use the token store (or prepare one) of the same kind"
             )
+
+
+def check_next(about: ReleaseConfig, where: str) -> None:
+    """Raises `CheckpointError` for a masked network: it finishes no picture, and gives none a probability."""
+    if about.model.objective != "next":
+        raise CheckpointError(
+            f"{where} is a masked network: completions, scores and the server need one that predicts the next pixel;"
+            " jobs/evaluate.py and jobs/probe.py take both"
+        )
 
 
 def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, about: ReleaseConfig) -> None:
@@ -106,24 +115,17 @@ def load_release(uri: str, device: str = "cpu") -> Release:
     palette = Palette.load(storage.join(uri, "palette.npy"))
     if palette.fingerprint != about.kind.palette:
         raise CheckpointError(f"{uri}/palette.npy is not the palette that the model was trained with")
-    model = ImageGPT(about.model).to(device)
-    load_weights(model, weights, uri)
+    model = outline(about.model)
+    load_weights(model, weights, uri, device)
     return Release(model.eval(), palette, about)
 
 
-def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str) -> None:
-    """Copy `weights` into the model: every name, every shape, every value finite."""
-    own = model.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise CheckpointError(f"{where} lacks {', '.join(missing[:3])}")
-    if foreign := sorted(weights.keys() - own.keys()):
-        raise CheckpointError(f"{where} holds weights this model does not have: {', '.join(foreign[:3])}")
+def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str, device: str) -> None:
+    """Fill the outline of a model: every name, every shape, every value finite."""
+    check_shapes(shapes_of(weights), shapes_of(model.state_dict()), where)
     for name, value in weights.items():
-        if value.shape != own[name].shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{where}: {name} has values that are not finite")
-    model.load_state_dict(weights)
+        check_finite(name, value, where)
+    model.to_empty(device=device).load_state_dict(weights)
 
 
 def _sha256(path: Path) -> str:
@@ -133,16 +135,16 @@ def _sha256(path: Path) -> str:
 
 def _card(about: ReleaseConfig) -> str:
     m, k = about.model, about.kind
-    nats = about.trained.get("nats_per_token")
+    objective = "Autoregressive" if m.objective == "next" else "Masked"
+    history = "\n".join(f"| {name} | {value} |" for name, value in _history(about).items())
     return f"""# ImageGPT, {m.n_layer} layers x {m.n_embd}, {m.n_px}x{m.n_px}, {m.n_vocab} colours
 
-Autoregressive model of pixels ("Generative Pretraining from Pixels", Chen et al., 2020), trained with igpt_ray.
+{objective} model of pixels ("Generative Pretraining from Pixels", Chen et al., 2020), written by igpt_ray.
 
 | | |
 |---|---|
 | parameters | {m.n_params:,} |
-| steps | {about.trained.get("steps")} |
-| training nats per token, last line | {nats if nats is None else f"{nats:.4f}"} |
+{history}
 | palette | sha256 {k.palette[:16]} |
 | pixel pipeline | {k.pipeline} |
 | classes in the data | {len(about.classes)} |
@@ -150,3 +152,18 @@ Autoregressive model of pixels ("Generative Pretraining from Pixels", Chen et al
 Weights are in `model.safetensors`, settings and versions in `config.json`. The model reproduces what its training
 images show, their biases included; it has no notion of what a picture means.
 """
+
+
+def _history(about: ReleaseConfig) -> dict[str, str]:
+    """Where the weights come from."""
+    trained, token = about.trained, "token" if about.model.objective == "next" else "masked token"
+    if origin := trained.get("converted_from"):
+        return {
+            "converted from": str(origin),
+            "pixel pipeline in training": "not told by the source; the one below was stated at the conversion",
+        }
+    nats = trained.get("nats_per_token")
+    return {
+        "steps": str(trained.get("steps")),
+        f"training nats per {token}, last line": str(nats if nats is None else f"{nats:.4f}"),
+    }
