@@ -19,7 +19,7 @@ serve: .venv/demo  ## serve the demo's release
 	  "-d '{\"n\": 2, \"image\": \"'\$$(base64 -w0 $(OUT)/picture.png)'\"}'"
 	$(BIN)/python jobs/serve.py --release $(OUT)/release --port $(PORT)
 
-test: .venv/dev  ## everything; `make test ARGS="-m 'not ray and not slow'"` takes about a minute
+test: .venv/dev  ## everything; `make test ARGS="-m 'not ray and not slow'"` takes a minute or two
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/dev  ## style and types

@@ -327,7 +327,7 @@ class Verify(Section):
     remake: Annotated[int, Field(ge=0)] = 1
     """How many shards, spread over the store, are made again from the source and compared."""
     remove: bool = False
-    """Remove shards and quarantine lists that the manifest does not name (left by an abandoned preparation, say)."""
+    """Remove shards and quarantine lists that the manifest does not name, and what killed writes left behind."""
     pool: Pool = Pool()
 
 
