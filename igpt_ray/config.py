@@ -55,12 +55,33 @@ class Model(Section):
     """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
     n_class: Annotated[int, Field(ge=0)] = 0
     """Classes that a head for fine-tuning tells apart; 0 has no head."""
+    qk_norm: bool = False
+    """Modern: RMS norms, with gains, on the queries and keys of each head."""
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """The paper's GELU, or, modern, the square of the positive part."""
+    rotary: Literal["none", "line", "grid"] = "none"
+    """Modern: turn queries and keys by their place in the sequence, or by row and column; wpe stays."""
+    zero_init: bool = False
+    """Modern: the matrices that end attention and MLP start at zero, and every block as the identity."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        turned = {"none": 1, "line": 2, "grid": 4}[self.rotary]
+        if self.head_width % turned:
+            raise ValueError(f"rotary {self.rotary} turns a head by {turned}s, but it is {self.head_width} wide")
         return self
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def modern(self) -> dict[str, Any]:
+        """The settings that neither the paper nor transformers has."""
+        ours = {name: getattr(self, name) for name in ("qk_norm", "activation", "rotary", "zero_init")}
+        return {name: value for name, value in ours.items() if value != type(self).model_fields[name].default}
 
     @property
     def n_positions(self) -> int:
@@ -70,7 +91,8 @@ class Model(Section):
     def n_params(self) -> int:
         d, n = self.n_embd, self.n_positions
         sos = d if self.objective == "next" else 0
-        return self.n_layer * (12 * d * d + 2 * d) + n * d + 2 * self.n_vocab * d + d + sos + self.n_class * d
+        gains = 2 * d + (2 * self.head_width if self.qk_norm else 0)
+        return self.n_layer * (12 * d * d + gains) + n * d + 2 * self.n_vocab * d + d + sos + self.n_class * d
 
 
 class Optim(Section):
@@ -81,6 +103,10 @@ class Optim(Section):
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
+    muon_lr: Annotated[float, Field(gt=0)] | None = None
+    """Modern: peak learning rate of Muon on the matrices inside the blocks; None trains them by Adam as the rest."""
+    split_qkv: bool = True
+    """Whether Muon sees q, k and v as three matrices."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -91,6 +117,8 @@ class Optim(Section):
     """Optimiser steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10_009
     """Steps of linear warm-up; the default is one ImageNet epoch of 128."""
+    cooldown: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Modern: stay at the peak, then fall in a straight line to zero over this share of the steps; None: cosine."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm; None does not clip."""
 
@@ -487,6 +515,35 @@ class BenchData(Section):
     """How often each way is tried."""
     whole: tuple[Count, ...] = (1000, 100_000)
     """Images of whole preparations, whose memory should not grow with them."""
+
+
+class BenchModern(Section):
+    """Train the paper's recipe, the modern one, and each switch between them, on the same tokens."""
+
+    tokens: Uri
+    """URI of a token store; `make demo` leaves one of digits in demo-out/data/tokens."""
+    out: Uri
+    """File for the curves of all runs; those already in it are not run again."""
+    split: str = "train"
+    """Split to train on."""
+    held_out: str = "test"
+    """Split to judge by."""
+    n_layer: Count = 4
+    """Blocks."""
+    n_embd: Count = 64
+    """Width."""
+    n_head: Count = 2
+    """Attention heads."""
+    batch_size: Count = 32
+    """Images per step."""
+    steps: Count = 300
+    """Steps of every run."""
+    warmup_steps: Count = 30
+    """Steps of linear warm-up."""
+    evaluate_every: Count = 20
+    """Steps between looks at the held-out split."""
+    seeds: Count = 2
+    """How often each run is repeated, with other weights and another order."""
 
 
 # ------------------------------------------------------------------------------------------------ provenance

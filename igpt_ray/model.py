@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from igpt_ray import config
 
 NORM_EPS = 1e-5
+LINE_BASE, GRID_BASE = 1e4, 1e2
+"""Of rotary positions: a pair's slowest turn takes about 2 pi times as many positions; a picture has few rows."""
 
 
 class ImageGPT(nn.Module):
@@ -34,7 +36,7 @@ class ImageGPT(nn.Module):
         self.causal = config.objective == "next"
         if self.causal:
             self.sos = nn.Parameter(torch.empty(config.n_embd))
-        self.h = nn.ModuleList(Block(config.n_embd, config.n_head, self.causal) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.wtet = nn.Linear(config.n_embd, config.n_vocab, bias=False)
         if config.n_class:
@@ -60,8 +62,9 @@ class ImageGPT(nn.Module):
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The output of the last norm: (B, T) -> (B, T, C)."""
         h = self.embed(tokens, keep)
+        turn = self.rotation(0, tokens.shape[1])
         for block in self.h:
-            h = block(h)
+            h = block(h, turn)
         return self.ln_f(h)
 
     def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -81,14 +84,32 @@ class ImageGPT(nn.Module):
         ln_1 output, and of ln_f's output at layer L. Stops at layer `last` (default L)."""
         last = len(self.h) if last is None else last
         h = self.embed(tokens, keep)
+        turn = self.rotation(0, tokens.shape[1])
         pooled = []
         for block in self.blocks[: last + 1]:
             pooled.append(block.ln_1(h).mean(1))
             if len(pooled) <= last:
-                h = block(h)
+                h = block(h, turn)
         if last == len(self.h):
             pooled.append(self.ln_f(h).mean(1))
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
+
+    def rotation(self, start: int, n: int) -> Tensor | None:
+        """Cosines and sines by which rotary positions turn the halves of a head at `start` and the n - 1 positions
+        after it: (2, n, D / 2); None without. A grid turns the first half of the pairs by row, the second by column.
+
+        Made anew each time: a buffer would be one more thing to shard, cast and store.
+        """
+        c = self.config
+        if c.rotary == "none":
+            return None
+        t = torch.arange(start, start + n, device=self.wpe.device)
+        axes = (t,) if c.rotary == "line" else (t // c.n_px, t % c.n_px)
+        pairs = c.head_width // 2 // len(axes)
+        base = LINE_BASE if c.rotary == "line" else GRID_BASE
+        speeds = base ** -(torch.arange(pairs, device=self.wpe.device) / pairs)  # radians per position
+        angles = torch.cat([axis[:, None] * speeds for axis in axes], dim=1)  # (n, D / 2)
+        return torch.stack([angles.cos(), angles.sin()])
 
     def prefill(self, given: Tensor, cache: "KVCache") -> Tensor:
         """The logits that predict pixel S from S given ones, filling an empty cache: (B, S) -> (B, V)."""
@@ -104,8 +125,9 @@ class ImageGPT(nn.Module):
         return self._extend(h, cache)
 
     def _extend(self, h: Tensor, cache: "KVCache") -> Tensor:
+        turn = self.rotation(cache.length, h.shape[1])
         for block, kv in zip(self.h, cache.kv, strict=True):
-            h = block(h, kv, cache.length)
+            h = block(h, turn, kv, cache.length)
         cache.length += h.shape[1]
         return self.wtet(self.ln_f(h[:, -1]))  # (B, V)
 
@@ -125,37 +147,46 @@ class ImageGPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=(C * self.config.n_layer) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
             nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+            if self.config.zero_init:
+                nn.init.zeros_(block.attn.c_proj.weight)
+                nn.init.zeros_(block.mlp.c_proj.weight)
 
 
 class Block(nn.Module):
     """Pre-norm: attention, then the MLP. The norms are RMS norms with a gain and no bias."""
 
-    def __init__(self, n_embd: int, n_head: int, causal: bool):
+    def __init__(self, config: config.Model):
         super().__init__()
-        self.ln_1 = nn.RMSNorm(n_embd, NORM_EPS)
-        self.attn = Attention(n_embd, n_head, causal)
-        self.ln_2 = nn.RMSNorm(n_embd, NORM_EPS)
-        self.mlp = MLP(n_embd)
+        self.ln_1 = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.attn = Attention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.mlp = MLP(config.n_embd, config.activation)
 
-    def forward(self, h: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        h = h + self.attn(self.ln_1(h), kv, start)
+    def forward(self, h: Tensor, turn: Tensor | None = None, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        h = h + self.attn(self.ln_1(h), turn, kv, start)
         return h + self.mlp(self.ln_2(h))
 
 
 class Attention(nn.Module):
     """Self-attention, causal or both ways. OpenAI's q, k and v projections lie fused, in this order, in `c_attn`."""
 
-    def __init__(self, n_embd: int, n_head: int, causal: bool):
+    def __init__(self, config: config.Model):
         super().__init__()
-        self.n_head = n_head
-        self.causal = causal
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+        C, D = config.n_embd, config.head_width
+        self.n_head = config.n_head
+        self.causal = config.objective == "next"
+        self.c_attn = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, NORM_EPS) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        """`kv`: this layer's cache, whose first `start` positions are filled; x continues there."""
+    def forward(self, x: Tensor, turn: Tensor | None = None, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        """`turn`: rotary positions. `kv`: this layer's cache, whose first `start` positions are filled; x goes on
+        there."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = turned(q, turn), turned(k, turn)
         if kv is not None:
             assert start == 0 or T == 1, f"{T} positions at once onto a cache of {start}"
             kv[:, :, :, start : start + T] = torch.stack([k, v])
@@ -164,16 +195,26 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    """C -> 4C -> C with OpenAI's GELU, x * sigmoid(1.702 x)."""
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): element i and i + D/2 are a point in the plane, turned by an angle of the
+    position: (B, N, T, D). A query and a key then agree by how far apart they stand."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), turn.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-    def __init__(self, n_embd: int):
+
+class MLP(nn.Module):
+    """C -> 4C -> C with OpenAI's GELU, x * sigmoid(1.702 x), or with ReLU squared (So et al. 2021)."""
+
+    def __init__(self, n_embd: int, activation: str):
         super().__init__()
+        self.activation = activation
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
+        if self.activation == "relu2":
+            return self.c_proj(F.relu(x).square())
         return self.c_proj(x * torch.sigmoid(1.702 * x))
 
 

@@ -2,6 +2,7 @@
 
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
+python jobs/bench.py modern --tokens demo-out/data/tokens --out modern.json
 """
 
 import json
@@ -9,9 +10,10 @@ import json
 import tyro
 
 from igpt_ray.flows.bench.data import data
+from igpt_ray.flows.bench.modern import modern
 from igpt_ray.flows.bench.palette import palette
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data}, config=FLAT)))
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data, "modern": modern}, config=FLAT)))
