@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from igpt_ray import config
+from igpt_ray.optim import ROUNDS
 
 GB = 1e9
 SAVED_WIDTHS = 18
@@ -43,9 +44,23 @@ def flops_per_token(model: config.Model, causal: bool) -> int:
     return products + (attention // 2 if causal else attention)
 
 
-def state_bytes(model: config.Model, workers: int) -> float:
-    """Of a worker's shard at rest: float32 weights, gradients, and Adam's two moments."""
-    return 4 * 4 * model.n_params / workers
+def muon_flops(model: config.Model) -> int:
+    """Of Muon in one step, on any batch: ROUNDS of X X', its square, and their product with X, for every matrix."""
+    d = model.n_embd
+    shapes = 4 * [(d, d)] + 2 * [(d, 4 * d)]  # q, k, v, c_proj; c_fc, c_proj
+    return model.n_layer * ROUNDS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
+
+
+def flops_per_step(model: config.Model, optim: config.Optim, causal: bool) -> int:
+    """Of all workers together."""
+    muon = muon_flops(model) if optim.muon_lr is not None else 0
+    return optim.batch_size * model.n_positions * flops_per_token(model, causal) + muon
+
+
+def state_bytes(model: config.Model, optim: config.Optim, workers: int) -> float:
+    """Of a worker's shard at rest: float32 weights, gradients, and Adam's two moments, or Muon's one."""
+    one_moment = 12 * model.n_layer * model.n_embd**2 if optim.muon_lr is not None else 0
+    return 4 * (4 * model.n_params - one_moment) / workers
 
 
 def gathered_bytes(model: config.Model, width: int) -> float:
@@ -73,11 +88,11 @@ def estimate(settings: config.Estimate) -> dict[str, Any]:
     tokens_per_step = optim.batch_size * model.n_positions
     full, causal = (flops_per_token(model, causal) for causal in (False, True))
     memory = {
-        "weights_gradients_adam": state_bytes(model, workers.n),
+        "weights_gradients_adam": state_bytes(model, optim, workers.n),
         "gathered_weights": gathered_bytes(model, width),
         "activations": activation_bytes(model, images, width),
     }
-    step_seconds = tokens_per_step * causal / (workers.n * device.tflops * 1e12 * cluster.mfu)
+    step_seconds = flops_per_step(model, optim, causal=True) / (workers.n * device.tflops * 1e12 * cluster.mfu)
     others = (workers.n - 1) / workers.n  # of a ring's bytes each worker hands on all but its own share
     traffic = others * model.n_params * (2 * width * passes + 4)
     traffic_seconds = traffic / (cluster.bus_gb_per_second * GB)
@@ -89,7 +104,7 @@ def estimate(settings: config.Estimate) -> dict[str, Any]:
         "tokens": optim.steps * tokens_per_step,
         "flops_per_token": full,
         "flops_per_token_causal": causal,
-        "flops": full * optim.steps * tokens_per_step,
+        "flops": optim.steps * flops_per_step(model, optim, causal=False),
         "workers": workers.n,
         "images_per_pass": images,
         "passes_per_step": passes,

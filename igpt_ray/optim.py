@@ -24,10 +24,12 @@ as fast as can be: five rounds bring all of them near 1 (0.7 to 1.2), and not ne
 ROUNDS = 5
 
 
-def build(model: nn.Module, optim: config.Optim) -> Optimizer:
+def build(model: nn.Module, optim: config.Optim, precision: str = "float32") -> Optimizer:
+    """`precision` is that of Muon's matrix products. In bfloat16 a last bit of a gradient, which changes with the
+    number of workers, may change a step by a hundredth."""
     if optim.muon_lr is None:
         return Adam(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    return Muon(cast(ImageGPT, model), optim)
+    return Muon(cast(ImageGPT, model), optim, getattr(torch, precision))
 
 
 class Muon(Adam):
@@ -37,7 +39,7 @@ class Muon(Adam):
     and where they are sharded each worker makes its share of them orthogonal: two exchanges, no work done twice.
     """
 
-    def __init__(self, model: ImageGPT, optim: config.Optim):
+    def __init__(self, model: ImageGPT, optim: config.Optim, dtype: torch.dtype):
         assert optim.muon_lr is not None
         kinds: list[tuple[Callable[[Any], nn.Linear], int]] = [
             (lambda block: block.attn.c_attn, 3 if optim.split_qkv else 1),  # q, k and v are three matrices
@@ -48,11 +50,13 @@ class Muon(Adam):
         groups = []
         for kind, parts in kinds:
             matrices = [kind(block).weight for block in model.blocks]
-            groups.append({"params": matrices, "parts": parts, "lr_ratio": optim.muon_lr / optim.lr})
+            ratio = optim.muon_lr / optim.lr
+            groups.append({"params": matrices, "parts": parts, "lr": optim.muon_lr, "lr_ratio": ratio})
         inside = {id(p) for group in groups for p in cast("list[Tensor]", group["params"])}
         rest = [p for p in model.parameters() if id(p) not in inside]
-        groups.append({"params": rest, "parts": 0, "lr_ratio": 1.0})
+        groups.append({"params": rest, "parts": 0, "lr": optim.lr, "lr_ratio": 1.0})
         super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -60,7 +64,7 @@ class Muon(Adam):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             if group["parts"] and matrices:
-                updates = orthogonal([self._momentum(p) for p in matrices], group["parts"])
+                updates = orthogonal([self._momentum(p).to(self.dtype) for p in matrices], group["parts"])
                 for p, update in zip(matrices, updates, strict=True):
                     local(p).add_(update.to(p.dtype), alpha=-group["lr"])
                     p.grad = None
@@ -84,7 +88,7 @@ def orthogonal(matrices: list[Tensor], parts: int) -> list[Tensor]:
     one worker each.
     """
     first = matrices[0]
-    stacked = torch.stack([local(m).bfloat16() for m in matrices])  # (L, rows here, columns)
+    stacked = torch.stack([local(m) for m in matrices])  # (L, rows here, columns)
     if not isinstance(first, DTensor):
         return list(_orthogonal(stacked, parts))
     mesh, shape = first.device_mesh, torch.Size([len(matrices), *first.shape])
@@ -98,7 +102,7 @@ def orthogonal(matrices: list[Tensor], parts: int) -> list[Tensor]:
 
 
 def _orthogonal(x: Tensor, parts: int) -> Tensor:
-    """Newton-Schulz iterations on a batch of matrices, in bfloat16: (L, rows, columns)."""
+    """Newton-Schulz iterations on a batch of matrices: (L, rows, columns)."""
     whole = x.shape
     x = x.reshape(whole[0] * parts, whole[1] // parts, whole[2])
     tall = x.shape[1] > x.shape[2]

@@ -16,4 +16,8 @@ from igpt_ray.flows.bench.palette import palette
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data, "modern": modern}, config=FLAT)))
+    print(
+        json.dumps(
+            tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data, "modern": modern}, config=FLAT)
+        )
+    )

@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_model, random_tokens
 from numpy.typing import NDArray
+from torch.nn import Parameter
+from torch.optim import Adam, Muon, Optimizer
 
 from igpt_ray import objectives, optim
 from igpt_ray.config import PRESETS, Optim
+from igpt_ray.model import ImageGPT
 
 SCHEDULE = Optim(lr=2e-3, steps=110, warmup_steps=10)
 
@@ -90,3 +94,88 @@ def test_the_default_is_the_papers_adam() -> None:
     (group,) = optim.build(model, Optim()).param_groups
     assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0, 3e-3)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+# ------------------------------------------------------------------------------------------------ the modern recipe
+
+MUON = Optim(lr=1e-2, muon_lr=0.03)
+
+
+def matrices_inside(model: ImageGPT) -> dict[str, Parameter]:
+    return {name: p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2}
+
+
+def backward(model: ImageGPT, seed: int) -> None:
+    x = random_tokens(model, 4, seed=seed)
+    model.zero_grad()
+    objectives.next_pixel(model(x), x).mean().backward()
+
+
+def torchs(model: ImageGPT) -> list[Optimizer]:
+    """torch's own Muon on every matrix inside the blocks, q, k and v apart, and its Adam on the rest."""
+    inside = matrices_inside(model)
+    whole = [p for name, p in inside.items() if "c_attn" not in name]
+    rest = [p for name, p in model.named_parameters() if name not in inside]
+    return [Muon(whole, lr=0.03, weight_decay=0), Adam(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)]
+
+
+def test_steps_are_those_of_torchs_muon_and_adam() -> None:
+    """To the bit, in torch's bfloat16. Momentum, look-ahead, the scale of tall matrices; embeddings, head and gains in Muon's hands; q, k, v fused."""
+    ours, theirs = (random_model(std=0.1).requires_grad_(True) for _ in range(2))
+    optimizer, others = optim.build(ours, MUON, "bfloat16"), torchs(theirs)
+    parts = [Parameter(q.detach().clone()) for b in theirs.blocks for q in b.attn.c_attn.weight.chunk(3)]
+    others.append(Muon(parts, lr=0.03, weight_decay=0))
+    for seed in range(3):
+        backward(ours, seed)
+        backward(theirs, seed)
+        fused = [b.attn.c_attn.weight for b in theirs.blocks]
+        for part, gradient in zip(parts, [g for p in fused for g in p.grad.chunk(3)], strict=True):  # type: ignore[union-attr]
+            part.grad = gradient
+        for other in [optimizer, *others]:
+            other.step()
+        with torch.no_grad():
+            for i, p in enumerate(fused):
+                p.copy_(torch.cat(parts[3 * i : 3 * i + 3]))
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0, msg=name)
+
+
+def test_an_update_turns_as_the_singular_vectors_do_and_all_values_are_near_one() -> None:
+    """U V' of the SVD is the exact answer; five rounds give U S V' with S near 1."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((64, 16), (16, 64), (24, 24)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        matrix = u * torch.linspace(0.3, 3, len(v)) @ v
+        (found,) = optim.orthogonal([matrix], 1)
+        inner = u.T @ (found.float() / max(1, shape[0] / shape[1]) ** 0.5) @ v.T
+        values = inner.diagonal()
+        assert 0.6 < values.min() < values.max() < 1.3
+        assert (inner - values.diag()).abs().max() < 0.03
+
+
+def test_only_the_matrices_inside_the_blocks_are_muons_and_the_rates_keep_their_proportion() -> None:
+    model = random_model(qk_norm=True)
+    optimizer = optim.build(model, MUON)
+    *hidden, rest = optimizer.param_groups
+    assert {id(p) for g in hidden for p in g["params"]} == {id(p) for p in matrices_inside(model).values()}
+    others = {id(p) for p in model.parameters()} - {id(p) for p in matrices_inside(model).values()}
+    assert {id(p) for p in rest["params"]} == others
+    optim.set_lr(optimizer, 5e-3)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.015] * 4 + [5e-3])
+
+
+@pytest.mark.parametrize(
+    ("step", "share"), [(0, 0.1), (9, 1), (10, 1), (59, 1), (60, 1), (80, 0.6), (109, 0.02), (110, 0)]
+)
+def test_a_cool_down_stays_at_the_peak_and_then_falls_in_a_line(step: int, share: float) -> None:
+    """A share of what is left after the warm-up instead of all steps, or a last step of zero."""
+    schedule = Optim(lr=2e-3, steps=110, warmup_steps=10, cooldown=50 / 110)
+    assert optim.lr_at(step, schedule) == pytest.approx(share * 2e-3, abs=1e-12)
+
+
+def test_a_warm_up_that_meets_the_cool_down_does_not_jump_above_it() -> None:
+    schedule = Optim(lr=1.0, steps=100, warmup_steps=40, cooldown=0.8)
+    rates = np.array([optim.lr_at(step, schedule) for step in range(101)])
+    assert rates.max() <= 1
+    assert (np.diff(rates[40:]) <= 0).all()
+    assert rates[100] == 0

@@ -1,9 +1,12 @@
 """Sharding changes where weights lie, and no number."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from conftest import random_model, random_tokens
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -11,6 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from igpt_ray import config, objectives, optim, parallel
 from igpt_ray.model import ImageGPT
+
+MODERN = {"qk_norm": True, "activation": "relu2", "rotary": "grid"}
+MUON = config.Optim(lr=1e-2, muon_lr=0.02)
 
 
 @pytest.fixture
@@ -96,3 +102,48 @@ def test_bfloat16_lives_only_inside_the_step(mesh: DeviceMesh) -> None:
     assert loss.dtype == torch.float32
     assert {p.dtype for p in sharded.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in sharded.parameters() if p.grad is not None} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------ the modern recipe
+
+
+def train(model: ImageGPT, rank: int, world_size: int) -> list[float]:
+    """Losses of 24 steps on this worker's share of 12 images; those of all workers have the mean of the whole."""
+    optimizer, losses = optim.build(model, MUON), []
+    for step in range(24):
+        x = random_tokens(model, 12, seed=step).chunk(world_size)[rank]
+        loss = objectives.next_pixel(model(x), x).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def fresh() -> ImageGPT:
+    return random_model(std=0.15, n_layer=2, **MODERN).requires_grad_(True).train()
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    model = parallel.shard(fresh(), init_device_mesh("cpu", (world_size,)), "float32")
+    losses = train(model, rank, world_size)
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    torch.save((losses, weights), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, tmp_path: Path) -> None:
+    """Each worker's rows made orthogonal by themselves; rows or layers that do not divide evenly, or too few layers
+    for all workers, as with three."""
+    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path)), nprocs=world_size)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    plain = fresh()
+    losses = torch.tensor([losses for losses, _ in found]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(train(plain, 0, 1)), rtol=0, atol=1e-5)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(found[0][1][name], p.detach(), rtol=0, atol=1e-5, msg=name)

@@ -159,7 +159,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     mesh = init_device_mesh(device.type, (world_size,))
     model = parallel.shard(ImageGPT(cfg.model).to(device), mesh, cfg.workers.precision)
-    optimizer = optim.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim, cfg.workers.precision)
 
     resumed = checkpoint.load_newest(run.uri, model, optimizer)
     step = resumed.step if resumed else 0

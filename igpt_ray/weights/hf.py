@@ -270,6 +270,8 @@ def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None)
     if c.objective != "next" or c.n_class:
         kind = "masked network" if c.objective != "next" else "class head"
         raise CheckpointError(f"transformers' ImageGPT has no {kind}: keep it as a release")
+    if c.modern:
+        raise CheckpointError(f"transformers' ImageGPT cannot express {', '.join(c.modern)}: keep it as a release")
     if palette is not None and len(palette) != c.n_vocab:
         raise CheckpointError(f"the palette has {len(palette)} colours, the network a vocabulary of {c.n_vocab}")
     with tempfile.TemporaryDirectory() as temporary:

@@ -16,6 +16,7 @@ import torch
 
 from igpt_ray import config, estimate, evaluate, objectives, optim, storage
 from igpt_ray.config import BenchModern, Model, Optim
+from igpt_ray.flows.job import log_to_stderr
 from igpt_ray.loader import SplitCache, global_batch
 from igpt_ray.model import ImageGPT
 from igpt_ray.shards import TokenStore, Tokens
@@ -37,6 +38,7 @@ SWITCHES: dict[str, Report] = {
 
 def modern(settings: BenchModern) -> Report:
     """Tune the learning rates of both recipes on the first seed, then run every row on every seed."""
+    log_to_stderr()
     bench = Bench(settings)
     lr = bench.tuned("paper, lr", lambda lr: {"optim": {"lr": lr}}, 3e-3)
     full = together(*SWITCHES.values(), {"optim": {"lr": lr}})
@@ -50,7 +52,11 @@ def modern(settings: BenchModern) -> Report:
     paper: Report = {"optim": {"lr": lr}}
     switches = SWITCHES | {"Muon": {"optim": {"muon_lr": muon_lr, "lr": adam_lr}}}
 
-    rows = {"paper": paper, "modern": full}
+    rows = {
+        "paper": paper,
+        "modern": full,
+        "modern, half the steps": together(full, {"optim": {"steps": settings.steps // 2}}),
+    }
     rows |= {f"paper + {name}": together(paper, switch) for name, switch in switches.items()}
     for name in switches:
         rows[f"modern - {name}"] = together(*(s for other, s in switches.items() if other != name))
@@ -59,14 +65,13 @@ def modern(settings: BenchModern) -> Report:
     s = settings
     halved = {"optim": {"batch_size": s.batch_size // 2, "steps": 2 * s.steps, "warmup_steps": 2 * s.warmup_steps}}
     rows |= {
-        "modern, half the steps": together(full, {"optim": {"steps": s.steps // 2}}),
         "modern, a third of the steps": together(full, {"optim": {"steps": s.steps // 3}}),
         "modern, q k v as one matrix": together(full, {"optim": {"split_qkv": False}}),
         "modern, rotary in a line": together(full, {"model": {"rotary": "line"}}),
-        "paper, half the batch": together(paper, halved),
-        "modern, half the batch": together(full, halved),
         "modern, half as deep": together(full, {"model": {"n_layer": s.n_layer // 2, "n_embd": s.n_embd * 11 // 8}}),
         "modern, twice as deep": together(full, {"model": {"n_layer": s.n_layer * 2, "n_embd": s.n_embd * 3 // 4}}),
+        "paper, half the batch": together(paper, halved),
+        "modern, half the batch": together(full, halved),
     }
     for seed in range(settings.seeds):
         for name, changes in rows.items():
@@ -98,13 +103,12 @@ class Bench:
         self.found: dict[str, Report] = json.loads(self.out.read_text()) if self.out.exists() else {}
 
     def run(self, name: str, changes: Report, seed: int = 0) -> Report:
-        key = f"{name}/{seed}"
+        key = json.dumps({"seed": seed, **changes}, sort_keys=True)
         if key not in self.found:
             self.found[key] = self.trained(changes, seed)
             self.out.write_text(json.dumps(self.found, indent=0))
-        r = self.found[key]
-        print(f"{key:32} {r['nats']:.4f} best {min(n for _, n in r['curve']):.4f} {r['seconds']:.0f} s", flush=True)
-        return r
+            log.info("%s: %.4f nats per token, %.0f s", name, self.found[key]["nats"], self.found[key]["seconds"])
+        return self.found[key]
 
     def tuned(self, name: str, changes: Callable[[float], Report], start: float) -> float:
         """The best of start, its doubles and its halves, as far as each step improves the held-out loss."""
