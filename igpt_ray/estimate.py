@@ -70,10 +70,26 @@ def gathered_bytes(model: config.Model, width: int) -> float:
     return width * (2 * block + model.n_params - model.n_layer * block)
 
 
+def block_bytes(model: config.Model, width: int) -> int:
+    """What a block saves of each position for its backward pass, in bytes per width C.
+
+    ReLU squared saves two of the MLP's 4C where the GELU saves three. Queries and keys that were normed or turned lie
+    beside the c_attn output that the values still need, and attention's output is copied; the norms save as any norm,
+    but in float32 their input is there already.
+    """
+    widths, float32_widths = SAVED_WIDTHS, SAVED_FLOAT32_WIDTHS
+    if model.activation == "relu2":
+        widths -= 4
+    if model.qk_norm or model.rotary != "none":
+        widths += 3
+    if model.qk_norm:
+        float32_widths += 4 if width < 4 else 2
+    return widths * width + float32_widths * 4
+
+
 def activation_bytes(model: config.Model, images: int, width: int) -> float:
     """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient."""
-    block = SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4
-    widths = model.n_layer * block + width + 2 * 4
+    widths = model.n_layer * block_bytes(model, width) + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
 
 
@@ -132,15 +148,19 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
         ("FLOPs per token", f"{found['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: attention in full"),
         ("  causal", f"{found['flops_per_token_causal']:.4g}", "6 (12 L d^2 + V d) + 6 L n d: what is computed"),
-        ("FLOPs", f"{found['flops']:.4g}", "in full"),
+        ("FLOPs", f"{found['flops']:.4g}", "in full" + (", Muon's included" if o.muon_lr is not None else "")),
         ("memory per worker", f"{found['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(found)}"),
-        ("  at rest", f"{memory['weights_gradients_adam']:.2f} GB", f"16 bytes x parameters / {w.n} workers"),
+        (
+            "  at rest",
+            f"{memory['weights_gradients_adam']:.2f} GB",
+            f"16 bytes{_muons(o)} x parameters / {w.n} workers",
+        ),
         ("  gathered", f"{memory['gathered_weights']:.2f} GB", f"{width} bytes x (2 blocks + embeddings, head)"),
         (
             "  activations",
             f"{memory['activations']:.2f} GB",
             f"{found['images_per_pass']} images x {m.n_positions}"
-            f" x ({SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4} L d + {width + 8} d + {2 * width + 4} V) bytes",
+            f" x ({block_bytes(m, width)} L d + {width + 8} d + {2 * width + 4} V) bytes",
         ),
         (
             "step",
@@ -159,6 +179,10 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
     if c.price is not None:
         rows.append(("money", f"${found['dollars']:,}", f"at ${c.price:g} for an hour of one {c.device}"))
     return [f"{what:18} {much:>20}   {why}" for what, much, why in rows]
+
+
+def _muons(optim: config.Optim) -> str:
+    return "" if optim.muon_lr is None else " (12 in the blocks: Muon)"
 
 
 def _fits(found: dict[str, Any]) -> str:

@@ -58,6 +58,10 @@ class Muon(Adam):
         super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.dtype = dtype
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Adam's own would look for its count of steps in every state, to mend those of old versions."""
+        Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Uses up the gradients of the matrices; what is left is Adam's."""

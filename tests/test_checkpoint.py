@@ -18,17 +18,20 @@ from igpt_ray import checkpoint, config, objectives, optim, parallel, storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model import ImageGPT
 
+MODERN = {"qk_norm": True, "activation": "relu2", "rotary": "grid"}
+
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Trainee:
     """A small network with its optimiser, plain or sharded as in a real run."""
 
-    def __init__(self, seed: int, sharded: bool = False):
-        self.model: ImageGPT = random_model(seed, std=0.2, n_layer=2).requires_grad_(True).train()
+    def __init__(self, seed: int, sharded: bool = False, modern: bool = False):
+        shape = {"n_layer": 2, **(MODERN if modern else {})}
+        self.model: ImageGPT = random_model(seed, std=0.2, **shape).requires_grad_(True).train()
         if sharded:
             parallel.shard(self.model, init_device_mesh("cpu", (1,)), "float32")
-        self.optimizer: Optimizer = optim.build(self.model, config.Optim(lr=1e-2))
+        self.optimizer: Optimizer = optim.build(self.model, config.Optim(lr=1e-2, muon_lr=0.02 if modern else None))
 
     def train(self, *steps: int) -> "Trainee":
         for step in steps:
@@ -83,6 +86,19 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: str, sharded:
     assert (manifest.step, manifest.trainer) == (3, {"seed": 5, "step": 3})
     assert equal(first, resumed)
     assert sum(name.endswith("exp_avg_sq") for name in resumed.state()) == len(list(first.model.parameters()))
+    assert equal(first.train(3, 4), resumed.train(3, 4))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_modern_run_resumes_bit_equal_too(run: str, sharded: bool) -> None:
+    """Muon's momentum lost, or its groups and rates mixed up with Adam's."""
+    first = Trainee(1, sharded, modern=True).train(0, 1, 2).save(run, 3)
+    resumed = Trainee(2, sharded, modern=True)
+    assert resumed.load(run) is not None
+    assert equal(first, resumed)
+    momenta = [name for name in resumed.state() if name.endswith(".momentum")]
+    assert len(momenta) == 2 * 4
+    assert [g["lr_ratio"] for g in resumed.optimizer.param_groups] == [2.0] * 4 + [1.0]
     assert equal(first.train(3, 4), resumed.train(3, 4))
 
 

@@ -10,12 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt_ray import config, estimate, objectives
+from igpt_ray import config, estimate, objectives, optim
 from igpt_ray.config import PRESETS, Cluster, Estimate, Model, Optim, Workers
 from igpt_ray.model import ImageGPT
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [Model(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40), Model(n_layer=1, n_embd=96, n_head=3, n_px=9)]
+
+MODERN = [
+    SMALL[0].model_copy(update=changes)
+    for changes in ({"qk_norm": True}, {"rotary": "grid"}, {"qk_norm": True, "rotary": "grid", "activation": "relu2"})
+]
 
 
 def of(preset: str, **sections: config.Section) -> Estimate:
@@ -34,6 +39,19 @@ def test_flops_are_those_that_torch_counts(model: Model) -> None:
     assert counter.get_total_flops() == estimate.flops_per_token(model, causal=False) * tokens.numel()
 
 
+@pytest.mark.parametrize("model", SMALL)
+def test_muons_flops_are_those_that_torch_counts(model: Model) -> None:
+    network = ImageGPT(model)
+    optimizer = optim.build(network, Optim(muon_lr=0.02))
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == estimate.muon_flops(model)
+    extra = [estimate.flops_per_step(model, Optim(muon_lr=lr), causal=True) for lr in (0.02, None)]
+    assert extra[0] - extra[1] == estimate.muon_flops(model)
+
+
 def test_flops_and_parameters_are_the_published_ones() -> None:
     """Training compute of section 7 of the facts: S 7.9e19, L 1.2e21, XL 2.6e22 with attention in full."""
     found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
@@ -47,7 +65,7 @@ def test_flops_and_parameters_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("model", [*SMALL, *MODERN])
 def test_activations_are_those_that_autograd_keeps(model: Model, dtype: torch.dtype) -> None:
     kept: dict[int, int] = {}
 

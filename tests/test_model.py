@@ -1,5 +1,7 @@
 """The network: equal to OpenAI's own and to transformers', causal, and the same with a cache as without."""
 
+import cmath
+import itertools
 import math
 from pathlib import Path
 from typing import Literal
@@ -12,7 +14,7 @@ from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
 from igpt_ray import config, objectives, weights
-from igpt_ray.model import ImageGPT, KVCache
+from igpt_ray.model import ImageGPT, KVCache, turned
 
 Golden = tuple[ImageGPT, dict[str, Tensor]]
 
@@ -234,6 +236,97 @@ def test_options_do_not_change_the_weights_of_a_seed() -> None:
         assert torch.equal(own[name], torch.empty_like(own[name]).normal_(std=std)), name
 
 
+# ------------------------------------------------------------------------------------------------ modern
+
+MODERN = {"qk_norm": True, "activation": "relu2", "rotary": "grid"}
+
+
+@pytest.mark.parametrize(("rotary", "n_px"), [("grid", 4), ("line", 4)])
+def test_rotary_positions_turn_each_pair_by_its_angle(rotary: str, n_px: int) -> None:
+    """A hand formula: element i and i + D/2 as a complex number times e^(i angle); the grid's first half by rows."""
+    model = random_model(rotary=rotary, n_px=n_px)
+    x = torch.randn(2, 4, n_px * n_px, 8, generator=torch.Generator().manual_seed(0))
+    turn = model.rotation(0, n_px * n_px)
+    assert turn is not None
+    found = turned(x, turn)
+    for t in range(n_px * n_px):
+        row, column = divmod(t, n_px)
+        angles = [t, t / 10, t / 100, t / 1000] if rotary == "line" else [row, row / 10, column, column / 10]
+        for i, angle in enumerate(angles):
+            point = torch.complex(x[:, :, t, i], x[:, :, t, i + 4]) * cmath.exp(1j * angle)
+            torch.testing.assert_close(found[:, :, t, i], point.real, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[:, :, t, i + 4], point.imag, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_grid_a_query_and_a_key_agree_by_the_rows_and_columns_between_them() -> None:
+    """Absolute places that leak in, or columns that wrap around the edge as neighbours do in raster order."""
+    model = random_model(rotary="grid", n_px=8)
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).expand(64, 2, 8).transpose(0, 1)
+    turn = model.rotation(0, 64)
+    assert turn is not None
+    agreement = turned(q, turn) @ turned(k, turn).T  # (64, 64)
+    at = {}
+    for i, j in itertools.product(range(64), repeat=2):
+        between = (j // 8 - i // 8, j % 8 - i % 8)
+        assert agreement[i, j].item() == pytest.approx(at.setdefault(between, agreement[i, j].item()), abs=1e-5)
+    assert abs(at[0, 1] - at[1, -7]) > 1e-2  # pixel 8 follows pixel 7, and is no neighbour of it
+
+
+def test_normed_queries_and_keys_ignore_the_size_of_their_projections() -> None:
+    """Norms over the whole width instead of each head, on the values too, or after attention."""
+    model = random_model(qk_norm=True)
+    x = random_tokens(model, 2)
+    before = model(x)
+    for block in model.blocks:
+        block.attn.c_attn.weight[:64] *= 1 + torch.arange(8).repeat_interleave(8)[:, None] * 4.0  # q and k, by head
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+    model.blocks[0].attn.c_attn.weight[64:] *= 2
+    assert (model(x) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("option", [{}, *({k: v} for k, v in MODERN.items()), MODERN], ids=str)
+def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
+    """Written out head by head with torch's plain functions."""
+    model = random_model(**option)
+    block = model.blocks[0]
+    h = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    q, k, v = (part.unflatten(2, (4, 8)) for part in block.attn.c_attn(block.ln_1(h)).chunk(3, dim=2))  # (B, T, N, D)
+    if "qk_norm" in option:
+        q, k = (
+            y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+            for y, norm in ((q, block.attn.q_norm), (k, block.attn.k_norm))
+        )
+    turn = model.rotation(0, 16)
+    if turn is not None:
+        q, k = (turned(y.transpose(1, 2), turn).transpose(1, 2) for y in (q, k))
+    weights = torch.einsum("bind,bjnd->bnij", q, k) / 8**0.5
+    weights = weights.masked_fill(torch.ones(16, 16).bool().triu(1), -math.inf).softmax(-1)
+    h1 = h + block.attn.c_proj(torch.einsum("bnij,bjnd->bind", weights, v).flatten(2))
+    inner = block.mlp.c_fc(block.ln_2(h1))
+    inner = inner.clamp_min(0) ** 2 if "activation" in option else inner * torch.sigmoid(1.702 * inner)
+    torch.testing.assert_close(block(h, turn), h1 + block.mlp.c_proj(inner), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [0, 1, 5, 15])
+def test_a_cache_gives_the_logits_of_the_full_pass_of_a_modern_network(given: int) -> None:
+    """Keys that are stored before they are turned, or turned by their place in the piece that is new."""
+    model = random_model(**MODERN)
+    x = random_tokens(model, 3)
+    full, cache = model(x), KVCache(model, 3)
+    logits = [model.prefill(x[:, :given], cache)]
+    logits += [model.step(x[:, t], cache) for t in range(given, 15)]
+    torch.testing.assert_close(torch.stack(logits, 1), full[:, given:], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(model.features(x)[:, -1], model.hidden(x).mean(1))
+
+
+def test_with_zero_init_every_block_begins_as_the_identity() -> None:
+    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, zero_init=True))
+    h = torch.randn(2, 16, 32)
+    for block in model.blocks:
+        assert torch.equal(block(h), h)
+        assert block.mlp.c_fc.weight.std() > 0.01
+
+
 # ------------------------------------------------------------------------------------------------ masked, with a head
 
 
@@ -286,3 +379,5 @@ def test_parameters_are_counted_with_every_option(objective: Literal["next", "ma
     assert sum(p.numel() for p in ImageGPT(c).parameters()) == c.n_params
     default = c.model_copy(update={"objective": "next", "n_class": 0}).n_params
     assert c.n_params == default - (32 if objective == "masked" else 0) + 32 * n_class
+    modern = c.model_copy(update=MODERN)
+    assert sum(p.numel() for p in ImageGPT(modern).parameters()) == modern.n_params == c.n_params + 2 * 2 * 8

@@ -271,7 +271,7 @@ def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None)
         kind = "masked network" if c.objective != "next" else "class head"
         raise CheckpointError(f"transformers' ImageGPT has no {kind}: keep it as a release")
     if c.modern:
-        raise CheckpointError(f"transformers' ImageGPT cannot express {', '.join(c.modern)}: keep it as a release")
+        raise CheckpointError(f"transformers' ImageGPT has no {', '.join(c.modern)}: keep it as a release")
     if palette is not None and len(palette) != c.n_vocab:
         raise CheckpointError(f"the palette has {len(palette)} colours, the network a vocabulary of {c.n_vocab}")
     with tempfile.TemporaryDirectory() as temporary:

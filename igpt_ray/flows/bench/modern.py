@@ -4,6 +4,7 @@ Network, optimiser, schedule, order and loss are the functions of training; only
 is judged on the same held-out images. FLOPs are those of `estimate.py`, attention in full, Muon's own included.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_ray import config, estimate, evaluate, objectives, optim, storage
+from igpt_ray import estimate, evaluate, objectives, optim
 from igpt_ray.config import BenchModern, Model, Optim
 from igpt_ray.flows.job import log_to_stderr
 from igpt_ray.loader import SplitCache, global_batch
 from igpt_ray.model import ImageGPT
-from igpt_ray.shards import TokenStore, Tokens
+from igpt_ray.shards import TokenStore
 
 log = logging.getLogger(__name__)
 Report = dict[str, Any]
@@ -37,68 +38,64 @@ SWITCHES: dict[str, Report] = {
 
 
 def modern(settings: BenchModern) -> Report:
-    """Tune the learning rates of both recipes on the first seed, then run every row on every seed."""
+    """Tune the learning rates of both recipes on the first seed, run every row on every seed, print the table."""
     log_to_stderr()
     bench = Bench(settings)
+    rows = recipes(bench)
+    runs = {name: [bench.run(name, changes, seed) for seed in range(settings.seeds)] for name, changes in rows.items()}
+    found = {name: summary(of, runs["paper"]) for name, of in runs.items()}
+    print("\n".join(table(found)))
+    return {
+        "settings": settings.model_dump(),
+        "rates": {name: rows[name]["optim"] for name in ("paper", "modern")},
+        **found,
+    }
+
+
+def recipes(bench: "Bench") -> dict[str, Report]:
+    """Name -> settings that differ from a network of the bench's size and the paper's recipe."""
+    s = bench.settings
     lr = bench.tuned("paper, lr", lambda lr: {"optim": {"lr": lr}}, 3e-3)
     full = together(*SWITCHES.values(), {"optim": {"lr": lr}})
     muon_lr = bench.tuned("modern, muon_lr", lambda x: together(full, {"optim": {"muon_lr": x}}), 0.02)
     full = together(full, {"optim": {"muon_lr": muon_lr}})
     adam_lr = bench.tuned("modern, lr", lambda x: together(full, {"optim": {"lr": x}}), lr)
-    without_muon = bench.tuned(
+    full = together(full, {"optim": {"lr": adam_lr}})
+    by_adam = bench.tuned(
         "modern without Muon, lr", lambda x: together(full, {"optim": {"muon_lr": None, "lr": x}}), lr
     )
-    full = together(full, {"optim": {"lr": adam_lr}})
     paper: Report = {"optim": {"lr": lr}}
-    switches = SWITCHES | {"Muon": {"optim": {"muon_lr": muon_lr, "lr": adam_lr}}}
-
     rows = {
         "paper": paper,
         "modern": full,
-        "modern, half the steps": together(full, {"optim": {"steps": settings.steps // 2}}),
+        "modern, half the steps": together(full, {"optim": {"steps": s.steps // 2}}),
     }
-    rows |= {f"paper + {name}": together(paper, switch) for name, switch in switches.items()}
-    for name in switches:
-        rows[f"modern - {name}"] = together(*(s for other, s in switches.items() if other != name))
-        rate = without_muon if name == "Muon" else adam_lr
-        rows[f"modern - {name}"] = together(rows[f"modern - {name}"], {"optim": {"lr": rate}})
-    s = settings
-    halved = {"optim": {"batch_size": s.batch_size // 2, "steps": 2 * s.steps, "warmup_steps": 2 * s.warmup_steps}}
-    rows |= {
-        "modern, a third of the steps": together(full, {"optim": {"steps": s.steps // 3}}),
-        "modern, q k v as one matrix": together(full, {"optim": {"split_qkv": False}}),
-        "modern, rotary in a line": together(full, {"model": {"rotary": "line"}}),
-        "modern, half as deep": together(full, {"model": {"n_layer": s.n_layer // 2, "n_embd": s.n_embd * 11 // 8}}),
-        "modern, twice as deep": together(full, {"model": {"n_layer": s.n_layer * 2, "n_embd": s.n_embd * 3 // 4}}),
-        "paper, half the batch": together(paper, halved),
-        "modern, half the batch": together(full, halved),
-    }
-    for seed in range(settings.seeds):
-        for name, changes in rows.items():
-            bench.run(name, changes, seed)
-    return {}
+    for name, switch in SWITCHES.items():
+        rates = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
+        rows[f"paper + {name}"] = together(paper, switch, rates)
+    for name in SWITCHES:
+        rest = [switch for other, switch in SWITCHES.items() if other != name]
+        rates = {"lr": by_adam} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
+        rows[f"modern - {name}"] = together(*rest, {"optim": rates})
+    return rows
 
 
 def together(*changes: Report) -> Report:
+    """Later changes win."""
     return {section: {k: v for c in changes for k, v in c.get(section, {}).items()} for section in ("model", "optim")}
 
 
 class Bench:
-    """Everything that runs have in common; what has been run is kept in `out` and not run again."""
+    """What all runs have in common. Runs that `out` holds are not repeated."""
 
     def __init__(self, settings: BenchModern):
         torch.set_num_threads(1)
         self.settings = settings
         store = TokenStore.open(settings.tokens)
         self.images = SplitCache(store, settings.split)
-        self.held_out: Tokens = SplitCache(store, settings.held_out).views[0]
-        self.model = Model(
-            n_layer=settings.n_layer,
-            n_embd=settings.n_embd,
-            n_head=settings.n_head,
-            n_px=store.kind.n_px,
-            n_vocab=store.kind.n_vocab,
-        )
+        self.held_out = SplitCache(store, settings.held_out).views[0]
+        sizes = {name: getattr(settings, name) for name in ("n_layer", "n_embd", "n_head")}
+        self.model = Model(n_px=store.kind.n_px, n_vocab=store.kind.n_vocab, **sizes)
         self.out = Path(settings.out)
         self.found: dict[str, Report] = json.loads(self.out.read_text()) if self.out.exists() else {}
 
@@ -139,7 +136,50 @@ class Bench:
             optim.set_lr(optimizer, optim.lr_at(step, opt))
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) * opt.batch_size % (s.evaluate_every * s.batch_size) == 0 or step + 1 == opt.steps:
+            if (step + 1) % s.evaluate_every == 0 or step + 1 == opt.steps:
                 nats = evaluate.image_nats(network, self.held_out, 64).mean() / model.n_positions
                 curve.append((step + 1, float(nats)))
-        return {"nats": curve[-1][1], "curve": curve, "seconds": time.perf_counter() - started, "changes": changes}
+        return {
+            "nats": curve[-1][1],
+            "curve": curve,
+            "steps": opt.steps,
+            "flops_per_step": estimate.flops_per_step(model, opt, causal=False),
+            "seconds": time.perf_counter() - started,
+        }
+
+
+def reached(curve: Curve, nats: float) -> float | None:
+    """The step at which a curve first falls to `nats`, on a line between two looks; None if it never does."""
+    for (s0, n0), (s1, n1) in itertools.pairwise(curve):
+        if n1 <= nats:
+            return s0 + (s1 - s0) * (n0 - nats) / (n0 - n1)
+    return None
+
+
+def summary(runs: list[Report], paper: list[Report]) -> Report:
+    """Means over seeds; steps and FLOPs to the final loss of the paper's run of the same seed."""
+    steps = [reached(run["curve"], base["nats"]) for run, base in zip(runs, paper, strict=True)]
+    known = [step for step in steps if step is not None]
+    whole = len(known) == len(runs)
+    flops = float(np.mean(known)) * runs[0]["flops_per_step"] if whole else None
+    return {
+        "nats": round(float(np.mean([run["nats"] for run in runs])), 4),
+        "gain": round(float(np.mean([b["nats"] - r["nats"] for r, b in zip(runs, paper, strict=True)])), 4),
+        "flops": runs[0]["steps"] * runs[0]["flops_per_step"],
+        "steps_to_paper": round(float(np.mean(known)), 1) if whole else None,
+        "flops_to_paper": flops,
+        "times_fewer_flops": round(paper[0]["steps"] * paper[0]["flops_per_step"] / flops, 2) if flops else None,
+    }
+
+
+def table(found: dict[str, Report]) -> list[str]:
+    lines = [
+        "| recipe | nats at the end | gain on the paper | FLOPs | steps to the paper's loss | FLOPs to it | fewer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, f in found.items():
+        reach = "never | | "
+        if f["flops_to_paper"] is not None:
+            reach = f"{f['steps_to_paper']:.0f} | {f['flops_to_paper']:.2e} | {f['times_fewer_flops']:.2f}x"
+        lines.append(f"| {name} | {f['nats']:.4f} | {f['gain']:+.4f} | {f['flops']:.2e} | {reach} |")
+    return lines
