@@ -213,6 +213,21 @@ def _bert(recipe: Pretrain, lr: float) -> Pretrain:
     return recipe.model_copy(update={"model": model, "optim": recipe.optim.model_copy(update={"lr": lr})})
 
 
+def _modern(recipe: Pretrain, lr: float, muon_lr: float) -> Pretrain:
+    """The modern twin: the same size, images, batch and steps. What it changes was chosen by `jobs/bench.py modern` on
+    tiny networks (README, Results); the rates of larger ones were tuned by nobody: those of the paper for Adam, for
+    Muon what its authors use."""
+    model = recipe.model.model_copy(update={"qk_norm": True, "activation": "relu2", "rotary": "grid"})
+    optim = recipe.optim.model_copy(update={"lr": lr, "muon_lr": muon_lr, "cooldown": 0.6})
+    return recipe.model_copy(update={"model": model, "optim": optim})
+
+
+TINY = Pretrain(
+    model=Model(n_layer=4, n_embd=128, n_head=4, n_px=8, n_vocab=64),
+    optim=Optim(lr=3e-3, batch_size=64, steps=330, warmup_steps=30),
+    workers=Workers(micro_batch=64),
+    run=Run(checkpoint_every=110),
+)
 IGPT_S = _paper(24, 512, 8, 32, Optim(lr=3e-3))
 IGPT_M = _paper(36, 1024, 8, 32, Optim(lr=3e-3))
 IGPT_L = _paper(48, 1536, 16, 32, Optim(lr=1e-3))
@@ -222,12 +237,7 @@ IGPT_XL = _paper(60, 3072, 32, 64, Optim(lr=3e-4, batch_size=64, steps=2_000_000
 PRESETS: dict[str, tuple[str, Pretrain]] = {
     "tiny": (
         "4 layers x 128 at 8x8, 64 colours: learns something on a laptop in a minute",
-        Pretrain(
-            model=Model(n_layer=4, n_embd=128, n_head=4, n_px=8, n_vocab=64),
-            optim=Optim(lr=3e-3, batch_size=64, steps=330, warmup_steps=30),
-            workers=Workers(micro_batch=64),
-            run=Run(checkpoint_every=110),
-        ),
+        TINY,
     ),
     "igpt-s": ("iGPT-S of the paper, 76.6M parameters", IGPT_S),
     "igpt-m": ("iGPT-M of the paper, 455M parameters", IGPT_M),
@@ -245,6 +255,11 @@ PRESETS: dict[str, tuple[str, Pretrain]] = {
         _bert(IGPT_L_48, 1e-3),
     ),
     "igpt-xl-bert": ("iGPT-XL with masked pixels; not in the paper: the rate of igpt-xl", _bert(IGPT_XL, 3e-4)),
+    "tiny-modern": ("tiny with Muon and a modern network", _modern(TINY, 6e-3, 0.04)),
+    "igpt-s-modern": ("iGPT-S with Muon and a modern network; not in the paper", _modern(IGPT_S, 3e-3, 0.02)),
+    "igpt-m-modern": ("iGPT-M with Muon and a modern network; not in the paper", _modern(IGPT_M, 3e-3, 0.02)),
+    "igpt-l-modern": ("iGPT-L at 32x32 with Muon and a modern network; not in the paper", _modern(IGPT_L, 1e-3, 0.02)),
+    "igpt-xl-modern": ("iGPT-XL with Muon and a modern network; not in the paper", _modern(IGPT_XL, 3e-4, 0.02)),
 }
 
 

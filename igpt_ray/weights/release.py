@@ -144,6 +144,7 @@ def _card(about: ReleaseConfig) -> str:
 | | |
 |---|---|
 | parameters | {m.n_params:,} |
+| not in the paper | {", ".join(m.modern) or "nothing"} |
 {history}
 | palette | sha256 {k.palette[:16]} |
 | pixel pipeline | {k.pipeline} |

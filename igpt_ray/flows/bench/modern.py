@@ -71,11 +71,11 @@ def recipes(bench: "Bench") -> dict[str, Report]:
         "modern, half the steps": together(full, {"optim": {"steps": s.steps // 2}}),
     }
     for name, switch in SWITCHES.items():
-        rates = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
-        rows[f"paper + {name}"] = together(paper, switch, rates)
+        tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
+        rows[f"paper + {name}"] = together(paper, switch, tuned)
     for name in SWITCHES:
         rest = [switch for other, switch in SWITCHES.items() if other != name]
-        rates = {"lr": by_adam} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
+        rates: Report = {"lr": by_adam} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
         rows[f"modern - {name}"] = together(*rest, {"optim": rates})
     return rows
 
@@ -108,16 +108,8 @@ class Bench:
         return self.found[key]
 
     def tuned(self, name: str, changes: Callable[[float], Report], start: float) -> float:
-        """The best of start, its doubles and its halves, as far as each step improves the held-out loss."""
-
-        def nats(rate: float) -> float:
-            return self.run(f"{name} {rate:g}", changes(rate))["nats"]
-
-        best = start
-        for factor in (2.0, 0.5):
-            while nats(best * factor) < nats(best):
-                best *= factor
-        return best
+        """The rate with the lowest held-out loss on the first seed."""
+        return lowest(lambda rate: self.run(f"{name} {rate:g}", changes(rate))["nats"], start)
 
     def trained(self, changes: Report, seed: int) -> Report:
         s = self.settings
@@ -146,6 +138,15 @@ class Bench:
             "flops_per_step": estimate.flops_per_step(model, opt, causal=False),
             "seconds": time.perf_counter() - started,
         }
+
+
+def lowest(nats: Callable[[float], float], start: float) -> float:
+    """Of start, its doubles and its halves the one with the fewest nats, going on as long as they fall."""
+    best = start
+    for factor in (2.0, 0.5):
+        while nats(best * factor) < nats(best):
+            best *= factor
+    return best
 
 
 def reached(curve: Curve, nats: float) -> float | None:
