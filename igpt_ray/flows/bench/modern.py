@@ -30,10 +30,12 @@ Curve = list[tuple[int, float]]
 SWITCHES: dict[str, Report] = {
     "Muon": {"optim": {"muon_lr": 0.02}},
     "QK-norm": {"model": {"qk_norm": True}},
-    "ReLU squared": {"model": {"activation": "relu2"}},
     "grid rotary": {"model": {"rotary": "grid"}},
-    "zero init": {"model": {"zero_init": True}},
     "cool-down": {"optim": {"cooldown": 0.6}},
+}
+REJECTED: dict[str, Report] = {
+    "ReLU squared": {"model": {"activation": "relu2"}},
+    "zero init": {"model": {"zero_init": True}},
 }
 
 
@@ -42,6 +44,9 @@ def modern(settings: BenchModern) -> Report:
     log_to_stderr()
     bench = Bench(settings)
     rows = recipes(bench)
+    for seed in range(settings.seeds):
+        for name, changes in rows.items():
+            bench.run(f"{name}, seed {seed}", changes, seed)
     runs = {name: [bench.run(name, changes, seed) for seed in range(settings.seeds)] for name, changes in rows.items()}
     found = {name: summary(of, runs["paper"]) for name, of in runs.items()}
     print("\n".join(table(found)))
@@ -57,7 +62,7 @@ def recipes(bench: "Bench") -> dict[str, Report]:
     s = bench.settings
     lr = bench.tuned("paper, lr", lambda lr: {"optim": {"lr": lr}}, 3e-3)
     full = together(*SWITCHES.values(), {"optim": {"lr": lr}})
-    muon_lr = bench.tuned("modern, muon_lr", lambda x: together(full, {"optim": {"muon_lr": x}}), 0.02)
+    muon_lr = bench.tuned("modern, muon_lr", lambda x: together(full, {"optim": {"muon_lr": x}}), 0.04)
     full = together(full, {"optim": {"muon_lr": muon_lr}})
     adam_lr = bench.tuned("modern, lr", lambda x: together(full, {"optim": {"lr": x}}), lr)
     full = together(full, {"optim": {"lr": adam_lr}})
@@ -70,13 +75,16 @@ def recipes(bench: "Bench") -> dict[str, Report]:
         "modern": full,
         "modern, half the steps": together(full, {"optim": {"steps": s.steps // 2}}),
     }
-    for name, switch in SWITCHES.items():
-        tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
-        rows[f"paper + {name}"] = together(paper, switch, tuned)
     for name in SWITCHES:
         rest = [switch for other, switch in SWITCHES.items() if other != name]
         rates: Report = {"lr": by_adam} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
         rows[f"modern - {name}"] = together(*rest, {"optim": rates})
+    for name, switch in SWITCHES.items():
+        tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
+        rows[f"paper + {name}"] = together(paper, switch, tuned)
+    for name, switch in REJECTED.items():
+        rows[f"paper + {name}"] = together(paper, switch)
+        rows[f"modern + {name}"] = together(full, switch)
     return rows
 
 
