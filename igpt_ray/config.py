@@ -57,20 +57,15 @@ class Model(Section):
     """Classes that a head for fine-tuning tells apart; 0 has no head."""
     qk_norm: bool = False
     """Modern: RMS norms, with gains, on the queries and keys of each head."""
-    activation: Literal["gelu", "relu2"] = "gelu"
-    """The paper's GELU, or, modern, the square of the positive part."""
-    rotary: Literal["none", "line", "grid"] = "none"
-    """Modern: turn queries and keys by their place in the sequence, or by row and column; wpe stays."""
-    zero_init: bool = False
-    """Modern: the matrices that end attention and MLP start at zero, and every block as the identity."""
+    rotary: bool = False
+    """Modern: queries and keys are turned by their row and column; the learned positions stay."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        turned = {"none": 1, "line": 2, "grid": 4}[self.rotary]
-        if self.head_width % turned:
-            raise ValueError(f"rotary {self.rotary} turns a head by {turned}s, but it is {self.head_width} wide")
+        if self.rotary and self.head_width % 4:
+            raise ValueError(f"rotary wants heads of a multiple of 4 wide; n_embd / n_head is {self.head_width}")
         return self
 
     @property
@@ -78,10 +73,9 @@ class Model(Section):
         return self.n_embd // self.n_head
 
     @property
-    def modern(self) -> dict[str, Any]:
-        """The settings that neither the paper nor transformers has."""
-        ours = {name: getattr(self, name) for name in ("qk_norm", "activation", "rotary", "zero_init")}
-        return {name: value for name, value in ours.items() if value != type(self).model_fields[name].default}
+    def modern(self) -> list[str]:
+        """The switches that are on: neither the paper nor transformers has them."""
+        return [name for name in ("qk_norm", "rotary") if getattr(self, name)]
 
     @property
     def n_positions(self) -> int:
@@ -105,8 +99,6 @@ class Optim(Section):
     """Peak learning rate."""
     muon_lr: Annotated[float, Field(gt=0)] | None = None
     """Modern: peak learning rate of Muon on the matrices inside the blocks; None trains them by Adam as the rest."""
-    split_qkv: bool = True
-    """Whether Muon sees q, k and v as three matrices."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -217,7 +209,7 @@ def _modern(recipe: Pretrain, lr: float, muon_lr: float) -> Pretrain:
     """The modern twin: the same size, images, batch and steps. What it changes was chosen by `jobs/bench.py modern` on
     tiny networks (README, Results); the rates of larger ones were tuned by nobody: those of the paper for Adam, for
     Muon what its authors use."""
-    model = recipe.model.model_copy(update={"qk_norm": True, "activation": "relu2", "rotary": "grid"})
+    model = recipe.model.model_copy(update={"qk_norm": True, "rotary": True})
     optim = recipe.optim.model_copy(update={"lr": lr, "muon_lr": muon_lr, "cooldown": 0.6})
     return recipe.model_copy(update={"model": model, "optim": optim})
 

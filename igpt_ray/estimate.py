@@ -73,14 +73,11 @@ def gathered_bytes(model: config.Model, width: int) -> float:
 def block_bytes(model: config.Model, width: int) -> int:
     """What a block saves of each position for its backward pass, in bytes per width C.
 
-    ReLU squared saves two of the MLP's 4C where the GELU saves three. Queries and keys that were normed or turned lie
-    beside the c_attn output that the values still need, and attention's output is copied; the norms save as any norm,
-    but in float32 their input is there already.
+    Queries and keys that were normed or turned lie beside the c_attn output that the values still need, and
+    attention's output is copied; their norms save as any norm, but in float32 the input is there already.
     """
     widths, float32_widths = SAVED_WIDTHS, SAVED_FLOAT32_WIDTHS
-    if model.activation == "relu2":
-        widths -= 4
-    if model.qk_norm or model.rotary != "none":
+    if model.modern:
         widths += 3
     if model.qk_norm:
         float32_widths += 4 if width < 4 else 2

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from igpt_ray import config
 
 NORM_EPS = 1e-5
-LINE_BASE, GRID_BASE = 1e4, 1e2
-"""Of rotary positions: a pair's slowest turn takes about 2 pi times as many positions; a picture has few rows."""
+ROTARY_BASE = 100.0
+"""The fastest pair turns by a radian a pixel, the slowest by about a hundredth: pictures are at most 64 pixels wide."""
 
 
 class ImageGPT(nn.Module):
@@ -95,20 +95,18 @@ class ImageGPT(nn.Module):
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
 
     def rotation(self, start: int, n: int) -> Tensor | None:
-        """Cosines and sines by which rotary positions turn the halves of a head at `start` and the n - 1 positions
-        after it: (2, n, D / 2); None without. A grid turns the first half of the pairs by row, the second by column.
+        """Cosines and sines by which rotary positions turn heads at `start` and the n - 1 positions after it:
+        (2, n, D / 2), the first half of the pairs by row, the second by column; None without.
 
         Made anew each time: a buffer would be one more thing to shard, cast and store.
         """
         c = self.config
-        if c.rotary == "none":
+        if not c.rotary:
             return None
         t = torch.arange(start, start + n, device=self.wpe.device)
-        axes = (t,) if c.rotary == "line" else (t // c.n_px, t % c.n_px)
-        pairs = c.head_width // 2 // len(axes)
-        base = LINE_BASE if c.rotary == "line" else GRID_BASE
-        speeds = base ** -(torch.arange(pairs, device=self.wpe.device) / pairs)  # radians per position
-        angles = torch.cat([axis[:, None] * speeds for axis in axes], dim=1)  # (n, D / 2)
+        pairs = c.head_width // 4
+        speeds = ROTARY_BASE ** -(torch.arange(pairs, device=self.wpe.device) / pairs)  # radians per pixel
+        angles = torch.cat([axis[:, None] * speeds for axis in (t // c.n_px, t % c.n_px)], dim=1)  # (n, D / 2)
         return torch.stack([angles.cos(), angles.sin()])
 
     def prefill(self, given: Tensor, cache: "KVCache") -> Tensor:
@@ -147,9 +145,6 @@ class ImageGPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=(C * self.config.n_layer) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
             nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
-            if self.config.zero_init:
-                nn.init.zeros_(block.attn.c_proj.weight)
-                nn.init.zeros_(block.mlp.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -160,7 +155,7 @@ class Block(nn.Module):
         self.ln_1 = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.attn = Attention(config)
         self.ln_2 = nn.RMSNorm(config.n_embd, NORM_EPS)
-        self.mlp = MLP(config.n_embd, config.activation)
+        self.mlp = MLP(config.n_embd)
 
     def forward(self, h: Tensor, turn: Tensor | None = None, kv: Tensor | None = None, start: int = 0) -> Tensor:
         h = h + self.attn(self.ln_1(h), turn, kv, start)
@@ -203,18 +198,15 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """C -> 4C -> C with OpenAI's GELU, x * sigmoid(1.702 x), or with ReLU squared (So et al. 2021)."""
+    """C -> 4C -> C with OpenAI's GELU, x * sigmoid(1.702 x)."""
 
-    def __init__(self, n_embd: int, activation: str):
+    def __init__(self, n_embd: int):
         super().__init__()
-        self.activation = activation
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        if self.activation == "relu2":
-            return self.c_proj(F.relu(x).square())
         return self.c_proj(x * torch.sigmoid(1.702 * x))
 
 

@@ -42,7 +42,7 @@ class Muon(Adam):
     def __init__(self, model: ImageGPT, optim: config.Optim, dtype: torch.dtype):
         assert optim.muon_lr is not None
         kinds: list[tuple[Callable[[Any], nn.Linear], int]] = [
-            (lambda block: block.attn.c_attn, 3 if optim.split_qkv else 1),  # q, k and v are three matrices
+            (lambda block: block.attn.c_attn, 3),  # q, k and v are three matrices
             (lambda block: block.attn.c_proj, 1),
             (lambda block: block.mlp.c_fc, 1),
             (lambda block: block.mlp.c_proj, 1),

@@ -18,7 +18,7 @@ from igpt_ray import checkpoint, config, objectives, optim, parallel, storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model import ImageGPT
 
-MODERN = {"qk_norm": True, "activation": "relu2", "rotary": "grid"}
+MODERN = {"qk_norm": True, "rotary": True}
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -19,7 +19,7 @@ SMALL = [Model(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40), Model(n_laye
 
 MODERN = [
     SMALL[0].model_copy(update=changes)
-    for changes in ({"qk_norm": True}, {"rotary": "grid"}, {"qk_norm": True, "rotary": "grid", "activation": "relu2"})
+    for changes in ({"qk_norm": True}, {"rotary": True}, {"qk_norm": True, "rotary": True})
 ]
 
 

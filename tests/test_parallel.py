@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from igpt_ray import config, objectives, optim, parallel
 from igpt_ray.model import ImageGPT
 
-MODERN = {"qk_norm": True, "activation": "relu2", "rotary": "grid"}
+MODERN = {"qk_norm": True, "rotary": True}
 MUON = config.Optim(lr=1e-2, muon_lr=0.02)
 
 

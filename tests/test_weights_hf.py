@@ -266,7 +266,7 @@ def test_their_other_networks_are_refused(
     assert f"lacks {lacks}" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"objective": "masked"}, {"n_class": 10}, {"rotary": "grid"}])
+@pytest.mark.parametrize("change", [{"objective": "masked"}, {"n_class": 10}, {"rotary": True}])
 def test_what_transformers_has_not_is_not_written(change: dict[str, Any], tmp_path: Path) -> None:
     """A masked network loaded there would be run with a causal mask, and nobody told."""
     model = ImageGPT(random_model().config.model_copy(update=change))

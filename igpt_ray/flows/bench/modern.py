@@ -30,12 +30,8 @@ Curve = list[tuple[int, float]]
 SWITCHES: dict[str, Report] = {
     "Muon": {"optim": {"muon_lr": 0.02}},
     "QK-norm": {"model": {"qk_norm": True}},
-    "grid rotary": {"model": {"rotary": "grid"}},
+    "rotary": {"model": {"rotary": True}},
     "cool-down": {"optim": {"cooldown": 0.6}},
-}
-REJECTED: dict[str, Report] = {
-    "ReLU squared": {"model": {"activation": "relu2"}},
-    "zero init": {"model": {"zero_init": True}},
 }
 
 
@@ -82,9 +78,6 @@ def recipes(bench: "Bench") -> dict[str, Report]:
     for name, switch in SWITCHES.items():
         tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
         rows[f"paper + {name}"] = together(paper, switch, tuned)
-    for name, switch in REJECTED.items():
-        rows[f"paper + {name}"] = together(paper, switch)
-        rows[f"modern + {name}"] = together(full, switch)
     return rows
 
 
