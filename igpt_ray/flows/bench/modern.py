@@ -62,9 +62,6 @@ def recipes(bench: "Bench") -> dict[str, Report]:
     full = together(full, {"optim": {"muon_lr": muon_lr}})
     adam_lr = bench.tuned("modern, lr", lambda x: together(full, {"optim": {"lr": x}}), lr)
     full = together(full, {"optim": {"lr": adam_lr}})
-    by_adam = bench.tuned(
-        "modern without Muon, lr", lambda x: together(full, {"optim": {"muon_lr": None, "lr": x}}), lr
-    )
     paper: Report = {"optim": {"lr": lr}}
     rows = {
         "paper": paper,
@@ -73,7 +70,7 @@ def recipes(bench: "Bench") -> dict[str, Report]:
     }
     for name in SWITCHES:
         rest = [switch for other, switch in SWITCHES.items() if other != name]
-        rates: Report = {"lr": by_adam} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
+        rates: Report = {"lr": lr} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
         rows[f"modern - {name}"] = together(*rest, {"optim": rates})
     for name, switch in SWITCHES.items():
         tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
