@@ -68,6 +68,20 @@ def test_presets_are_the_recipes_of_the_paper(name: str) -> None:
     assert preset.workers.precision == "float32"
 
 
+@pytest.mark.parametrize("name", ["tiny", "igpt-s", "igpt-m", "igpt-l", "igpt-xl"])
+def test_a_modern_twin_sees_the_same_images_in_a_network_of_the_same_size(name: str) -> None:
+    """A twin that wins because it is larger, or trains longer."""
+    paper, twin = PRESETS[name][1], PRESETS[f"{name}-modern"][1]
+    for field in ("n_layer", "n_embd", "n_head", "n_px", "n_vocab", "objective"):
+        assert getattr(twin.model, field) == getattr(paper.model, field)
+    for field in ("batch_size", "steps", "warmup_steps", "betas"):
+        assert getattr(twin.optim, field) == getattr(paper.optim, field)
+    assert not paper.model.modern
+    assert twin.model.modern == ["qk_norm", "rotary"]
+    assert Model.model_validate(twin.model.model_dump()) == twin.model  # its heads can be turned
+    assert (paper.optim.muon_lr, paper.optim.cooldown) == (None, None)
+
+
 def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
     """A choice of ours that passes for the paper's."""
     for name, said in (("igpt-xl", "not stated"), ("igpt-l-48-bert", "not in the paper"), ("igpt-xl-bert", "not in")):

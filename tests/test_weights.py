@@ -63,9 +63,10 @@ def refusal(uri: str, kind: type[Exception] = CheckpointError) -> str:
 # ------------------------------------------------------------------------------------------------ what is good
 
 
-def test_a_release_gives_back_the_model(place: str, palette: Palette, kind: Kind) -> None:
+@pytest.mark.parametrize("modern", [False, True])
+def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palette, kind: Kind) -> None:
     """A tensor rounded, transposed or left at its initial value; a model left in training mode."""
-    model = random_model()
+    model = random_model(qk_norm=modern, rotary=modern)
     weights.save_release(place, model.state_dict(), palette, about(model, kind))
     loaded = weights.load_release(place)
     x = random_tokens(model, 3)
