@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -101,7 +101,7 @@ class Data(Section):
     tokens: OptionalUri = ""
     """URI of a token store written by jobs/prepare.py (required)."""
     split: str = "train"
-    """Split of the store."""
+    """Split of the store; `train+holdout` folds the held-out part back."""
 
 
 class Workers(Section):
@@ -152,6 +152,28 @@ class Pretrain(Section):
     """Seeds the weights and the order of the images."""
 
 
+DeviceName = Literal["a100", "h100", "h200", "b200"]
+
+
+class Cluster(Section):
+    """What an estimate is for: as many of these as `workers.n`."""
+
+    device: DeviceName = "h200"
+    """Accelerator of a worker, known by its data sheet."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the sheet's dense bf16 FLOPs that training reaches, causal attention counted; published: 0.3 to 0.45."""
+    bus_gb_per_second: Annotated[float, Field(gt=0)] = 360
+    """Bus bandwidth of collectives, as nccl-tests print it: 360 on nodes with eight 400 Gbit/s ports, 45 with one."""
+    price: Annotated[float, Field(gt=0)] | None = None
+    """Dollars for an hour of one device."""
+
+
+class Estimate(Pretrain):
+    """What a run will take, before it starts: memory, traffic, hours, money."""
+
+    cluster: Cluster = Cluster()
+
+
 def _paper(n_layer: int, n_embd: int, n_head: int, n_px: int, optim: Optim) -> Pretrain:
     """A recipe of the paper. What it does not state is chosen in `Optim`; the pixels in `images.py`."""
     return Pretrain(model=Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px), optim=optim)
@@ -198,7 +220,10 @@ PRESETS: dict[str, tuple[str, Pretrain]] = {
 }
 
 
-def preset_from_words(words: list[str]) -> Pretrain:
+P = TypeVar("P", bound=Pretrain)
+
+
+def preset_from_words(words: list[str], settings: type[P]) -> P:
     """`["igpt-s", "--optim.lr", "1e-3"]` -> settings; a mistyped word ends the program with the nearest name.
 
     Once the preset is known tyro sees only that one, or its advice would repeat itself for each of them.
@@ -206,17 +231,22 @@ def preset_from_words(words: list[str]) -> Pretrain:
     import tyro
 
     first = words[0] if words else "--help"
+    job = f"jobs/{settings.__name__.lower()}.py"
     if first in PRESETS:
-        return tyro.cli(Pretrain, default=PRESETS[first][1], args=words[1:], prog=f"jobs/pretrain.py {first}")
+        chosen = PRESETS[first][1]
+        default = settings(**{name: getattr(chosen, name) for name in Pretrain.model_fields})
+        return tyro.cli(settings, default=default, args=words[1:], prog=f"{job} {first}")
     if first in ("-h", "--help"):
-        return tyro.extras.overridable_config_cli(PRESETS, args=["--help"])
+        print(f"usage: {job} PRESET [--setting VALUE ...]\n\n{settings.__doc__}\n\npresets:")
+        for name, (clause, _) in PRESETS.items():
+            print(f"  {name:20} {clause}")
+        print(f"\ntheir settings: {job} tiny --help")
+        sys.exit(0)
     if first.startswith("-"):
         said = "the first word must be a preset."
     else:
         said = f"no preset {first!r}, did you mean {difflib.get_close_matches(first, PRESETS, 1, cutoff=0)[0]}?"
-    print(
-        f"error: {said} There are {', '.join(PRESETS)}; their settings: jobs/pretrain.py tiny --help", file=sys.stderr
-    )
+    print(f"error: {said} There are {', '.join(PRESETS)}; their settings: {job} tiny --help", file=sys.stderr)
     sys.exit(2)
 
 
@@ -279,6 +309,8 @@ class Prepare(Section):
     """URI of the token store to write, or to complete."""
     views: Count = 1
     """Differently cropped copies of the training split; epoch e reads view e mod views."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training images, drawn by key, that becomes the split holdout, to choose settings by. Paper: 4 %."""
     shard_images: Count = 10_000
     """Images per shard."""
     budget: Annotated[float, Field(ge=0, le=1)] = 0.001
@@ -440,6 +472,21 @@ class BenchPalette(Section):
     """How often each way is tried."""
     encode_pixels: Count = 10_000_000
     """Pixels to look up."""
+
+
+class BenchData(Section):
+    """From JPEG files to token shards, beside the JPEG decoder alone, PIL and transformers."""
+
+    images: Uri
+    """URI of JPEG files on this machine; they are repeated to the numbers below."""
+    n_px: Annotated[int, Field(gt=0, le=224)] = 32
+    """Pixels a side."""
+    n: Count = 4000
+    """Images that each way works through in a round."""
+    rounds: Count = 3
+    """How often each way is tried."""
+    whole: tuple[Count, ...] = (1000, 100_000)
+    """Images of whole preparations, whose memory should not grow with them."""
 
 
 # ------------------------------------------------------------------------------------------------ provenance

@@ -9,6 +9,7 @@
     ├── PaletteError         a palette that is malformed, or not the one expected
     ├── TokenStoreError      a token store that is incomplete, damaged or of another kind
     ├── CheckpointError      a checkpoint or release that is incomplete, damaged or of another shape
+    ├── FeatureError         features that nothing can be concluded from
     └── TrainingError        a run that cannot go on
 
 All take one message, so that they survive pickling between Ray processes.
@@ -50,6 +51,10 @@ class TokenStoreError(IgptError):
 
 class CheckpointError(IgptError):
     """A checkpoint or release that is incomplete, damaged or of another shape."""
+
+
+class FeatureError(IgptError):
+    """Features or embeddings that nothing can be concluded from."""
 
 
 class TrainingError(IgptError):

@@ -77,11 +77,11 @@ def _centre(width: int, height: int) -> Frame:
 
 
 def _drawn(key: str, view: int, width: int, height: int) -> Frame:
+    """No generator of a library: its stream may change with the library's version."""
     digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    width, height = _resized(width, height, int(rng.integers(SHORTER_SIDE[0], SHORTER_SIDE[1] + 1)))
-    left = int(rng.integers(width - CROP + 1))
-    return Frame(width, height, left, int(rng.integers(height - CROP + 1)))
+    length, left, top = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
+    width, height = _resized(width, height, SHORTER_SIDE[0] + length % (SHORTER_SIDE[1] - SHORTER_SIDE[0] + 1))
+    return Frame(width, height, left % (width - CROP + 1), top % (height - CROP + 1))
 
 
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
@@ -122,7 +122,10 @@ class Band(NamedTuple):
 
     first: int
     last: int
-    matrix: NDArray[np.floating]  # (rows, last - first), integers
+    matrix: NDArray[np.floating]  # (BAND or fewer, last - first), integers
+
+
+Side = tuple[Band, ...]
 
 
 def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
@@ -131,22 +134,24 @@ def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
     scalable = header.format == "JPEG" and header.colours == "RGB"
     eighths = _eighths(header, frame, n_px) if scalable else 8
     rgb = scaled_jpeg(data, header, eighths) if scalable else decode(data)
-    rows_of, columns_of = (_kept_rows, _kept_columns) if frame_of is _centre else (_rows, _columns)
-    rows = rows_of(header.height, frame.height, frame.top, eighths, n_px)
-    return _fold(rgb, rows, columns_of(header.width, frame.width, frame.left, eighths, n_px))
+    side_of = _kept_side_of if frame_of is _centre else _side_of
+    rows = side_of(header.height, frame.height, frame.top, eighths, n_px, ROW_BITS)
+    return _fold(rgb, rows, side_of(header.width, frame.width, frame.left, eighths, n_px, COLUMN_BITS), n_px)
 
 
-def _fold(rgb: RGB, rows: tuple[Band, ...], columns: Band) -> RGB:
-    """(H, W, 3) -> (n_px, n_px, 3)."""
-    n_px, width = len(columns.matrix), columns.last - columns.first
-    squeezed = np.empty((n_px, width * 3), np.float32)
+def _fold(rgb: RGB, rows: Side, columns: Side, n_px: int) -> RGB:
+    """(H, W, 3) -> (n_px, n_px, 3). Each product leaves the side it has made last, ready for the other."""
+    left, right = columns[0].first, max(band.last for band in columns)
+    squeezed = np.empty(((right - left) * 3, n_px), np.float32)
     for i, band in enumerate(rows):
-        part = rgb[band.first : band.last, columns.first : columns.last].astype(np.float32)
-        np.matmul(band.matrix, part.reshape(len(part), -1), out=squeezed[i * BAND : (i + 1) * BAND])
-    planes = np.ascontiguousarray(squeezed.reshape(n_px, width, 3).transpose(2, 0, 1), np.float64)
-    view = planes @ columns.matrix.T  # (3, n_px, n_px)
-    view = np.rint(view * 2.0 ** -(ROW_BITS + COLUMN_BITS)).clip(0, 255)
-    return np.ascontiguousarray(view.astype(np.uint8).transpose(1, 2, 0))
+        pixels = rgb[band.first : band.last, left:right].astype(np.float32).reshape(band.last - band.first, -1)
+        squeezed[:, i * BAND : (i + 1) * BAND] = pixels.T @ band.matrix.T
+    wide = squeezed.astype(np.float64).reshape(right - left, 3 * n_px)
+    folded = np.empty((n_px, 3 * n_px))
+    for i, band in enumerate(columns):
+        np.matmul(band.matrix, wide[band.first - left : band.last - left], out=folded[i * BAND : (i + 1) * BAND])
+    view = np.rint(folded * 2.0 ** -(ROW_BITS + COLUMN_BITS)).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(view.reshape(n_px, 3, n_px).transpose(2, 0, 1))
 
 
 def _eighths(header: Header, frame: Frame, n_px: int) -> int:
@@ -155,29 +160,8 @@ def _eighths(header: Header, frame: Frame, n_px: int) -> int:
     return next((k for k in (1, 2, 4) if crop * k >= 8 * DETAIL * n_px), 8)
 
 
-def _rows(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int) -> tuple[Band, ...]:
-    """Rows of the view, BAND at a time: each band needs but a part of the picture."""
-    whole = _side(n_in, n_resized, offset, eighths, n_px, ROW_BITS)
-    bands = []
-    for top in range(0, n_px, BAND):
-        matrix = whole.matrix[top : top + BAND]
-        used = np.flatnonzero(matrix.any(0))
-        first, last = int(used[0]), int(used[-1]) + 1
-        bands.append(Band(whole.first + first, whole.first + last, matrix[:, first:last].astype(np.float32)))
-    return tuple(bands)
-
-
-def _columns(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int) -> Band:
-    return _side(n_in, n_resized, offset, eighths, n_px, COLUMN_BITS)
-
-
-# Of the centre view, which pictures of one size share.
-_kept_rows = lru_cache(maxsize=1024)(_rows)
-_kept_columns = lru_cache(maxsize=1024)(_columns)
-
-
-def _side(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits: int) -> Band:
-    """One side's two resizes and its crop as a matrix on the decoded pixels.
+def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits: int) -> Side:
+    """One side's two resizes and its crop as matrices on the decoded pixels, in units of 2**-bits.
 
     A picture decoded at k/8 has ceil(n_in * k / 8) pixels, the last of which may lie half outside the picture, so its
     length is n_in * k / 8 and not the number of its pixels.
@@ -188,7 +172,19 @@ def _side(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits:
     taps = first[:, None] - low + np.arange(weights.shape[1])  # (CROP, taps)
     into = (box[:, None] * (high - low) + taps).ravel()
     summed = np.bincount(into, weights.ravel(), n_px * (high - low)).reshape(n_px, high - low)
-    return Band(low, high, np.rint(summed * (2.0**bits / sizes[:, None])))
+    whole = np.rint(summed * (2.0**bits / sizes[:, None])).astype(np.float32 if bits == ROW_BITS else np.float64)
+    used = whole != 0
+    firsts, lasts = used.argmax(1), high - low - used[:, ::-1].argmax(1)
+    bands = []
+    for start in range(0, n_px, BAND):  # each needs but a part of the picture
+        band = slice(start, start + BAND)
+        left, right = int(firsts[band].min()), int(lasts[band].max())
+        bands.append(Band(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
+    return tuple(bands)
+
+
+_kept_side_of = lru_cache(maxsize=2048)(_side_of)
+"""Of the centre view, which pictures of one size share."""
 
 
 def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -202,10 +198,9 @@ def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray
     centres = (offset + np.arange(CROP) + 0.5) * scale
     n_taps = min(int(np.ceil(2 * support)), n_in)
     first = np.clip((centres - support + 0.5).astype(np.int64), 0, n_in - n_taps)
-    x = np.abs(first[:, None] + np.arange(n_taps) + 0.5 - centres[:, None]) / widened
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    x = np.abs((first - centres)[:, None] + (np.arange(n_taps) + 0.5)) / widened
+    u, v = np.maximum(2 - x, 0), np.maximum(1 - x, 0)
+    weights = u * u * (u - 1) * 0.5 + v * v * (1 - 2 * v)  # Keys' kernel with a = -1/2: one cubic from 0 to 1, one to 2
     return first, weights / weights.sum(1, keepdims=True)
 
 

@@ -2,21 +2,17 @@
 
 Position p = step * batch_size + i counts images since the start; epoch e = p // n_rows reads the rows in the order of
 a permutation that is a function of (seed, e), computed index by index, so that a billion rows cost no memory.
-Tokens come from a memory map that each node fills once from the store, verified.
+Tokens come from a memory map that each node fills once from the store, verified, and checks again when it is opened.
 """
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray import storage
+from igpt_ray import cache, storage
 from igpt_ray.shards import Tokens, TokenStore, tokens_of
 
 Rows = NDArray[np.int64]
@@ -84,7 +80,7 @@ class SplitCache:
     """A split's tokens on this node: one (rows, positions) uint16 memory map per view."""
 
     def __init__(self, store: TokenStore, split: str, folder: Path | None = None):
-        self.views = [_fill(store, split, v, folder or storage.CACHE) for v in range(store.manifest.views(split))]
+        self.views = [_map(store, split, v, folder or storage.CACHE) for v in range(store.manifest.views(split))]
 
     def __len__(self) -> int:
         return len(self.views[0])
@@ -98,23 +94,8 @@ class SplitCache:
         return tokens
 
 
-def _fill(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
-    """One process per node writes the file, the others wait; it appears only when every shard has been verified."""
+def _map(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
+    """Every shard is verified on its way into the cache."""
     shape = (store.manifest.rows(split), store.kind.n_positions)
     path = folder / f"tokens-{store.sha256[:24]}-{split}-v{view}.u16"
-    with _locked(path.with_suffix(".lock")):
-        if not path.exists() or path.stat().st_size != 2 * shape[0] * shape[1]:
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "wb") as f:
-                for shard in store.manifest.select(split, view):
-                    f.write(tokens_of(store.read(shard)).tobytes())
-            os.replace(temporary, path)
-    return np.memmap(path, np.uint16, "r", shape=shape)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return cache.mapped(path, shape, lambda: (tokens_of(store.read(s)) for s in store.manifest.select(split, view)))

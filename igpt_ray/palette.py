@@ -12,14 +12,14 @@ import functools
 import hashlib
 import io
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray import images, kmeans, storage
+from igpt_ray import cache, images, kmeans, storage
 from igpt_ray.config import OPENAI_PALETTE
 from igpt_ray.errors import PaletteError
 
@@ -80,14 +80,19 @@ class Palette:
             colours = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except Exception as error:  # a damaged header raises anything: SyntaxError, TokenError, MemoryError, ...
             raise PaletteError(f"{uri} is not a palette: expected a .npy of (k, 3) float32 ({error})") from error
-        return cls(colours)
+        try:
+            return cls(colours)
+        except PaletteError as error:
+            raise PaletteError(f"{uri}: {error}") from error
 
     def save(self, uri: str) -> None:
         storage.write(uri, self.npy())
 
     def npy(self) -> bytes:
         """The palette as a .npy file."""
-        return _npy(self.colours)
+        out = io.BytesIO()
+        np.save(out, self.colours)
+        return out.getvalue()
 
     def encode(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint16]:
         """(..., 3) uint8 -> (...) uint16, the nearest colour of each pixel."""
@@ -109,11 +114,13 @@ class Palette:
 
         Indexed by 0xBBGGRR: the order in which the bytes of a pixel make a little-endian number.
         """
-        path = storage.CACHE / f"table-{self.fingerprint[:24]}-bgr.npy"
-        if not path.exists():
+        path = storage.CACHE / f"table-{self.fingerprint[:24]}-bgr.u16"
+
+        def table() -> Iterator[NDArray[np.uint16]]:
             bgr = nearest_table(self.colours).reshape(256, 256, 256).T
-            storage.write(str(path), _npy(np.ascontiguousarray(bgr).reshape(-1)))
-        return np.load(path, mmap_mode="r")
+            yield np.ascontiguousarray(bgr).reshape(-1)
+
+        return cache.mapped(path, (COLOURS,), table)
 
 
 def _look_up(table: NDArray[np.uint16], pixels: NDArray[np.uint8], tokens: NDArray[np.uint16]) -> None:
@@ -269,9 +276,3 @@ def psnr(rgb: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio in dB."""
     error = np.mean((rgb.astype(np.float64) - other.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()

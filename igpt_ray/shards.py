@@ -5,13 +5,15 @@
     <root>/<split>/<unit>-v<view>.parquet
     <root>/quarantine/<split>-<unit>-v<view>.json    what could not be read, and why
 
-Readers see only what a manifest names, and compare bytes and sha256 before they use a shard. A shard's name follows
-from its unit and view, and its bytes from its rows, so that a repeated task overwrites its own output with the same.
+Readers see only what a manifest names, and compare bytes and sha256 before they use a shard; the manifest ends with
+its own. A shard's name follows from its unit and view, and its bytes from its rows, so that a repeated task overwrites
+its own output with the same.
 """
 
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +23,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from igpt_ray import storage
+from igpt_ray import images, storage
 from igpt_ray.errors import NotFound, TokenStoreError
 from igpt_ray.palette import Palette
 
 FORMAT = "igpt_ray tokens 1"
+SHEET = 64
+"""Pictures on a contact sheet."""
 Tokens = NDArray[np.uint16]
 
 
@@ -48,6 +52,19 @@ class Kind(Strict):
         return self.n_px * self.n_px
 
 
+class Statistics(Strict):
+    """What making a shard showed; sums, so that they add up over shards. The same in every repeat."""
+
+    quarantined: int
+    """Images that could not be read."""
+    source_bytes: int
+    """Encoded bytes of the images that could."""
+    squared_error: int
+    """Squared distance of the pixels to their colours, summed over pixels and channels, in 8-bit units."""
+    colours_used: int
+    """Colours of the palette that occur."""
+
+
 class Shard(Strict):
     """One Parquet file, relative to the store's root."""
 
@@ -59,6 +76,7 @@ class Shard(Strict):
     sha256: str
     source: str
     """Digest of the unit of work it was made from."""
+    statistics: Statistics
 
 
 class Quarantined(Strict):
@@ -74,8 +92,6 @@ class Manifest(Strict):
     classes: list[str]
     shards: list[Shard]
     """Ordered by split, view and unit: the order of the rows."""
-    quarantined: dict[str, int]
-    """Per split, how many images were left out; the files in quarantine/ say which and why."""
     made_by: dict[str, Any]
 
     @property
@@ -83,20 +99,36 @@ class Manifest(Strict):
         return sorted({shard.split for shard in self.shards})
 
     def views(self, split: str) -> int:
+        """How many views there are of the images of a split. Raises `TokenStoreError` as `select` does."""
         self.select(split)
-        return 1 + max(shard.view for shard in self.shards if shard.split == split)
+        views = 1 + max(shard.view for shard in self.shards if shard.split in split.split("+"))
+        for view in range(1, views):
+            self.select(split, view)
+        return views
 
     def select(self, split: str, view: int = 0) -> list[Shard]:
-        """The shards of a split. Raises `TokenStoreError` if there is no such split, or nothing in it."""
-        chosen = [shard for shard in self.shards if shard.split == split and shard.view == view]
-        if not chosen:
-            raise TokenStoreError(f"no split {split!r} in this token store: it has {', '.join(self.splits)}")
+        """The shards of a split, or of several: `train+holdout` is the one and then the other.
+
+        Raises `TokenStoreError` if there is no such split, or nothing in it.
+        """
+        chosen: list[Shard] = []
+        for name in split.split("+"):
+            part = [shard for shard in self.shards if shard.split == name and shard.view == view]
+            if not part and view == 0:
+                raise TokenStoreError(f"no split {name!r} in this token store: it has {', '.join(self.splits)}")
+            if not part:
+                raise TokenStoreError(f"{split} cannot be joined: {name!r} has fewer views than the other")
+            chosen += part
         if not any(shard.rows for shard in chosen):
             raise TokenStoreError(f"the split {split!r} of this token store has no images")
         return chosen
 
     def rows(self, split: str) -> int:
         return sum(shard.rows for shard in self.select(split))
+
+    def total(self, statistic: str, split: str) -> int:
+        """One of `Statistics`, summed over a split's first view."""
+        return sum(getattr(shard.statistics, statistic) for shard in self.select(split))
 
 
 class TokenStore:
@@ -116,8 +148,14 @@ class TokenStore:
             data = storage.read(storage.join(root, "manifest.json"))
         except NotFound as error:
             raise TokenStoreError(f"no token store is committed at {root}: run jobs/prepare.py ({error})") from error
+        body = unseal(data)
+        if body is None:
+            raise TokenStoreError(
+                f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of what is"
+                " before): delete it and repeat jobs/prepare.py, which keeps the shards that are whole"
+            )
         try:
-            manifest = Manifest.model_validate_json(data)
+            manifest = Manifest.model_validate_json(body)
         except ValidationError as error:
             raise TokenStoreError(f"{root}/manifest.json is damaged or of another version: {_first(error)}") from error
         if manifest.format != FORMAT:
@@ -152,8 +190,8 @@ class TokenStore:
             yield self.read(shard)
 
 
-def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, str]) -> bytes:
-    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px)."""
+def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, Any]) -> bytes:
+    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` says what it is made of."""
     T = tokens.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
     column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
@@ -169,6 +207,16 @@ def parse(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
 
 
+def reencode(table: pa.Table) -> bytes:
+    """The bytes of a shard made from these rows: those it was read from, unless some of them are wrong.
+
+    Pages have checksums; what lies between and behind them has none, but would be written otherwise.
+    """
+    said = about(table)
+    kind = Kind(**{field: said.pop(field) for field in Kind.model_fields})
+    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
+
+
 def about(table: pa.Table) -> dict[str, Any]:
     """What a shard says of itself: its kind, unit, split and view."""
     found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"igpt_ray", b"{}"))
@@ -181,12 +229,53 @@ def tokens_of(table: pa.Table) -> Tokens:
     return np.asarray(column.to_numpy_ndarray())
 
 
+def contact_sheet(store: TokenStore, split: str) -> images.RGB:
+    """A picture of 64 images of a split, decoded from their tokens: what a model will see of them.
+
+    They are spread evenly over at most 8 shards, so that a sheet of a billion images costs no more.
+    """
+    with_rows = [shard for shard in store.manifest.select(split) if shard.rows]
+    chosen = [with_rows[i] for i in _evenly(len(with_rows), 8)]
+    palette, n_px, pictures = store.palette(), store.kind.n_px, list[images.RGB]()
+    for n, shard in enumerate(chosen):
+        tokens = tokens_of(store.read(shard))
+        wanted = (SHEET - len(pictures)) // (len(chosen) - n)
+        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in _evenly(len(tokens), wanted)]
+    across = math.ceil(math.sqrt(len(pictures)))
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % across)
+    rows = [pictures[start : start + across] for start in range(0, len(pictures), across)]
+    return images.sheet(rows, scale=max(1, 64 // n_px))
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    """At most `most` of 0 .. n-1, the first among them."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
+
+
+SEAL = ',\n "sha256": "{}"\n}}\n'
+
+
+def seal(manifest: str) -> bytes:
+    """A manifest's file: its JSON with one field more at the end, the sha256 of all the bytes before.
+
+    A flipped bit in the name of a split would otherwise be a shard that no reader misses.
+    """
+    body = manifest.rstrip().removesuffix("}").rstrip()
+    return (body + SEAL.format(hashlib.sha256(body.encode()).hexdigest())).encode()
+
+
+def unseal(data: bytes) -> bytes | None:
+    """The JSON without that field; None if a bit of the file is wrong."""
+    body = data[: -len(SEAL.format("0" * 64))]
+    return body + b"}" if data == body + SEAL.format(hashlib.sha256(body).hexdigest()).encode() else None
+
+
 def commit(root: str, manifest: Manifest) -> TokenStore:
     """Write the manifest, the last step of a preparation. A repeat finds its equal there and changes nothing.
 
     Raises `TokenStoreError` if another store has been committed under this root in the meantime.
     """
-    data = (manifest.model_dump_json(indent=1) + "\n").encode()
+    data = seal(manifest.model_dump_json(indent=1))
     if not storage.write_new(storage.join(root, "manifest.json"), data):
         there = TokenStore.open(root)
         if there.manifest.shards != manifest.shards or there.kind != manifest.kind:

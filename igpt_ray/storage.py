@@ -7,12 +7,15 @@ several writers exactly one wins. Failures arrive as `StorageError` with the URI
 Endpoints and credentials come from the standard AWS chain (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, instance roles ...).
 """
 
+import errno
 import functools
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,15 @@ CACHE = Path.home() / ".cache" / "igpt_ray"
 
 RETRIES = 10
 """Attempts per request (503, 429, 500, dropped connections), with botocore's jittered exponential back-off."""
+
+SILENCE = 30.0
+"""Seconds that an S3 server may say nothing, before or within an answer, until it is asked again."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, or of a user who has had their share of it."""
+
+PART, PARTS_AT_ONCE = 16 << 20, 8
+"""Bytes of a part of a large file that comes down, and how many do at once."""
 
 
 class Entry(NamedTuple):
@@ -68,6 +80,11 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
+def below(place: str, uri: str) -> str:
+    """`below("s3://b/x", "s3://b/x/y/z.png") == "y/z.png"`: undoes `join`."""
+    return uri[len(place) + 1 :]
+
+
 def name(uri: str) -> str:
     """The last part of a URI."""
     return uri.rstrip("/").rsplit("/", 1)[-1]
@@ -80,7 +97,9 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
             return _read_s3(uri, start, length)
         with open(uri, "rb") as f:
             f.seek(start)
-            return f.read() if length is None else f.read(length)
+            if length is not None:  # Python would first make room for all that is asked for
+                length = min(length, max(0, os.fstat(f.fileno()).st_size - start))
+            return f.read(length)
 
 
 def write(uri: str, data: bytes) -> None:
@@ -90,7 +109,7 @@ def write(uri: str, data: bytes) -> None:
             bucket, key = _split(uri)
             _s3().put_object(Bucket=bucket, Key=key, Body=data)
             return
-        with _beside(uri) as temporary:
+        with _beside(uri, len(data)) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             os.replace(temporary, uri)
@@ -105,7 +124,7 @@ def write_new(uri: str, data: bytes) -> bool:
     with _errors(uri):
         if _is_s3(uri):
             return _put_if_absent(*_split(uri), data)
-        with _beside(uri) as temporary:
+        with _beside(uri, len(data)) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             try:
@@ -119,10 +138,9 @@ def upload(path: Path, uri: str) -> None:
     """Store a local file of any size under `uri`, in parts where the store wants that."""
     with _errors(uri):
         if _is_s3(uri):
-            bucket, key = _split(uri)
-            _s3().upload_file(str(path), bucket, key)
+            _upload_s3(path, uri)
             return
-        with _beside(uri) as temporary:
+        with _beside(uri, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
             _sync(temporary)
             os.replace(temporary, uri)
@@ -131,10 +149,9 @@ def upload(path: Path, uri: str) -> None:
 def download(uri: str, path: Path) -> None:
     """Bring a file of any size to the local `path`; the path appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors(uri), _beside(str(path)) as temporary:
+    with _errors(uri), _beside(str(path), None if _is_s3(uri) else os.path.getsize(uri)) as temporary:
         if _is_s3(uri):
-            bucket, key = _split(uri)
-            _s3().download_file(bucket, key, str(temporary))
+            _download_s3(uri, temporary)
         else:
             shutil.copyfile(uri, temporary)
         os.replace(temporary, path)
@@ -150,6 +167,15 @@ def walk(uri: str) -> Iterator[Entry]:
             yield from _walk_s3(uri)
         else:
             yield from _walk_local(uri)
+
+
+def leftovers(uri: str) -> Iterator[Entry]:
+    """Temporary files below a local `uri` of writes that were killed, or are under way; in a bucket there are none."""
+    if not _is_s3(uri):
+        with _errors(uri):
+            for path in sorted(Path(uri).rglob(".*.*")):
+                if TEMPORARY.fullmatch(path.name) and path.is_file():
+                    yield Entry(str(path), path.stat().st_size)
 
 
 def exists(uri: str) -> bool:
@@ -177,19 +203,37 @@ def delete(uri: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ local files
 
+TEMPORARY = re.compile(r"\..+\.\w{8}")
+"""What `_beside` calls its files."""
+
 
 @contextmanager
-def _beside(uri: str) -> Iterator[Path]:
-    """A temporary path in the same folder (so that a rename is atomic), removed whatever happens."""
+def _beside(uri: str, n_bytes: int | None = None) -> Iterator[Path]:
+    """A temporary path in the same folder (so that a rename is atomic), removed whatever happens.
+
+    Of a full disk it says how much room a file of `n_bytes` lacks.
+    """
     folder, final = os.path.split(uri)
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{final}.", dir=folder)
-    os.close(handle)
-    os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users of a shared disk
     try:
-        yield Path(temporary)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{final}.", dir=folder)
+        os.close(handle)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users of a shared disk
+        try:
+            yield Path(temporary)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise full(uri, n_bytes) from error
+
+
+def full(uri: str, n_bytes: int | None = None) -> StorageError:
+    """The error of a local file of `n_bytes` for which its disk has no room."""
+    need = "more bytes than that" if n_bytes is None else f"{n_bytes} bytes"
+    free = shutil.disk_usage(os.path.dirname(uri)).free
+    return StorageError(f"{uri}: its disk is full: {free} bytes are free, {need} are needed; make room and repeat")
 
 
 def _sync(path: Path) -> None:
@@ -242,33 +286,69 @@ def _read_s3(uri: str, start: int, length: int | None) -> bytes:
     return data[:length]
 
 
+def _upload_s3(path: Path, uri: str) -> None:
+    def ask() -> bool | None:
+        try:
+            _s3().upload_file(str(path), *_split(uri))
+        except KeyError:  # an answer cut within its headers lacks the id of the upload, or a part's tag
+            return None
+        return True
+
+    _whole(uri, ask)
+
+
+def _download_s3(uri: str, path: Path) -> None:
+    """Parts side by side, each asked for until it is whole.
+
+    boto3's `download_file` waits for ever if an answer breaks off within its headers.
+    """
+    bucket, key = _split(uri)
+    first = next(_list(bucket, key), None)  # of the keys that begin with `key` the first is `key` itself
+    if first is None or first["Key"] != key:
+        raise NotFound(f"{uri} does not exist at {_s3().meta.endpoint_url}")
+
+    def fetch(start: int) -> int:
+        data = _read_s3(uri, start, PART)
+        with open(path, "r+b") as f:
+            f.seek(start)
+            return f.write(data)
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        fetched = sum(pool.map(fetch, range(0, first["Size"], PART)))
+    if fetched != first["Size"]:
+        raise StorageError(f"{uri} was replaced by a shorter file while it came down: try again")
+
+
 def _get(**request: str) -> bytes:
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
     def ask() -> bytes | None:
         answer = _s3().get_object(**request)
-        body = bytes(answer["Body"].read())
+        try:
+            body = bytes(answer["Body"].read())
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            return None
         return body if len(body) == answer.get("ContentLength") else None
 
-    return _whole(ask)
+    return _whole(f"s3://{request['Bucket']}/{request['Key']}", ask)
 
 
-def _whole(ask: Callable[[], T | None]) -> T:
-    """Ask until the answer is whole; `ask` returns None, or raises botocore's error, where it is not.
+def _whole(uri: str, ask: Callable[[], T | None]) -> T:
+    """Ask until the answer is whole; `ask` returns None where it is not.
 
-    botocore repeats a request until the answer begins; an answer that breaks off is ours to ask for again. If it
-    breaks off within its headers, Python's HTTP client takes what it has for all of them and the body for empty,
-    without an error: a file would be empty, a listing without files.
+    botocore repeats a request until the answer begins; an answer that breaks off, or falls silent, is ours to ask for
+    again. If it breaks off within its headers, Python's HTTP client takes what it has for all of them and the body
+    for empty, without an error: a file would be empty, a listing without files.
     """
-    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
     from botocore.parsers import ResponseParserError
 
-    for attempt in range(1, RETRIES + 1):
+    for _ in range(RETRIES):
         try:
             if (answer := ask()) is not None:
                 return answer
-        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, ResponseParserError):
-            if attempt == RETRIES:
-                raise
-    raise StorageError(f"{_s3().meta.endpoint_url} broke off {RETRIES} answers one after the other: try again later")
+        except ResponseParserError:
+            continue
+    raise StorageError(f"{uri}: {_s3().meta.endpoint_url} broke off {RETRIES} answers in a row: try again later")
 
 
 def s3_config() -> "Config":
@@ -279,9 +359,9 @@ def s3_config() -> "Config":
     from botocore.config import Config
 
     return Config(
-        retries={"mode": "standard", "max_attempts": RETRIES},
+        retries={"mode": "standard", "total_max_attempts": RETRIES},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=SILENCE,
         max_pool_connections=32,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -333,7 +413,7 @@ def _walk_s3(uri: str) -> Iterator[Entry]:
 def _list(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     request = {"Bucket": bucket, "Prefix": prefix}
     while True:
-        page = _whole(partial(_page, request))
+        page = _whole(f"s3://{bucket}/{prefix}", partial(_page, request))
         yield from page.get("Contents", [])
         if not page["IsTruncated"]:
             return
@@ -350,14 +430,14 @@ def _errors(uri: str) -> Iterator[None]:
     """Say every failure of the disk or the object store in our own words."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise NotFound(f"{uri} does not exist") from error
-    except OSError as error:
-        raise StorageError(f"{uri}: {error.strerror or error}") from error
     except Exception as error:
-        if not _is_s3(uri) or not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
-            raise
-        raise _s3_error(uri, error) from error
+        if _is_s3(uri) and type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+            raise _s3_error(uri, error) from error  # first: some of botocore's errors are an OSError too
+        if isinstance(error, FileNotFoundError):
+            raise NotFound(f"{uri} does not exist") from error
+        if isinstance(error, OSError):
+            raise StorageError(f"{uri}: {error.strerror or error}") from error
+        raise
 
 
 def _s3_error(uri: str, error: BaseException) -> StorageError:
@@ -383,4 +463,9 @@ def _s3_error(uri: str, error: BaseException) -> StorageError:
         )
     if code in ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"):
         return StorageError(f"{uri}: {endpoint} cannot be reached ({code}): check AWS_ENDPOINT_URL and the network")
+    if code == "ReadTimeoutError":
+        return StorageError(
+            f"{uri}: {endpoint} took the request and said nothing for {SILENCE:g} s, {RETRIES} times in a row: check"
+            " that it is an S3 server and well, then repeat"
+        )
     return StorageError(f"{uri}: {endpoint} failed ({code}): {' '.join(str(error).split())}")

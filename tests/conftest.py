@@ -31,10 +31,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igpt_ray import config, shards, storage
+from igpt_ray import config, images, shards, storage
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Manifest, Shard, TokenStore
+from igpt_ray.shards import Kind, Manifest, Shard, Statistics, TokenStore
 
 if TYPE_CHECKING:
     from transformers import ImageGPTForCausalImageModeling
@@ -217,16 +217,29 @@ def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
     return shards.commit(root, manifest_of(kind, listed))
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """Class folders of ten small training pictures and three for testing, one of each split not readable."""
+    rng = np.random.default_rng(5)
+    for split, n in (("train", 10), ("test", 3)):
+        for i in range(n):
+            data = images.png(rng.integers(0, 256, (9, 8, 3), np.uint8))
+            name = f"{split}/{('cat', 'dog')[i % 2]}/{i}.png"
+            storage.write(str(tmp_path / "pictures" / name), data if i != 1 else data[:-20])
+    return str(tmp_path / "pictures")
+
+
 def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:
     """A manifest's line for a shard."""
     digest = hashlib.sha256(data).hexdigest()
-    return Shard(path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test")
+    none = Statistics(quarantined=0, source_bytes=0, squared_error=0, colours_used=0)
+    return Shard(
+        path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test", statistics=none
+    )
 
 
 def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
-    return Manifest(
-        format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, quarantined={}, made_by={"by": "a test"}
-    )
+    return Manifest(format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, made_by={"by": "a test"})
 
 
 @pytest.fixture(scope="session")

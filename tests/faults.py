@@ -1,6 +1,6 @@
 """A proxy that misbehaves on a seeded schedule, to stand between a client and a real S3 server.
 
-with FaultProxy(upstream_port, ["503", None, "cut", "reset"]) as proxy: ...   # per request, then none
+with FaultProxy(upstream_port, ["503", None, "cut 300", "reset"]) as proxy: ...   # per request, then none
 """
 
 import asyncio
@@ -8,15 +8,16 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-CUT_AFTER = 300
-"""Bytes of an answer that get through before it is cut: its head and a little more."""
+ANYTHING = ("503", "reset", "cut 0", "cut 100", "cut 300", "cut 900", "cut 5000", "lost", "drop")
+"""Faults that do not wait for a timeout."""
 
 
-def seeded(seed: int, n: int, share: float, kinds: Sequence[str] = ("503", "reset", "cut", "lost")) -> list[str | None]:
+def seeded(seed: int, n: int, share: float, kinds: Sequence[str] = ANYTHING) -> list[str | None]:
     """A schedule for n requests of which about `share` fail, never more than three in a row."""
     rng = random.Random(seed)
     plan: list[str | None] = []
@@ -29,8 +30,9 @@ def seeded(seed: int, n: int, share: float, kinds: Sequence[str] = ("503", "rese
 class FaultProxy:
     """Forwards HTTP to 127.0.0.1:`upstream`, except where the schedule says otherwise:
 
-    "503" and "reset" instead of forwarding; "cut" forwards and breaks off within the answer; "lost" forwards, and the
-    answer never arrives; "hang" keeps the connection open without a word.
+    "503" and "reset" instead of forwarding; "drop" resets before it has taken the request's body; "cut n" forwards
+    and breaks off after n bytes of the answer; "stall n" falls silent there and keeps the connection open; "lost"
+    forwards, and the answer never arrives; "hang" takes the request and never says a word.
     """
 
     def __init__(self, upstream: int, schedule: Sequence[str | None]):
@@ -38,34 +40,44 @@ class FaultProxy:
         self.schedule = list(schedule)
         self.requests = 0
         self.faults = 0
+        self.ended = asyncio.Event()
+
+    def fail_next(self, schedule: Sequence[str | None]) -> None:
+        """Begin again: what the next requests will meet."""
+        self.schedule, self.requests, self.faults = list(schedule), 0, 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head, body = await self._request(reader, writer)
+            lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]
             fault = self.schedule[self.requests] if self.requests < len(self.schedule) else None
+            kind, _, limit = (fault or "").partition(" ")
             self.requests += 1
             self.faults += fault is not None
-            if fault == "hang":
-                await asyncio.sleep(3600)
-            elif fault in ("reset", "lost"):
-                if fault == "lost":
+            head, body = (b"", b"") if kind == "drop" else await self._request(lines, reader, writer)
+            if kind == "hang":
+                await self.ended.wait()
+            elif kind in ("reset", "lost", "drop"):
+                if kind == "lost":
                     await self._forward(head, body, writer, limit=0)
                 linger = struct.pack("ii", 1, 0)  # close with RST, as a dying server does
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            elif fault == "503":
+            elif kind == "503":
                 writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n")
                 writer.write(b"Content-Length: %d\r\n\r\n" % len(SLOW_DOWN) + SLOW_DOWN)
                 await writer.drain()
             else:
-                await self._forward(head, body, writer, limit=CUT_AFTER if fault == "cut" else None)
+                await self._forward(head, body, writer, int(limit) if limit else None)
+                if kind == "stall":
+                    await self.ended.wait()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client went away
         finally:
             writer.close()
 
-    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[bytes, bytes]:
-        """One request, asked to be the connection's last."""
-        lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]
+    async def _request(
+        self, lines: list[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[bytes, bytes]:
+        """Head and body of one request, asked to be the connection's last."""
         fields = {line.split(b":")[0].lower(): line.split(b":", 1)[1].strip() for line in lines[1:]}
         if b"expect" in fields:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -98,6 +110,23 @@ def running(proxy: FaultProxy) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
-        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(_end(proxy, server), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
+
+
+async def _end(proxy: FaultProxy, server: asyncio.Server) -> None:
+    """Stop listening, and let go of the connections that still hang."""
+    server.close()
+    proxy.ended.set()
+    if hanging := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(hanging, timeout=5)
+
+
+def one_by_one(
+    tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: object
+) -> Iterator[Any]:
+    """What `flows.pool.spread` promises, in this process: a preparation that can be driven step by step."""
+    work = worker(**arguments)
+    yield from map(work, tasks)

@@ -151,13 +151,13 @@ def test_places_are_absolute_once_they_are_settings() -> None:
     """Ray's workers have another working directory."""
     assert Run(root="file:///a/b/").root == "/a/b"
     assert Run(root="runs").root.startswith("/")
-    assert preset_from_words(["tiny", "--data.tokens", "tokens"]).data.tokens.startswith("/")
+    assert preset_from_words(["tiny", "--data.tokens", "tokens"], Pretrain).data.tokens.startswith("/")
     assert Run(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
 
 
 def test_a_word_on_the_command_line_changes_that_setting_alone() -> None:
     """A preset whose other sections fall back to defaults when one is touched."""
-    settings = preset_from_words(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"])
+    settings = preset_from_words(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"], Pretrain)
     preset = PRESETS["igpt-l-48"][1]
     expected = preset.model_dump() | {"optim": preset.optim.model_dump() | {"lr": 1e-3}}
     expected |= {"workers": preset.workers.model_dump() | {"n": 4}}
@@ -178,7 +178,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 ) -> None:
     """An ignored word: the run would start with the default and nobody would know."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(words)
+        preset_from_words(words, Pretrain)
     assert caught.value.code == 2
     printed = capsys.readouterr()
     advice = re.split("Perhaps you meant|did you mean", printed.err)[1]
@@ -189,7 +189,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 def test_an_impossible_word_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     """A job must stop at the command line, with its reason on stderr."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(["tiny", "--model.n-head", "3"])
+        preset_from_words(["tiny", "--model.n-head", "3"], Pretrain)
     assert caught.value.code == 2
     assert "not a multiple of n_head 3" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

@@ -37,7 +37,10 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
         return
     source = (ROOT / words[1]).read_text()
     if "run_preset" in source:
-        config.preset_from_words(words[2:])
+        config.preset_from_words(words[2:], config.Pretrain)
+        return
+    if "preset_from_words" in source:  # with the settings that bear the job's name
+        config.preset_from_words(words[2:], getattr(config, Path(words[1]).stem.title()))
         return
     if "subcommand_cli_from_dict" in source:  # `bench.py palette` reads config.BenchPalette
         tyro.cli(getattr(config, f"Bench{words[2].title()}"), args=words[3:])

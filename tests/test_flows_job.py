@@ -71,9 +71,9 @@ def test_an_error_inside_an_actor_reaches_the_user_as_itself(
     unit = sources.plan(digit_images, 10).units[0]
     vanished = replace(unit, content=replace(unit.content, root=str(tmp_path / "vanished")))
     for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
-        arguments = {"root": root, "kind": kind, "pixels": config.Pixels(n_px=8), "committed": {}}
+        arguments = {"root": root, "kind": kind, "pixels": config.Pixels(n_px=8), "holdout": 0.0, "committed": {}}
         with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):
-            list(spread([(vanished, 9)], prepare.MakeShard, arguments, config.Pool()))
+            list(spread([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, config.Pool()))
 
 
 def test_a_bug_keeps_its_traceback(cluster: str) -> None:

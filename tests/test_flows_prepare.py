@@ -1,8 +1,10 @@
 """Images to tokens on a real cluster: what is killed, broken or already there changes nothing in the end."""
 
+import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,16 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
+from test_layouts import LAYOUTS, expected, real
 
 from igpt_ray import config, images, sources, storage
 from igpt_ray.errors import SourceError, TokenStoreError
 from igpt_ray.flows import prepare
+from igpt_ray.loader import SplitCache
 from igpt_ray.palette import Palette
-from igpt_ray.shards import TokenStore, tokens_of
+from igpt_ray.shards import Kind, Shard, Statistics, TokenStore, parse, tokens_of
+from igpt_ray.sources import Layout
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 PIXELS = config.Pixels(n_px=8, crop="centre")
+SAMPLED = config.Pixels(n_px=32)
 
 
 def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> config.Prepare:
@@ -99,6 +105,8 @@ def test_a_committed_store_is_never_overwritten_by_another(prepared: str, digit_
         ({"palette": str(other)}, "palette"),
         ({"shard_images": 49}, "another listing"),
         ({"views": 2}, "another listing"),
+        ({"holdout": 0.1}, "made with holdout 0.0, not 0.1"),
+        ({"pixels": config.Pixels(n_px=8)}, "made with pixels .*centre.*, not .*random"),
     ):
         with pytest.raises(TokenStoreError, match=complaint):
             prepare.prepare(fits.model_copy(update=change))
@@ -121,7 +129,8 @@ def test_a_text_file_among_the_images_is_named_and_quarantined(
     listed = "".join(path.read_text() for path in (tmp_path / "tokens/quarantine").iterdir())
     assert "notes.txt" in listed
     assert "starts with b'not a pictur'" in listed
-    assert TokenStore.open(str(tmp_path / "tokens")).manifest.quarantined == {"test": 0, "train": 2}
+    manifest = TokenStore.open(str(tmp_path / "tokens")).manifest
+    assert {split: manifest.total("quarantined", split) for split in manifest.splits} == {"test": 0, "train": 2}
 
 
 def test_a_link_in_a_tar_of_images_is_quarantined(prepared: str, digit_images: str, tmp_path: Path) -> None:
@@ -158,6 +167,98 @@ def test_views_of_the_training_split_are_different_crops(prepared: str, digit_im
     assert (first != second).any(axis=1).mean() > 0.9
 
 
+def test_a_hold_out_is_drawn_by_key_and_can_be_folded_back(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    """An image on both sides or on neither, in one view here and in another there; or a part that cannot come back."""
+    settings = settings_for(digit_images, prepared, tmp_path / "tokens", views=2, holdout=0.3, shard_images=30)
+    report = prepare.prepare(settings.model_copy(update={"pixels": config.Pixels(n_px=8, crop="random")}))
+    store = TokenStore.open(str(tmp_path / "tokens"))
+    whole = TokenStore.open(storage.join(prepared, "tokens"))
+    keys = [{split: keys_of(store, split, view) for split in ("train", "holdout", "train+holdout")} for view in (0, 1)]
+    assert keys[0] == keys[1]
+    assert keys[0]["train+holdout"] == keys[0]["train"] + keys[0]["holdout"]
+    assert sorted(keys[0]["train+holdout"]) == sorted(keys_of(whole, "train", 0))
+    assert report["splits"]["holdout"] == len(keys[0]["holdout"]) == store.manifest.rows("holdout")
+    assert 0.15 < len(keys[0]["holdout"]) / len(keys[0]["train+holdout"]) < 0.45
+    assert len(SplitCache(store, "train+holdout", tmp_path / "cache")) == whole.manifest.rows("train")
+    again = settings_for(digit_images, prepared, tmp_path / "again", holdout=0.3, shard_images=7)
+    prepare.prepare(again)
+    assert keys_of(TokenStore.open(again.tokens), "holdout", 0) == keys[0]["holdout"]
+
+
+def keys_of(store: TokenStore, split: str, view: int) -> list[str]:
+    return [key for shard in store.manifest.select(split, view) for key in store.read(shard)["key"].to_pylist()]
+
+
+def test_a_contact_sheet_shows_what_the_tokens_say(prepared: str) -> None:
+    sheet = images.decode(storage.read(storage.join(prepared, "tokens/train.png")))
+    store = TokenStore.open(storage.join(prepared, "tokens"))
+    first = store.palette().decode(tokens_of(next(store.read_split("train")))[0].reshape(8, 8))
+    assert sheet.shape == (8 * 66 + 2, 8 * 66 + 2, 3)
+    assert (sheet[2:66:8, 2:66:8] == first).all()
+
+
+def test_statistics_add_up_to_what_a_look_at_every_image_gives(prepared: str, digit_images: str) -> None:
+    store = TokenStore.open(storage.join(prepared, "tokens"))
+    palette, error, size = store.palette(), 0, 0
+    for path in Path(digit_images, "test").glob("*/*.png"):
+        rgb = images.centre_view(path.read_bytes(), 8)
+        error += int(((rgb.astype(int) - palette.decode(palette.encode(rgb))) ** 2).sum())
+        size += path.stat().st_size
+    manifest = store.manifest
+    assert (manifest.total("squared_error", "test"), manifest.total("source_bytes", "test")) == (error, size)
+
+
+def test_progress_tells_how_far_how_fast_and_how_long_still(digit_images: str) -> None:
+    """What an earlier attempt made counts as done, but says nothing about the speed of this one."""
+    tasks = prepare.tasks_of(sources.plan(digit_images, 40), views=1)
+    progress = prepare.Progress(tasks)
+    statistics = Statistics(quarantined=1, source_bytes=10**9, squared_error=0, colours_used=1)
+    shard = Shard(path="", split="train", view=0, rows=39, bytes=0, sha256="", source="", statistics=statistics)
+    kept = progress.add(prepare.Done(40, [(shard, [])], kept=True))
+    assert re.fullmatch(r"1 of 4 units, 39 images, 1 in quarantine", kept)
+    made = progress.add(prepare.Done(40, [(shard, [])], kept=False))
+    line = r"2 of 4 units, 78 images, 2 in quarantine, (\d+) images/s, (\d+) MB/s, (\d+) s left"
+    said = re.fullmatch(line, made)
+    assert said is not None
+    images_per_second, mb_per_second, _ = map(int, said.groups())
+    assert mb_per_second == pytest.approx(images_per_second * 1000 / 40, rel=0.01)
+
+
+@functools.cache
+def tokens_of_the_sample(shared: Path) -> dict[tuple[str, str], tuple[int, bytes]]:
+    """(split, key) -> (label, tokens), image by image."""
+    palette = Palette.load("openai")
+    return {
+        (split, image.key): (
+            image.label,
+            palette.encode(prepare.view_of(image.data, SAMPLED, split, image.key, 0)).tobytes(),
+        )
+        for split, image in expected(real(shared))
+    }
+
+
+@pytest.mark.parametrize("store", ["local", "bucket"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
+    layout: Layout, store: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A random crop that follows a path, a label that follows an order: a store that no other can be compared with."""
+    place = str(tmp_path / "images") if store == "local" else request.getfixturevalue("on_rclone")
+    LAYOUTS[layout](place, real(shared))
+    palette, root = Palette.load("openai"), str(tmp_path / "tokens")
+    palette.save(storage.join(root, "palette.npy"))
+    kind = Kind(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=images.FAST)
+    make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
+    found = {}
+    for task in prepare.tasks_of(sources.plan(place, 30), views=1):
+        for split, (data, bad) in make.make(task).items():
+            assert not bad
+            table = parse(data)
+            for row, tokens in zip(table.select(["key", "label"]).to_pylist(), tokens_of(table), strict=True):
+                found[split.replace("holdout", "train"), row["key"]] = (row["label"], tokens.tobytes())
+    assert found == tokens_of_the_sample(shared)
+
+
 def test_bucket_to_bucket_equals_folder_to_folder(
     prepared: str, digit_images: str, on_rclone: str, tmp_path: Path
 ) -> None:
@@ -171,6 +272,6 @@ def test_bucket_to_bucket_equals_folder_to_folder(
     made = []
     for root, units in ((storage.join(on_rclone, "tokens"), in_bucket.units), (str(tmp_path), plan.units)):
         palette.save(storage.join(root, "palette.npy"))
-        make = prepare.MakeShard(root, kind, PIXELS, committed={})
-        made.append([make((unit, 0)) for unit in units])
+        make = prepare.MakeShard(root, kind, PIXELS, holdout=0.0, committed={})
+        made.append([make(prepare.Task(unit, 0)) for unit in units])
     assert made[0] == made[1]

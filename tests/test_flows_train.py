@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from igpt_ray import checkpoint, config, metrics, storage, weights
+from igpt_ray import checkpoint, config, metrics, shards, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import masked_nats
 from igpt_ray.flows import infer, serve, train
@@ -210,7 +210,7 @@ def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared
     data = shard.read_bytes()
     shard.write_bytes(data[:200] + bytes([data[200] ^ 4]) + data[201:])
     manifest = tmp_path / "tokens/manifest.json"  # another store's hash, or the node's cache would serve its tokens
-    manifest.write_text(manifest.read_text() + " ")
+    manifest.write_bytes(shards.seal(json.dumps(json.loads(shards.unseal(manifest.read_bytes())))))
     with pytest.raises(TokenStoreError, match=f"{shard} is damaged"):
         train.pretrain(settings_for(prepared, "damaged", data=config.Data(tokens=str(tmp_path / "tokens"))))
 

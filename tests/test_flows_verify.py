@@ -35,15 +35,16 @@ def tokens(prepared: str, digit_images: str, tmp_path: Path) -> Path:
 
 def test_a_whole_store_passes_and_foreign_files_are_removed_only_when_asked(tokens: Path) -> None:
     stray = [tokens / "train/00099-v0.parquet", tokens / "quarantine/train-00099-v0.json"]
+    stray.append(tokens / "train/.00001-v0.parquet.k2_x9abc")  # a killed write's
     for path in stray:
         path.write_bytes(b"left over")
     mine = tokens / "notes.txt"
     mine.write_text("somebody's")
     report = verify.verify(config.Verify(tokens=str(tokens), remake=9))
-    assert (report["shards"], report["images"], report["unnamed_files"]) == (4, 160, 2)
+    assert (report["shards"], report["images"], report["unnamed_files"]) == (4, 160, 3)
     assert all(path.exists() for path in stray)
     report = verify.verify(config.Verify(tokens=str(tokens), remove=True))
-    assert report["removed_files"] == 2
+    assert report["removed_files"] == 3
     assert not any(path.exists() for path in stray)
     assert mine.exists()
     TokenStore.open(str(tokens)).read(TokenStore.open(str(tokens)).manifest.shards[0])
@@ -78,7 +79,7 @@ def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], 
     (tokens / first.path).write_bytes(data)
     again = first.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [again, *store.manifest.shards[1:]]})
-    (tokens / "manifest.json").write_text(Manifest.model_dump_json(manifest))
+    (tokens / "manifest.json").write_bytes(shards.seal(Manifest.model_dump_json(manifest)))
 
 
 def test_wrong_tokens_labels_and_keys_are_found_even_if_every_hash_agrees(tokens: Path) -> None:

@@ -154,6 +154,19 @@ def test_a_damaged_shard_does_not_reach_the_cache(store: TokenStore, tmp_path: P
     np.testing.assert_array_equal(cache[Batch(np.ones(12, np.int64), np.arange(12))], rows_of(store, "train", 1))
 
 
+def test_a_bit_that_flips_in_the_cache_later_never_reaches_a_batch(
+    store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that decays under a run of weeks: each resume would train on it, and none would say so."""
+    SplitCache(store, "train", tmp_path)
+    victim = next(tmp_path.glob("*-train-v1.u16"))
+    data = victim.read_bytes()
+    victim.write_bytes(data[:99] + bytes([data[99] ^ 4]) + data[100:])
+    cache = SplitCache(store, "train", tmp_path)
+    assert f"{victim} is damaged" in caplog.text
+    np.testing.assert_array_equal(cache[Batch(np.ones(12, np.int64), np.arange(12))], rows_of(store, "train", 1))
+
+
 def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore, tmp_path: Path) -> None:
     """`max() arg is an empty sequence`, from a worker, an hour after the job was sent."""
     with pytest.raises(TokenStoreError, match="it has test, train"):

@@ -66,6 +66,7 @@ def test_join_and_name_undo_each_other() -> None:
     """A doubled slash is another key in a bucket."""
     assert storage.join("s3://b/x/", "y", "z.png") == "s3://b/x/y/z.png"
     assert storage.name(storage.join("/a", "z.png")) == "z.png"
+    assert storage.below("s3://b/x", storage.join("s3://b/x", "y", "z.png")) == "y/z.png"
     assert storage.name("s3://b/x/") == "x"
 
 

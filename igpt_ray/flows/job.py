@@ -32,7 +32,7 @@ def run_alone(work: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
 
 def run_preset(flow: Callable[[Pretrain], dict[str, Any]]) -> None:
     """The same for pretraining, whose first word is a preset."""
-    finish(flow, preset_from_words(sys.argv[1:]))
+    finish(flow, preset_from_words(sys.argv[1:], Pretrain))
 
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:

@@ -8,24 +8,28 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from igpt_ray import config, images, shards, sources, storage
 from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, TokenStoreError
 from igpt_ray.flows.pool import spread
 from igpt_ray.palette import COLOURS, Palette, pack, quality, swatches
-from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, TokenStore
-from igpt_ray.sources import TRAIN, Unit, Unreadable
+from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, Statistics, TokenStore
+from igpt_ray.sources import TRAIN, Unit, Unreadable, Wanted
 
 log = logging.getLogger(__name__)
 
 PALETTE_UNIT = 1000
 """Images per task while sampling pixels."""
+TOGETHER = 64
+"""Images whose pixels are looked up at once."""
+HOLDOUT = "holdout"
 
 QUARANTINE = TypeAdapter(list[Quarantined])
 
@@ -110,123 +114,261 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
     palette = _load_palette(settings.palette, pipeline)
     kind = Kind(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
     plan = sources.plan(settings.source, settings.shard_images, settings.layout)
-    tasks = [(unit, view) for unit in plan.units for view in range(settings.views if unit.split == TRAIN else 1)]
-    tasks.sort(key=lambda task: (task[0].split, task[1], task[0].name))
-    committed = _committed(settings.tokens, kind, tasks)
+    tasks = tasks_of(plan, settings.views)
+    committed = _committed(settings, kind, tasks)
     palette.save(storage.join(settings.tokens, "palette.npy"))
     made: list[Shard] = []
     quarantined: list[tuple[str, Quarantined]] = []
-    arguments = {"root": settings.tokens, "kind": kind, "pixels": settings.pixels, "committed": committed}
-    n_images = 0
-    for shard, bad in spread(tasks, MakeShard, arguments, settings.pool):
-        made.append(shard)
-        quarantined += [(shard.split, image) for image in bad]
-        n_images += shard.rows
-        log.info("%d of %d shards, %d images, %d in quarantine", len(made), len(tasks), n_images, len(quarantined))
+    arguments = {
+        "root": settings.tokens,
+        "kind": kind,
+        "pixels": settings.pixels,
+        "holdout": settings.holdout,
+        "committed": committed,
+    }
+    progress = Progress(tasks)
+    for done in spread(tasks, MakeShard, arguments, settings.pool):
+        for shard, bad in done.shards:
+            made.append(shard)
+            quarantined += [(shard.split, image) for image in bad]
+        log.info("%s", progress.add(done))
+    made.sort(key=lambda shard: (shard.split, shard.view, shard.path))
+    n_images = sum(shard.rows for shard in made)
     _check_budget(quarantined, n_images + len(quarantined), settings)
     manifest = Manifest(
-        format=shards.FORMAT,
-        kind=kind,
-        classes=list(plan.classes),
-        shards=made,
-        quarantined={split: sum(1 for s, _ in quarantined if s == split) for split in {s.split for s in made}},
-        made_by=config.provenance(settings),
+        format=shards.FORMAT, kind=kind, classes=list(plan.classes), shards=made, made_by=config.provenance(settings)
     )
     store = shards.commit(settings.tokens, manifest)
+    for split in manifest.splits:
+        if any(shard.rows for shard in made if shard.split == split):
+            sheet = shards.contact_sheet(store, split)
+            storage.write(storage.join(settings.tokens, f"{split}.png"), images.png(sheet))
     seconds = time.perf_counter() - started
+    source_bytes = sum(shard.statistics.source_bytes for shard in made)
     return {
         "tokens": settings.tokens,
         "manifest_sha256": store.sha256,
-        "splits": {split: manifest.rows(split) for split in manifest.splits},
+        "splits": {split: sum(s.rows for s in made if (s.split, s.view) == (split, 0)) for split in manifest.splits},
         "classes": len(plan.classes),
         "images": n_images,
         "token_count": n_images * kind.n_positions,
         "bytes": sum(shard.bytes for shard in made),
+        "psnr_db": _psnr_db(made, kind),
         "quarantined": len(quarantined),
         "images_per_second": round(n_images / seconds, 1),
+        "mb_per_second": round(source_bytes / seconds / 1e6, 1),
         "seconds": round(seconds, 2),
     }
 
 
+class Task(NamedTuple):
+    """What an actor is handed: a unit of work, cropped for the view-th time."""
+
+    unit: Unit
+    view: int
+
+
+def tasks_of(plan: sources.Plan, views: int) -> list[Task]:
+    tasks = [Task(unit, view) for unit in plan.units for view in range(views if unit.split == TRAIN else 1)]
+    return sorted(tasks, key=lambda task: (task.unit.split, task.view, task.unit.name))
+
+
+def splits_of(unit: Unit, holdout: float) -> list[str]:
+    """The splits that a unit's images go to; each gets a shard of its own."""
+    return [TRAIN, HOLDOUT] if unit.split == TRAIN and holdout else [unit.split]
+
+
+def held_out(key: str, holdout: float) -> bool:
+    """Whether an image belongs to the hold-out: by its key alone, so that no listing, view or repeat changes it, and
+    an image that occurs twice is never on both sides."""
+    return sources.sampled(f"{HOLDOUT}\0{key}", holdout, seed=0)
+
+
+class Made(NamedTuple):
+    """A shard's bytes, and what could not be read."""
+
+    data: bytes
+    bad: list[Quarantined]
+
+
+class Done(NamedTuple):
+    """What comes back: each shard, and the images left out of it."""
+
+    planned: int
+    """Images the unit was thought to have."""
+    shards: list[tuple[Shard, list[Quarantined]]]
+    kept: bool
+    """Nothing was made, all was there."""
+
+
+class Progress:
+    """A line a task: how far, how fast, how long still. What was there already says nothing about the speed."""
+
+    def __init__(self, tasks: list[Task]):
+        self.tasks, self.tasks_done = len(tasks), 0
+        self.images_left = sum(task.unit.images for task in tasks)  # an estimate, where archives hold them
+        self.images, self.quarantined = 0, 0
+        self.made, self.made_bytes = 0, 0
+        self.started = time.perf_counter()
+
+    def add(self, done: Done) -> str:
+        found = [shard for shard, _ in done.shards]
+        rows, bad = sum(shard.rows for shard in found), sum(shard.statistics.quarantined for shard in found)
+        self.tasks_done += 1
+        self.images_left -= done.planned
+        self.images += rows
+        self.quarantined += bad
+        if not done.kept:
+            self.made += rows + bad
+            self.made_bytes += sum(shard.statistics.source_bytes for shard in found)
+        seconds = time.perf_counter() - self.started
+        rate = self.made / seconds
+        line = f"{self.tasks_done} of {self.tasks} units, {self.images} images, {self.quarantined} in quarantine"
+        if rate:
+            line += f", {rate:.0f} images/s, {self.made_bytes / seconds / 1e6:.0f} MB/s"
+            line += f", {max(0, self.images_left) / rate:.0f} s left"
+        return line
+
+
 class MakeShard:
-    """(unit, view) -> (shard, images left out): one unit in, one Parquet object out.
+    """Task -> shards and images left out: one unit in, one Parquet object out, or two if a part is held out.
 
     A shard that is already there is kept if it says it was made from the same unit in the same way (and, where a
     manifest has named it before, if its hash is still the same).
     """
 
-    def __init__(self, root: str, kind: Kind, pixels: config.Pixels, committed: dict[str, str]):
+    def __init__(self, root: str, kind: Kind, pixels: config.Pixels, holdout: float, committed: dict[str, str]):
         self.root = root
         self.kind = kind
         self.pixels = pixels
+        self.holdout = holdout
         self.committed = committed
         self.palette = Palette.load(storage.join(root, "palette.npy"))
 
-    def __call__(self, task: tuple[Unit, int]) -> tuple[Shard, list[Quarantined]]:
-        unit, view = task
-        bad_uri = storage.join(self.root, "quarantine", f"{unit.split}-{unit.name}-v{view}.json")
-        data = self._there(unit, view)
-        if data is not None:
-            bad = QUARANTINE.validate_json(storage.read(bad_uri))
-        else:
-            data, bad = self.make(unit, view)
-            storage.write(bad_uri, QUARANTINE.dump_json(bad))  # first: a shard that is there has its quarantine list
-            storage.write(storage.join(self.root, path_of(unit, view)), data)
-        shard = Shard(
-            path=path_of(unit, view),
-            split=unit.split,
-            view=view,
-            rows=shards.parse(data).num_rows,
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            source=unit.digest,
-        )
-        return shard, bad
+    def __call__(self, task: Task) -> Done:
+        splits = splits_of(task.unit, self.holdout)
+        there = {split: found for split in splits if (found := self._there(task, split)) is not None}
+        made = self.make(task) if len(there) < len(splits) else {}
+        listed = []
+        for split in splits:
+            data, bad = there[split] if split in there else made[split]
+            if split not in there:
+                # First the list: a shard that is there has its quarantine list.
+                storage.write(quarantine_uri(self.root, split, task), QUARANTINE.dump_json(bad))
+                storage.write(storage.join(self.root, path_of(split, task)), data)
+            listed.append((self._listing(task, split, data), bad))
+        return Done(task.unit.images, listed, kept=not made)
 
-    def make(self, unit: Unit, view: int) -> tuple[bytes, list[Quarantined]]:
-        """The shard's bytes, and what could not be read."""
-        keys, labels, tokens, bad = [], [], [], []
-        for image in sources.read(unit):
+    def make(self, task: Task, wanted: Wanted | None = None) -> dict[str, Made]:
+        """For each split the shard and what could not be read, of the images whose key is `wanted`, or of all."""
+        parts = {split: _Part(self.palette, self.kind) for split in splits_of(task.unit, self.holdout)}
+        for image in sources.read(task.unit, wanted):
+            part = parts[HOLDOUT if HOLDOUT in parts and held_out(image.key, self.holdout) else task.unit.split]
             if isinstance(image, Unreadable):
-                bad.append(Quarantined(key=image.key, reason=image.reason))
+                part.leave_out(image.key, image.reason)
                 continue
             try:
-                rgb = view_of(image.data, self.pixels, unit.split, image.key, view)
+                part.add(image, view_of(image.data, self.pixels, task.unit.split, image.key, task.view))
             except ImageError as error:
-                bad.append(Quarantined(key=image.key, reason=str(error)))
-                continue
-            keys.append(image.key)
-            labels.append(image.label)
-            tokens.append(self.palette.encode(rgb).reshape(-1))
-        stacked = np.stack(tokens) if tokens else np.empty((0, self.kind.n_positions), np.uint16)
-        return shards.encode(keys, labels, stacked, self.kind, self._about(unit, view)), bad
+                part.leave_out(image.key, str(error))
+        return {split: Made(part.shard(self._about(task, split)), part.bad) for split, part in parts.items()}
 
-    def _there(self, unit: Unit, view: int) -> bytes | None:
+    def _there(self, task: Task, split: str) -> Made | None:
+        """What would be made, if it is there and whole to the last bit; an uncommitted shard has no hash but itself."""
+        path = path_of(split, task)
         try:
-            data = storage.read(storage.join(self.root, path_of(unit, view)))
-        except NotFound:
+            data = storage.read(storage.join(self.root, path))
+            bad = QUARANTINE.validate_json(storage.read(quarantine_uri(self.root, split, task)))
+        except (NotFound, ValidationError):
             return None
-        sha256 = self.committed.get(path_of(unit, view))
-        if sha256 is not None:
-            return data if hashlib.sha256(data).hexdigest() == sha256 else None
+        if path in self.committed:
+            return Made(data, bad) if hashlib.sha256(data).hexdigest() == self.committed[path] else None
         try:
-            said = shards.about(shards.parse(data))
+            said = shards.about(table := shards.parse(data))
+            statistics = said.pop("statistics")
+            if said != {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(task, split)}:
+                return None
+            again = shards.reencode(table)
         except Exception:  # pyarrow has many ways to say "damaged"; all of them mean: make it again
             return None
-        expected = {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(unit, view)}
-        return data if said == expected else None
+        if again != data or statistics["quarantined"] != len(bad):
+            return None
+        if bad and self.make(task, {image.key for image in bad}.__contains__)[split].bad != bad:
+            return None  # what could not be read has been mended since
+        return Made(data, bad)
 
-    def _about(self, unit: Unit, view: int) -> dict[str, str]:
-        return {
-            "unit": unit.name,
-            "split": unit.split,
-            "view": _view_name(self.pixels, unit.split, view),
-            "source": unit.digest,
-        }
+    def _listing(self, task: Task, split: str, data: bytes) -> Shard:
+        table = shards.parse(data)
+        return Shard(
+            path=path_of(split, task),
+            split=split,
+            view=task.view,
+            rows=table.num_rows,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            source=task.unit.digest,
+            statistics=Statistics.model_validate(shards.about(table)["statistics"]),
+        )
+
+    def _about(self, task: Task, split: str) -> dict[str, Any]:
+        view = _view_name(self.pixels, task.unit.split, task.view)
+        held = {"holdout": self.holdout} if HOLDOUT in splits_of(task.unit, self.holdout) else {}
+        return {"unit": task.unit.name, "split": split, "view": view, "source": task.unit.digest, **held}
 
 
-def path_of(unit: Unit, view: int) -> str:
-    return f"{unit.split}/{unit.name}-v{view}.parquet"
+class _Part:
+    """The rows of one shard as they come in. Pixels become tokens some images at a time, which costs less than one by
+    one, and holds less than all at the end."""
+
+    def __init__(self, palette: Palette, kind: Kind):
+        self.palette = palette
+        self.kind = kind
+        self.keys: list[str] = []
+        self.labels: list[int] = []
+        self.bad: list[Quarantined] = []
+        self.source_bytes = self.squared_error = 0
+        self._views: list[images.RGB] = []
+        self._tokens = [np.empty((0, kind.n_positions), np.uint16)]
+
+    def add(self, image: sources.Image, view: images.RGB) -> None:
+        self.keys.append(image.key)
+        self.labels.append(image.label)
+        self.source_bytes += len(image.data)
+        self._views.append(view)
+        if len(self._views) == TOGETHER:
+            self._encode()
+
+    def leave_out(self, key: str, reason: str) -> None:
+        self.bad.append(Quarantined(key=key, reason=reason))
+
+    def shard(self, about: dict[str, Any]) -> bytes:
+        if self._views:
+            self._encode()
+        tokens = np.concatenate(self._tokens)
+        statistics = Statistics(
+            quarantined=len(self.bad),
+            source_bytes=self.source_bytes,
+            squared_error=self.squared_error,
+            colours_used=int(np.count_nonzero(np.bincount(tokens.ravel()))),
+        )
+        about = {**about, "statistics": statistics.model_dump()}
+        return shards.encode(self.keys, self.labels, tokens, self.kind, about)
+
+    def _encode(self) -> None:
+        rgb = np.stack(self._views).reshape(len(self._views), -1, 3)
+        tokens = self.palette.encode(rgb)
+        away = rgb.astype(np.int32) - self.palette.decode(tokens)
+        self.squared_error += int(np.vdot(away, away))
+        self._tokens.append(tokens)
+        self._views.clear()
+
+
+def path_of(split: str, task: Task) -> str:
+    return f"{split}/{task.unit.name}-v{task.view}.parquet"
+
+
+def quarantine_uri(root: str, split: str, task: Task) -> str:
+    return storage.join(root, "quarantine", f"{split}-{task.unit.name}-v{task.view}.json")
 
 
 def view_of(data: bytes, pixels: config.Pixels, split: str, key: str, view: int) -> images.RGB:
@@ -255,8 +397,9 @@ def _load_palette(uri: str, pipeline: str) -> Palette:
     return palette
 
 
-def _committed(root: str, kind: Kind, tasks: list[tuple[Unit, int]]) -> dict[str, str]:
+def _committed(settings: config.Prepare, kind: Kind, tasks: list[Task]) -> dict[str, str]:
     """Path -> sha256 of a store that is already committed here; refused if it is not the one now asked for."""
+    root = settings.tokens
     if not storage.exists(storage.join(root, "manifest.json")):
         return {}
     manifest = TokenStore.open(root).manifest
@@ -266,12 +409,27 @@ def _committed(root: str, kind: Kind, tasks: list[tuple[Unit, int]]) -> dict[str
             raise TokenStoreError(
                 f"the token store committed at {root} has {field} {there}, not {asked}: choose another --tokens"
             )
-    if {s.path: s.source for s in manifest.shards} != {path_of(unit, view): unit.digest for unit, view in tasks}:
+    for field, asked in settings.model_dump(mode="json", include={"pixels", "holdout"}).items():
+        there = manifest.made_by["settings"][field]
+        if there != asked:
+            raise TokenStoreError(
+                f"the token store committed at {root} was made with {field} {there}, not {asked}: choose another"
+                " --tokens"
+            )
+    asked = {path_of(split, t): t.unit.digest for t in tasks for split in splits_of(t.unit, settings.holdout)}
+    if {s.path: s.source for s in manifest.shards} != asked:
         raise TokenStoreError(
-            f"the token store committed at {root} was made from another listing (images, views or"
-            " shard size differ): choose another --tokens"
+            f"the token store committed at {root} was made from another listing (images, views or shard"
+            " size differ): choose another --tokens"
         )
     return {shard.path: shard.sha256 for shard in manifest.shards}
+
+
+def _psnr_db(made: list[Shard], kind: Kind) -> float | None:
+    """Of the pixels, once they are colours of the palette."""
+    error = sum(shard.statistics.squared_error for shard in made)
+    values = 3 * kind.n_positions * sum(shard.rows for shard in made)
+    return round(10 * math.log10(255**2 * values / error), 2) if error else None
 
 
 def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: config.Prepare) -> None:

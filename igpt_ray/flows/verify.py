@@ -13,7 +13,7 @@ import numpy as np
 from igpt_ray import config, sources, storage
 from igpt_ray.errors import StorageError, TokenStoreError
 from igpt_ray.flows.pool import spread
-from igpt_ray.flows.prepare import MakeShard, path_of
+from igpt_ray.flows.prepare import MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.shards import Manifest, Shard, TokenStore, about, parse, tokens_of
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,12 @@ def _check_against_source(store: TokenStore, settings: config.Verify) -> list[st
     if settings.remake == 0:
         return []
     made_with = config.Prepare.model_validate(store.manifest.made_by["settings"])
-    units = sources.plan(made_with.source, made_with.shard_images, made_with.layout).units
-    tasks = {path_of(unit, view): (unit, view) for unit in units for view in range(made_with.views)}
+    plan = sources.plan(made_with.source, made_with.shard_images, made_with.layout)
+    tasks = {
+        path_of(split, task): task
+        for task in tasks_of(plan, made_with.views)
+        for split in splits_of(task.unit, made_with.holdout)
+    }
     chosen = _evenly(store.manifest, settings.remake)
     if missing := [shard.path for shard in chosen if shard.path not in tasks]:
         return [f"{path}: the source has no such unit any more" for path in missing]
@@ -101,21 +105,21 @@ def _check_against_source(store: TokenStore, settings: config.Verify) -> list[st
 
 
 class RemakeShard:
-    """(Shard, (unit, view)) -> what differs from the source."""
+    """(Shard, Task) -> what differs from the source."""
 
     def __init__(self, tokens: str, made_with: config.Prepare):
         self.store = TokenStore.open(tokens)
-        self.maker = MakeShard(tokens, self.store.kind, made_with.pixels, committed={})
+        self.maker = MakeShard(tokens, self.store.kind, made_with.pixels, made_with.holdout, committed={})
 
-    def __call__(self, task: tuple[Shard, tuple[sources.Unit, int]]) -> list[str]:
-        shard, (unit, view) = task
-        if unit.digest != shard.source:
+    def __call__(self, work: tuple[Shard, Task]) -> list[str]:
+        shard, task = work
+        if task.unit.digest != shard.source:
             return [f"{shard.path}: the source has changed since (other images, or other sizes)"]
         try:
             there = self.store.read(shard)
         except (StorageError, TokenStoreError):
             return []  # named already
-        again = parse(self.maker.make(unit, view)[0])
+        again = parse(self.maker.make(task)[shard.split][0])
         if again.equals(there):
             return []
         differing = _rows_that_differ(tokens_of(again), tokens_of(there))
@@ -132,9 +136,11 @@ def _evenly(manifest: Manifest, n: int) -> list[Shard]:
 
 
 def _unnamed(store: TokenStore) -> list[str]:
-    """Shards and quarantine lists below the store that its manifest does not account for; other files are not ours."""
+    """Shards and quarantine lists below the store that its manifest does not account for, and temporary files of
+    writes that were killed; other files are not ours."""
     named = {shard.path for shard in store.manifest.shards}
     named |= {f"quarantine/{path.removesuffix('.parquet').replace('/', '-')}.json" for path in named}
-    below = [entry.uri[len(store.root) + 1 :] for entry in storage.walk(store.root)]
+    below = [storage.below(store.root, entry.uri) for entry in storage.walk(store.root)]
     ours = [path for path in below if path.endswith(".parquet") or path.startswith("quarantine/")]
-    return [storage.join(store.root, path) for path in ours if path not in named]
+    unnamed = [storage.join(store.root, path) for path in ours if path not in named]
+    return unnamed + [entry.uri for entry in storage.leftovers(store.root)]

@@ -26,7 +26,20 @@ from igpt_ray.sources.tars import members
 from igpt_ray.sources.units import SPLITS, TRAIN, Image, Plan, Unit, Unreadable, Wanted, key_of
 from igpt_ray.sources.webdataset import plan_webdataset
 
-__all__ = ["SPLITS", "TRAIN", "Image", "Layout", "Plan", "Unit", "Unreadable", "key_of", "plan", "read", "sampled"]
+__all__ = [
+    "SPLITS",
+    "TRAIN",
+    "Image",
+    "Layout",
+    "Plan",
+    "Unit",
+    "Unreadable",
+    "Wanted",
+    "key_of",
+    "plan",
+    "read",
+    "sampled",
+]
 
 PLANNERS: dict[Layout, Callable[[str, int], Plan]] = {
     "folders": plan_folders,
@@ -64,7 +77,7 @@ def read(unit: Unit, wanted: Wanted | None = None) -> Iterator[Image | Unreadabl
 def recognise(source: str) -> Layout:
     """The layout of a place, by its first names; of unnamed tars, by the first member of the first."""
     head = list(islice(storage.walk(source), LOOKED_AT))
-    names = [entry.uri[len(source) + 1 :].lower() for entry in head]
+    names = [storage.below(source, entry.uri).lower() for entry in head]
     if any(name.startswith(("ilsvrc/", "loc_")) for name in names):
         return "kaggle"
     if any(name.endswith(PICTURES) for name in names):

@@ -10,11 +10,11 @@ import csv
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from igpt_ray import storage
 from igpt_ray.errors import NotFound, SourceError
+from igpt_ray.sources.ranges import fetched
 from igpt_ray.sources.units import (
     MOST_BYTES,
     SPLITS,
@@ -34,8 +34,10 @@ from igpt_ray.sources.units import (
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD = 16
-"""Small files fetched at once per unit, to hide the object store's latency."""
+READ_AHEAD = 1
+"""Requests under way at once per unit, to hide the object store's latency."""
+TOGETHER = 32
+"""Files that a thread fetches one after the other: handing over every single one costs as much as reading it."""
 
 Listing = list[tuple[str, int]]
 """Path below the split, and bytes."""
@@ -58,14 +60,16 @@ class Files:
         """Raises `StorageError` if a file cannot be fetched."""
         items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
         items = [item for item in items if wanted is None or wanted(item[1])]
-        with ThreadPoolExecutor(READ_AHEAD) as pool:
-            for part in batched(items, 4 * READ_AHEAD):  # bounded: a unit may hold gigabytes
-                fetched = pool.map(lambda item: storage.read(storage.join(self.root, item[0]), 0, MOST_BYTES + 1), part)
-                for (_, key, label), data in zip(part, fetched, strict=True):
-                    if len(data) > MOST_BYTES:
-                        yield Unreadable(key, f"has more than {MOST_BYTES} bytes")
-                    else:
-                        yield Image(key, label, data)
+        for part in fetched(batched(items, TOGETHER), self._fetch, READ_AHEAD):
+            yield from part
+
+    def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | Unreadable]:
+        found: list[Image | Unreadable] = []
+        for path, key, label in items:
+            data = storage.read(storage.join(self.root, path), 0, MOST_BYTES + 1)
+            whole = len(data) <= MOST_BYTES
+            found.append(Image(key, label, data) if whole else Unreadable(key, f"has more than {MOST_BYTES} bytes"))
+        return found
 
 
 def plan_folders(source: str, images_per_unit: int) -> Plan:
@@ -88,7 +92,7 @@ def plan_kaggle(source: str, images_per_unit: int) -> Plan:
     images = storage.join(source, "ILSVRC/Data/CLS-LOC")
     files: dict[str, Listing] = defaultdict(list)
     for entry in storage.walk(images):
-        split, slash, path = entry.uri[len(images) + 1 :].partition("/")
+        split, slash, path = storage.below(images, entry.uri).partition("/")
         if split not in SPLITS or not slash or ("/" in path) != (split == TRAIN):
             raise SourceError(f"{entry.uri} has no place in Kaggle's layout: train/<wnid>/<image>, val/<image>")
         files[split].append((path, entry.size))
@@ -135,7 +139,7 @@ def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int]
 def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
     """Split -> files, and whether the splits are folders (every top folder is one) or all is training."""
     layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
-    listing = [(entry.uri[len(source) + 1 :], entry.size) for entry in storage.walk(source)]
+    listing = [(storage.below(source, entry.uri), entry.size) for entry in storage.walk(source)]
     if not listing:
         raise SourceError(f"{source} holds no files: expected images in class folders, {layout}")
     tops = {path.partition("/")[0] for path, _ in listing}

@@ -32,9 +32,12 @@ from igpt_ray.sources.units import (
     key_of,
     label_in,
     numbered,
+    observe,
     observed_classes,
     split_of,
     stated_classes,
+    unnamed_classes,
+    whole_files,
 )
 
 MOST_OPENED = 4096
@@ -114,21 +117,18 @@ def plan_parquet(source: str, images_per_unit: int) -> Plan:
             for entry, index in zip(head, indexes, strict=True)
         )
     else:
-        drafts = _whole(source, chain(head, listing), head[0].size / max(1, sum(indexes[0].rows)), len(classes))
+        bytes_per_image = head[0].size / max(1, sum(indexes[0].rows))
+
+        def rows(path: str, size: int, split: str) -> Rows:
+            return Rows(source, path, size, split, len(classes))
+
+        drafts = whole_files(source, chain(head, listing), bytes_per_image, rows)
     return Plan(classes, numbered(drafts))
-
-
-def _whole(source: str, entries: Iterable[storage.Entry], bytes_per_image: float, n: int) -> Iterator[Draft]:
-    """A file is a unit; how many images it holds is guessed from the first one."""
-    for uri, size in entries:
-        path = uri[len(source) + 1 :]
-        split = split_of(path)
-        yield Draft(split, max(1, round(size / bytes_per_image)), Rows(source, path, size, split, n))
 
 
 def _runs(source: str, entry: storage.Entry, rows: tuple[int, ...], n: int, images_per_unit: int) -> Iterator[Draft]:
     """Runs of row groups that reach `images_per_unit`, or all that are left."""
-    path = entry.uri[len(source) + 1 :]
+    path = storage.below(source, entry.uri)
     split, first, images = split_of(path), 0, 0
     for i, of_group in enumerate(rows, 1):
         images += of_group
@@ -156,10 +156,7 @@ def _names(metadata: bytes, uri: str) -> tuple[str, ...] | None:
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
     """The classes, out of all labels; only the columns of labels and paths are fetched."""
     if len(head) > MOST_SURVEYED:
-        raise SourceError(
-            f"{source} holds more than {MOST_SURVEYED} files and does not name its classes: put a classes.txt there,"
-            " one name a line in the order of the labels"
-        )
+        raise unnamed_classes(source, MOST_SURVEYED, "files")
     seen: dict[int, str] = {}
     for entry in head:
         with _opened(*entry) as file:
@@ -167,9 +164,7 @@ def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
                 for path, label in zip(
                     batch["image"].field("path").to_pylist(), batch["label"].to_pylist(), strict=True
                 ):
-                    key = key_of(path or "")
-                    if label is not None and label != UNLABELLED and key >= seen.get(label, ""):
-                        seen[label] = key  # of the keys of a class the last: `n...` sorts behind `ILSVRC...`
+                    observe(seen, label, key_of(path or ""))
     return observed_classes(seen)
 
 

@@ -1,7 +1,8 @@
-"""Range reads of one large stored file: a window that runs ahead of its reader, and a file object for libraries."""
+"""Reading ahead, to hide an object store's latency: of many small files, and of one large one by range requests."""
 
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -110,6 +111,22 @@ class RangeFile(io.RawIOBase):
 
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+def fetched(items: Iterable[T], fetch: Callable[[T], R], n: int) -> Iterator[R]:
+    """`fetch(item)` of every item, in order, by n threads that are never more than n results ahead."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(n) as threads:
+        try:
+            for item in items:
+                pending.append(threads.submit(fetch, item))
+                if len(pending) > n:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # whoever stops half-way does not wait for the rest
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

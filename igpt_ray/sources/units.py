@@ -71,7 +71,11 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """sha256 of names, sizes and labels: another listing is another unit."""
+        """sha256 of names, sizes and labels: another listing is another unit.
+
+        Not of times of change or a bucket's ETags: a copy of the data has others, and must give the same shards.
+        What changes under its name at equal size is found by making the shard again, as jobs/verify.py does.
+        """
         return hashlib.sha256(repr(self.content.identity()).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -99,6 +103,16 @@ def numbered(drafts: Iterable[Draft]) -> tuple[Unit, ...]:
         width = max(5, len(str(len(parts) - 1)))
         units += (Unit(f"{i:0{width}d}", split, d.images, d.content) for i, d in enumerate(parts))
     return tuple(units)
+
+
+def whole_files(
+    source: str, entries: Iterable[storage.Entry], bytes_per_image: float, content: Callable[[str, int, str], Content]
+) -> Iterator[Draft]:
+    """Each file is a unit, `content(path, size, split)`; how many images it holds is guessed from its size."""
+    for uri, size in entries:
+        path = storage.below(source, uri)
+        split = split_of(path)
+        yield Draft(split, max(1, round(size / bytes_per_image)), content(path, size, split))
 
 
 def key_of(path: str) -> str:
@@ -141,6 +155,20 @@ def stated_classes(source: str) -> tuple[str, ...] | None:
     if not names or len(set(names)) < len(names):
         raise SourceError(f"{uri} has empty or repeated names: expected one name a class")
     return names
+
+
+def unnamed_classes(source: str, n: int, files: str) -> SourceError:
+    """The error of a source of more files than are read through for their labels."""
+    return SourceError(
+        f"{source} holds more than {n} {files} and does not name its classes: put a classes.txt there, one name a line"
+        " in the order of the labels"
+    )
+
+
+def observe(seen: dict[int, str], label: int | None, key: str) -> None:
+    """Keep the last key of each label: `n01440764_10026`, which tells the class, sorts behind `ILSVRC2012_val_...`."""
+    if label is not None and label != UNLABELLED:
+        seen[label] = max(key, seen.get(label, ""))
 
 
 def observed_classes(seen: dict[int, str]) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from igpt_ray.sources.units import (
     MOST_BYTES,
     TEST,
     UNLABELLED,
-    Draft,
     Image,
     Plan,
     Unreadable,
@@ -27,9 +26,11 @@ from igpt_ray.sources.units import (
     key_of,
     label_in,
     numbered,
+    observe,
     observed_classes,
-    split_of,
     stated_classes,
+    unnamed_classes,
+    whole_files,
 )
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -116,14 +117,10 @@ def plan_webdataset(source: str, images_per_unit: int) -> Plan:
     classes = stated_classes(source) or _survey(source, head)
     names = classes if first.named else None
 
-    def drafts() -> Iterator[Draft]:
-        for uri, size in chain(head, listing):
-            path = uri[len(source) + 1 :]
-            split = split_of(path)
-            images = max(1, round(size / first.bytes_per_image))
-            yield Draft(split, images, TarShard(source, path, size, split, len(classes), names))
+    def shard(path: str, size: int, split: str) -> TarShard:
+        return TarShard(source, path, size, split, len(classes), names)
 
-    return Plan(classes, numbered(drafts()))
+    return Plan(classes, numbered(whole_files(source, chain(head, listing), first.bytes_per_image, shard)))
 
 
 class Look(NamedTuple):
@@ -143,18 +140,15 @@ def _look(entry: storage.Entry) -> Look:
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
     """The classes, out of the labels of all samples."""
     if len(head) > MOST_SURVEYED:
-        raise SourceError(
-            f"{source} holds more than {MOST_SURVEYED} shards and does not name its classes: put a classes.txt there,"
-            " one name a line in the order of the labels"
-        )
+        raise unnamed_classes(source, MOST_SURVEYED, "shards")
     numbers: dict[int, str] = {}
     names: set[str] = set()
     for entry in head:
         for sample, label in _labelled(entry):
             if isinstance(label, str):
                 names.add(label)
-            elif label is not None and label != UNLABELLED and sample.key >= numbers.get(label, ""):
-                numbers[label] = sample.key  # of the keys of a class the last: `n...` sorts behind `ILSVRC...`
+            else:
+                observe(numbers, label, sample.key)
     if names and numbers:
         raise SourceError(f"{source} labels images by numbers and by names: put a classes.txt there")
     return tuple(sorted(names)) or observed_classes(numbers)

@@ -1,0 +1,159 @@
+"""What a run will take, before it starts: parameters, FLOPs, memory of a worker, traffic, hours, money.
+
+Every figure is arithmetic that a reader can repeat; `lines` shows it. FLOPs count matrix products only, forward and
+backward (three times the forward). Attention is counted twice: in full, as formulas usually do and as torch's counter
+does, and causally, which is what a flash kernel computes; MFU is given by the second.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from igpt_ray import config
+
+GB = 1e9
+SAVED_WIDTHS = 18
+"""What a block keeps of each position for its backward pass, in widths C: what ln_1 gives (1), q, k, v (3), attention
+(1), what ln_2 gives (1), and three times 4C in the MLP."""
+SAVED_FLOAT32_WIDTHS = 4
+"""And always in float32: what goes into each norm, and what it is before its gain."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator by its data sheet (NVIDIA's, SXM form)."""
+
+    tflops: float
+    """Dense bf16."""
+    memory_gb: float
+
+
+DEVICES: dict[config.DeviceName, Device] = {
+    "a100": Device(312, 80),
+    "h100": Device(989, 80),
+    "h200": Device(989, 141),
+    "b200": Device(2250, 180),
+}
+
+
+def flops_per_token(model: config.Model, causal: bool) -> int:
+    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention.
+
+    A masked network attends in full in any case.
+    """
+    d, n = model.n_embd, model.n_positions
+    products = 6 * (12 * model.n_layer * d * d + model.n_vocab * d)
+    attention = 12 * model.n_layer * d * n
+    return products + (attention // 2 if causal and model.objective == "next" else attention)
+
+
+def state_bytes(model: config.Model, workers: int) -> float:
+    """Of a worker's shard at rest: float32 weights, gradients, and Adam's two moments."""
+    return 4 * 4 * model.n_params / workers
+
+
+def gathered_bytes(model: config.Model, width: int) -> float:
+    """Of weights in the type of the step: two blocks (one at work, one on its way), and what stays gathered."""
+    d = model.n_embd
+    block = 12 * d * d + 2 * d
+    return width * (2 * block + model.n_params - model.n_layer * block)
+
+
+def activation_bytes(model: config.Model, images: int, width: int) -> float:
+    """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient."""
+    block = SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4
+    widths = model.n_layer * block + width + 2 * 4
+    return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
+
+
+def estimate(settings: config.Estimate) -> dict[str, Any]:
+    """Everything, for `settings` on `settings.cluster`, as plain numbers."""
+    model, optim, workers, cluster = settings.model, settings.optim, settings.workers, settings.cluster
+    device = DEVICES[cluster.device]
+    width = 2 if workers.precision == "bfloat16" else 4
+    share = -(-optim.batch_size // workers.n)
+    images = min(workers.micro_batch, share)
+    passes = -(-share // images)
+    tokens_per_step = optim.batch_size * model.n_positions
+    full, causal = (flops_per_token(model, causal) for causal in (False, True))
+    memory = {
+        "weights_gradients_adam": state_bytes(model, workers.n),
+        "gathered_weights": gathered_bytes(model, width),
+        "activations": activation_bytes(model, images, width),
+    }
+    step_seconds = tokens_per_step * causal / (workers.n * device.tflops * 1e12 * cluster.mfu)
+    others = (workers.n - 1) / workers.n  # of a ring's bytes each worker hands on all but its own share
+    traffic = others * model.n_params * (2 * width * passes + 4)
+    traffic_seconds = traffic / (cluster.bus_gb_per_second * GB)
+    seconds = optim.steps * max(step_seconds, traffic_seconds)
+    hours = seconds / 3600
+    return {
+        "n_params": model.n_params,
+        "tokens_per_step": tokens_per_step,
+        "tokens": optim.steps * tokens_per_step,
+        "flops_per_token": full,
+        "flops_per_token_causal": causal,
+        "flops": full * optim.steps * tokens_per_step,
+        "workers": workers.n,
+        "images_per_pass": images,
+        "passes_per_step": passes,
+        "memory_gb": {name: round(value / GB, 3) for name, value in memory.items()},
+        "memory_gb_total": round(sum(memory.values()) / GB, 3),
+        "memory_gb_there": device.memory_gb,
+        "fits": sum(memory.values()) < 0.9 * device.memory_gb * GB,
+        "step_seconds": step_seconds,
+        "traffic_gb_per_step": round(traffic / GB, 3),
+        "traffic_seconds": traffic_seconds,
+        "tokens_per_second": round(tokens_per_step / max(step_seconds, traffic_seconds)),
+        "hours": round(hours, 2),
+        "device_hours": round(hours * workers.n, 1),
+        "dollars": None if cluster.price is None else round(hours * workers.n * cluster.price, 2),
+    }
+
+
+def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
+    """The table: what, how much, and the arithmetic behind it."""
+    m, o, w, c = settings.model, settings.optim, settings.workers, settings.cluster
+    device, memory = DEVICES[c.device], found["memory_gb"]
+    width = 2 if w.precision == "bfloat16" else 4
+    rows = [
+        ("parameters", f"{found['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
+        ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
+        ("FLOPs per token", f"{found['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: attention in full"),
+        ("  causal", f"{found['flops_per_token_causal']:.4g}", _computed(m)),
+        ("FLOPs", f"{found['flops']:.4g}", "in full"),
+        ("memory per worker", f"{found['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(found)}"),
+        ("  at rest", f"{memory['weights_gradients_adam']:.2f} GB", f"16 bytes x parameters / {w.n} workers"),
+        ("  gathered", f"{memory['gathered_weights']:.2f} GB", f"{width} bytes x (2 blocks + embeddings, head)"),
+        (
+            "  activations",
+            f"{memory['activations']:.2f} GB",
+            f"{found['images_per_pass']} images x {m.n_positions}"
+            f" x ({SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4} L d + {width + 8} d + {2 * width + 4} V) bytes",
+        ),
+        (
+            "step",
+            f"{found['step_seconds']:.4g} s",
+            f"causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {found['passes_per_step']} pass(es)",
+        ),
+        (
+            "traffic",
+            f"{found['traffic_seconds']:.4g} s",
+            f"{found['traffic_gb_per_step']:.3g} GB per worker and step at {c.bus_gb_per_second:g} GB/s,"
+            f" {'hidden' if found['traffic_seconds'] <= found['step_seconds'] else 'the LIMIT'}",
+        ),
+        ("speed", f"{found['tokens_per_second']:,} tokens/s", "over all workers"),
+        ("time", f"{found['hours']:,} h", f"{found['device_hours']:,} {c.device} hours"),
+    ]
+    if c.price is not None:
+        rows.append(("money", f"${found['dollars']:,}", f"at ${c.price:g} for an hour of one {c.device}"))
+    return [f"{what:18} {much:>20}   {why}" for what, much, why in rows]
+
+
+def _computed(model: config.Model) -> str:
+    if model.objective == "masked":
+        return "the same: a masked network attends in full"
+    return "6 (12 L d^2 + V d) + 6 L n d: what is computed"
+
+
+def _fits(found: dict[str, Any]) -> str:
+    return "fits" if found["fits"] else "does NOT fit: more workers, or a smaller --workers.micro-batch"

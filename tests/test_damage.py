@@ -1,0 +1,248 @@
+"""Every kind of damage to a token store is found and named, by `verify`, by the loader, by a preparation that goes on.
+
+The store is a real one, made and checked by the flows in one process.
+"""
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from faults import one_by_one
+
+from igpt_ray import config, images, shards, sources
+from igpt_ray.errors import IgptError, PaletteError, SourceError, TokenStoreError
+from igpt_ray.flows import prepare, verify
+from igpt_ray.loader import SplitCache
+from igpt_ray.palette import Palette
+from igpt_ray.shards import TokenStore
+
+VICTIM = "train/00001-v0.parquet"
+
+
+@pytest.fixture
+def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Prepare:
+    """Of a store of four shards, two of them with an image in quarantine."""
+    for flow in (prepare, verify):
+        monkeypatch.setattr(flow, "spread", one_by_one)
+    palette.save(str(tmp_path / "palette.npy"))
+    return config.Prepare(
+        source=pictures,
+        palette=str(tmp_path / "palette.npy"),
+        tokens=str(tmp_path / "tokens"),
+        shard_images=4,
+        budget=0.2,
+        pixels=config.Pixels(n_px=4),
+    )
+
+
+@pytest.fixture
+def tokens(settings: config.Prepare) -> Path:
+    prepare.prepare(settings)
+    return Path(settings.tokens)
+
+
+# ------------------------------------------------------------------------------------------------ one shard
+
+
+def flip(data: bytes, at: int, bit: int = 0) -> bytes:
+    at %= len(data)
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+def pages(data: bytes) -> Iterator[tuple[range, range, range]]:
+    """Header, checksum (within it) and content of the single page of each column that has one."""
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    for column in columns:
+        if column.has_dictionary_page:
+            continue
+        start, stop = column.data_page_offset, column.data_page_offset + column.total_compressed_size
+        for body in range(start, stop):
+            at = data.find(_varint(zlib.crc32(data[body:stop])), start, body)
+            if at >= 0:
+                yield range(start, body), range(at, at + 4), range(body, stop)
+                break
+
+
+def _varint(crc: int) -> bytes:
+    """A 32-bit number as thrift's compact protocol writes it: zigzag, seven bits a byte."""
+    signed = crc - (1 << 32) if crc >> 31 else crc
+    value = (signed << 1) ^ (signed >> 31)
+    out = []
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def footer(data: bytes) -> range:
+    length = int.from_bytes(data[-8:-4], "little")
+    return range(len(data) - 8 - length, len(data) - 8)
+
+
+def middle(places: range) -> int:
+    return places[len(places) // 2]
+
+
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "magic at the start": lambda data, _: flip(data, 1),
+    "page header": lambda data, _: flip(data, next(pages(data))[0].start),
+    "page checksum": lambda data, _: flip(data, next(pages(data))[1].start + 1),
+    "page data": lambda data, _: flip(data, middle(next(pages(data))[2])),
+    "a token": lambda data, _: flip(data, middle(list(pages(data))[-1][2])),
+    "metadata": lambda data, _: flip(data, middle(footer(data))),
+    "what it says of itself": lambda data, _: flip(data, data.index(b'"pipeline')),
+    "length of the metadata": lambda data, _: flip(data, -8),
+    "magic at the end": lambda data, _: flip(data, -1),
+    "cut after the magic": lambda data, _: data[:4],
+    "cut within a page": lambda data, _: data[: middle(next(pages(data))[2])],
+    "cut before the metadata": lambda data, _: data[: footer(data).start],
+    "cut within the metadata": lambda data, _: data[: middle(footer(data))],
+    "cut by a byte": lambda data, _: data[:-1],
+    "emptied": lambda data, _: b"",
+    "zeros": lambda data, _: bytes(len(data)),
+    "longer": lambda data, _: data + b"\0",
+    "another whole shard": lambda _, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
+def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
+    damage: str, tokens: Path, tmp_path: Path
+) -> None:
+    """Parquet's own checks see the half of it."""
+    victim = tokens / VICTIM
+    whole = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(DAMAGES[damage](whole, (tokens / "train/00000-v0.parquet").read_bytes()))
+        assert victim.read_bytes() != whole
+    with pytest.raises(TokenStoreError, match=rf"1 problem.*{VICTIM}"):
+        verify.verify(config.Verify(tokens=str(tokens), remake=0))
+    for _ in range(2):
+        with pytest.raises(IgptError, match=VICTIM):
+            SplitCache(TokenStore.open(str(tokens)), "train", tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.u16"))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
+def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
+    damage: str, tokens: Path, settings: config.Prepare
+) -> None:
+    """Killed before the commit, damaged, repeated: nobody holds a hash of a shard that no manifest names."""
+    before = {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()}
+    victim = tokens / VICTIM
+    for committed in (True, False):
+        if damage == "missing":
+            victim.unlink()
+        else:
+            victim.write_bytes(DAMAGES[damage](before[victim], before[tokens / "train/00000-v0.parquet"]))
+        if not committed:
+            (tokens / "manifest.json").unlink()
+        prepare.prepare(settings)
+        assert {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["train", "quarantine"])
+def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, settings: config.Prepare) -> None:
+    """Anywhere in a shard or its list, whether or not the reader would stumble over it."""
+    store = TokenStore.open(str(tokens))
+    plan = sources.plan(settings.source, settings.shard_images)
+    task = next(t for t in prepare.tasks_of(plan, 1) if t.unit.split == "train" and t.unit.name == "00001")
+    make = prepare.MakeShard(settings.tokens, store.kind, settings.pixels, settings.holdout, committed={})
+    victim = next((tokens / folder).glob("*00001-v0*"))
+    whole = victim.read_bytes()
+    for at in range(0, len(whole), 17):
+        victim.write_bytes(flip(whole, at, at % 8))
+        make(task)
+        assert victim.read_bytes() == whole, f"byte {at}"
+
+
+# ------------------------------------------------------------------------------------------------ manifest and palette
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
+    """A class that is spelt another way, a shard that moves to another split, a view that is another epoch's."""
+    path = tokens / "manifest.json"
+    whole = path.read_bytes()
+    assert all(shards.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
+    for at in range(0, len(whole), 200):
+        path.write_bytes(flip(whole, at, at % 8))
+        with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged.*repeat jobs/prepare\.py"):
+            TokenStore.open(str(tokens))
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 80, len(whole) - 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
+            verify.verify(config.Verify(tokens=str(tokens)))
+
+
+def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings: config.Prepare) -> None:
+    """As its error says: delete it, and the shards are kept."""
+    path = tokens / "manifest.json"
+    whole = path.read_bytes()
+    written = (tokens / VICTIM).stat().st_mtime_ns
+    path.write_bytes(flip(whole, 500))
+    with pytest.raises(TokenStoreError, match="delete it and repeat"):
+        prepare.prepare(settings)
+    path.unlink()
+    prepare.prepare(settings)
+    assert path.read_bytes() == whole
+    assert (tokens / VICTIM).stat().st_mtime_ns == written
+
+
+def test_every_flipped_bit_of_the_palette_that_matters_is_found(tokens: Path) -> None:
+    """What the header pads with does not matter; a shade of one colour does."""
+    path = tokens / "palette.npy"
+    whole = path.read_bytes()
+    colours = TokenStore.open(str(tokens)).palette().colours
+    complaints = []
+    for at in range(len(whole)):
+        path.write_bytes(flip(whole, at, at % 8))
+        try:
+            there = TokenStore.open(str(tokens)).palette().colours
+        except (TokenStoreError, PaletteError) as error:
+            complaints.append(str(error))
+        else:
+            np.testing.assert_array_equal(there, colours)
+    assert all(str(path) in complaint for complaint in complaints)
+    assert len(complaints) >= colours.nbytes
+    for length in (0, 5, 60, 127, 128, 200, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PaletteError, match=r"palette\.npy"):
+            verify.verify(config.Verify(tokens=str(tokens)))
+
+
+def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_shard_again(
+    tokens: Path, settings: config.Prepare
+) -> None:
+    """A unit is known by names and sizes, which are the same for every copy of the data, wherever it lies."""
+    picture = next(Path(settings.source, "train").rglob("0.png"))
+    data = picture.read_bytes()
+    other = images.png(np.zeros((9, 8, 3), np.uint8))
+    picture.write_bytes(other + bytes(len(data) - len(other)))
+    verify.verify(config.Verify(tokens=str(tokens), remake=0))
+    with pytest.raises(TokenStoreError, match=r"1 of 4 rows are not what the source gives"):
+        verify.verify(config.Verify(tokens=str(tokens), remake=9))
+
+
+def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: config.Prepare) -> None:
+    """The error of the budget says to mend it: a flipped bit that is put right changes no name and no size."""
+    strict = settings.model_copy(update={"budget": 0.0})
+    (Path(settings.source) / "test/dog/1.png").unlink()
+    bad = Path(settings.source) / "train/dog/1.png"
+    whole = images.png(np.zeros((9, 8, 3), np.uint8))
+    bad.write_bytes(flip(whole, 60))
+    with pytest.raises(SourceError, match=r"dog/1\.png.*mend or remove them"):
+        prepare.prepare(strict)
+    kept = Path(settings.tokens) / "train/00000-v0.parquet"
+    written = kept.stat().st_mtime_ns
+    bad.write_bytes(whole)
+    report = prepare.prepare(strict)
+    assert (report["images"], report["quarantined"]) == (12, 0)
+    assert kept.stat().st_mtime_ns == written

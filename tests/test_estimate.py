@@ -1,0 +1,116 @@
+"""What a run will take: the arithmetic agrees with torch's own counts, and with a calculation by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from igpt_ray import config, estimate, objectives
+from igpt_ray.config import PRESETS, Cluster, Estimate, Model, Optim, Workers
+from igpt_ray.model import ImageGPT
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [Model(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40), Model(n_layer=1, n_embd=96, n_head=3, n_px=9)]
+
+
+def of(preset: str, **sections: config.Section) -> Estimate:
+    chosen = PRESETS[preset][1]
+    return Estimate(**{name: getattr(chosen, name) for name in config.Pretrain.model_fields}).model_copy(
+        update=sections
+    )
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_flops_are_those_that_torch_counts(model: Model) -> None:
+    """A head, a backward pass or a half of attention left out of the formula."""
+    tokens = torch.randint(0, model.n_vocab, (2, model.n_positions))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        objectives.next_pixel(ImageGPT(model)(tokens), tokens).sum().backward()
+    assert counter.get_total_flops() == estimate.flops_per_token(model, causal=False) * tokens.numel()
+
+
+def test_a_masked_network_attends_in_full() -> None:
+    """Half of the attention, and a time that no machine reaches."""
+    found, causal = (estimate.estimate(of(name)) for name in ("igpt-s-bert", "igpt-s"))
+    assert found["flops_per_token_causal"] == found["flops_per_token"] == causal["flops_per_token"]
+    assert found["step_seconds"] > causal["step_seconds"]
+    (line,) = (line for line in estimate.lines(of("igpt-s-bert"), found) if line.startswith("  causal"))
+    assert "attends in full" in line
+
+
+def test_flops_and_parameters_are_the_published_ones() -> None:
+    """Training compute of section 7 of the facts: S 7.9e19, L 1.2e21, XL 2.6e22 with attention in full."""
+    found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
+    assert found == {
+        "igpt-s": pytest.approx(7.9e19, rel=0.01),
+        "igpt-m": pytest.approx(4.2e20, rel=0.01),
+        "igpt-l": pytest.approx(1.2e21, rel=0.02),
+        "igpt-xl": pytest.approx(2.6e22, rel=0.02),
+    }
+    assert estimate.estimate(of("igpt-s"))["n_params"] == 76_571_648
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", SMALL)
+def test_activations_are_those_that_autograd_keeps(model: Model, dtype: torch.dtype) -> None:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images, network = 64, ImageGPT(model).to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    tokens = torch.randint(0, model.n_vocab, (images, model.n_positions))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objectives.next_pixel(network(tokens), tokens).sum()
+    measured = sum(size for pointer, size in kept.items() if pointer not in weights)
+    # The estimate also has logits and their gradient, which the loss does not keep.
+    expected = (
+        estimate.activation_bytes(model, images, dtype.itemsize) - 2 * dtype.itemsize * tokens.numel() * model.n_vocab
+    )
+    assert measured == pytest.approx(expected, rel=0.02)
+
+
+def test_igpt_l_on_64_h200s_by_hand() -> None:
+    settings = of("igpt-l", workers=Workers(n=64, precision="bfloat16"), cluster=Cluster(mfu=0.5, price=4))
+    found = estimate.estimate(settings)
+    step = 128 * 1024 * 8_611_430_400 / (64 * 989e12 * 0.5)
+    assert found["step_seconds"] == pytest.approx(step)
+    assert found["hours"] == pytest.approx(1e6 * step / 3600, abs=0.01)
+    assert found["dollars"] == pytest.approx(1e6 * step / 3600 * 64 * 4, rel=1e-4)
+    assert found["memory_gb"]["weights_gradients_adam"] == round(16 * 1_362_250_752 / 64 / 1e9, 3)
+    assert found["traffic_gb_per_step"] == round(63 / 64 * 1_362_250_752 * (2 + 2 + 4) / 1e9, 3)
+    assert found["fits"]
+
+
+def test_what_does_not_fit_or_waits_for_the_network_is_said() -> None:
+    alone = of("igpt-xl", workers=Workers(precision="bfloat16", micro_batch=64))
+    assert "does NOT fit" in "\n".join(estimate.lines(alone, estimate.estimate(alone)))
+    slow = of("igpt-l", workers=Workers(n=128), cluster=Cluster(bus_gb_per_second=5))
+    found = estimate.estimate(slow)
+    assert "the LIMIT" in "\n".join(estimate.lines(slow, found))
+    assert found["hours"] == pytest.approx(1e6 * found["traffic_seconds"] / 3600, abs=0.01)
+
+
+def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass() -> None:
+    optim = Optim(batch_size=120)
+    one, four = (estimate.estimate(of("igpt-s", optim=optim, workers=Workers(n=n, micro_batch=16))) for n in (1, 4))
+    assert one["memory_gb"]["weights_gradients_adam"] == pytest.approx(
+        4 * four["memory_gb"]["weights_gradients_adam"], abs=0.003
+    )
+    assert (one["passes_per_step"], four["passes_per_step"]) == (8, 2)
+
+
+def test_the_job_prints_a_table_and_one_json_line() -> None:
+    words = ["jobs/estimate.py", "igpt-s", "--workers.n", "8", "--cluster.device", "h100"]
+    said = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *table, last = said.splitlines()
+    assert any(line.startswith("memory per worker") for line in table)
+    assert json.loads(last)["workers"] == 8
