@@ -2,6 +2,7 @@
 
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
+python jobs/bench.py train --mingpt CHECKOUT
 """
 
 import json
@@ -10,8 +11,13 @@ import tyro
 
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.palette import palette
+from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data}, config=FLAT)))
+    print(
+        json.dumps(
+            tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data, "train": train}, config=FLAT)
+        )
+    )
