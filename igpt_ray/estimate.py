@@ -37,11 +37,14 @@ DEVICES: dict[config.DeviceName, Device] = {
 
 
 def flops_per_token(model: config.Model, causal: bool) -> int:
-    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention."""
+    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention.
+
+    A masked network attends in full in any case.
+    """
     d, n = model.n_embd, model.n_positions
     products = 6 * (12 * model.n_layer * d * d + model.n_vocab * d)
     attention = 12 * model.n_layer * d * n
-    return products + (attention // 2 if causal else attention)
+    return products + (attention // 2 if causal and model.objective == "next" else attention)
 
 
 def muon_flops(model: config.Model) -> int:
@@ -144,7 +147,7 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         ("parameters", f"{found['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
         ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
         ("FLOPs per token", f"{found['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: attention in full"),
-        ("  causal", f"{found['flops_per_token_causal']:.4g}", "6 (12 L d^2 + V d) + 6 L n d: what is computed"),
+        ("  causal", f"{found['flops_per_token_causal']:.4g}", _computed(m)),
         ("FLOPs", f"{found['flops']:.4g}", "in full" + (", Muon's included" if o.muon_lr is not None else "")),
         ("memory per worker", f"{found['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(found)}"),
         (
@@ -180,6 +183,12 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
 
 def _muons(optim: config.Optim) -> str:
     return "" if optim.muon_lr is None else " (12 in the blocks: Muon)"
+
+
+def _computed(model: config.Model) -> str:
+    if model.objective == "masked":
+        return "the same: a masked network attends in full"
+    return "6 (12 L d^2 + V d) + 6 L n d: what is computed"
 
 
 def _fits(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
 python jobs/bench.py modern --tokens demo-out/data/tokens --out modern.json
+python jobs/bench.py train --mingpt CHECKOUT
 """
 
 import json
@@ -12,12 +13,10 @@ import tyro
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.modern import modern
 from igpt_ray.flows.bench.palette import palette
+from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
+WHAT = {"palette": palette, "data": data, "modern": modern, "train": train}
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data, "modern": modern}, config=FLAT)
-        )
-    )
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict(WHAT, config=FLAT)))
