@@ -27,7 +27,7 @@ class Trainee:
     def __init__(self, seed: int, sharded: bool = False):
         self.model: ImageGPT = random_model(seed, std=0.2, n_layer=2).requires_grad_(True).train()
         if sharded:
-            parallel.shard(self.model, init_device_mesh("cpu", (1,)), "float32")
+            parallel.shard(self.model, init_device_mesh("cpu", (1,)), config.Workers())
         self.optimizer: Optimizer = optim.build(self.model, config.Optim(lr=1e-2))
 
     def train(self, *steps: int) -> "Trainee":
