@@ -123,8 +123,8 @@ class Workers(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations inside the step; master weights, reductions and loss stay float32."""
     recompute: Literal["none", "full"] = "none"
-    """What a block computes again on the way back instead of keeping it: a third more work for a tenth of the
-    memory."""
+    """What a block computes again on the way back instead of keeping it: full is a third more work, for activations
+    of one block instead of all."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -519,6 +519,23 @@ class BenchData(Section):
     """How often each way is tried."""
     whole: tuple[Count, ...] = (1000, 100_000)
     """Images of whole preparations, whose memory should not grow with them."""
+
+
+class BenchCheckpoints(Section):
+    """What checkpoints add to a run, stored beside its steps or waited for."""
+
+    place: OptionalUri = ""
+    """URI of a folder or bucket to store them in; empty is a temporary folder."""
+    n_embd: Count = 256
+    """Width of the network, of 8 blocks at 16x16."""
+    images: Count = 2
+    """Images of a step."""
+    steps: Count = 20
+    """Steps for each checkpoint."""
+    rounds: Count = 9
+    """How often each way is tried."""
+    threads: Count = 1
+    """Threads of a step."""
 
 
 # ------------------------------------------------------------------------------------------------ provenance

@@ -99,7 +99,8 @@ def estimate(settings: config.Estimate) -> dict[str, Any]:
         "gathered_weights": gathered_bytes(model, width),
         "activations": activation_bytes(model, images, width, workers.recompute),
     }
-    step_seconds = tokens_per_step * causal / (workers.n * device.tflops * 1e12 * cluster.mfu)
+    passes_done = (4 if workers.recompute == "full" else 3) / 3  # forward, backward (twice the work), forward again
+    step_seconds = passes_done * tokens_per_step * causal / (workers.n * device.tflops * 1e12 * cluster.mfu)
     others = (workers.n - 1) / workers.n  # of a ring's bytes each worker hands on all but its own share
     traffic = others * model.n_params * (2 * width * passes + 4)
     traffic_seconds = traffic / (cluster.bus_gb_per_second * GB)
@@ -146,13 +147,13 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         (
             "  activations",
             f"{memory['activations']:.2f} GB",
-            f"{found['images_per_pass']} images x {m.n_positions}"
-            f" x ({SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4} L d + {width + 8} d + {2 * width + 4} V) bytes",
+            f"{found['images_per_pass']} images x {m.n_positions} x ({_blocks(w, width)} + {width + 8} d"
+            f" + {2 * width + 4} V) bytes",
         ),
         (
             "step",
             f"{found['step_seconds']:.4g} s",
-            f"causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {found['passes_per_step']} pass(es)",
+            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {found['passes_per_step']} pass(es)",
         ),
         (
             "traffic",
@@ -168,5 +169,15 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
     return [f"{what:18} {much:>20}   {why}" for what, much, why in rows]
 
 
+def _blocks(workers: config.Workers, width: int) -> str:
+    """What `activation_bytes` takes for the blocks, in its letters."""
+    block = SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4
+    return f"{block} L d" if workers.recompute == "none" else f"{width} L d + {block} d"
+
+
 def _fits(found: dict[str, Any]) -> str:
-    return "fits" if found["fits"] else "does NOT fit: more workers, or a smaller --workers.micro-batch"
+    return (
+        "fits"
+        if found["fits"]
+        else "does NOT fit: more workers, a smaller --workers.micro-batch, or --workers.recompute full"
+    )

@@ -131,7 +131,7 @@ def _which_images(
 ) -> str:
     """What a user needs to find the images, the same on all workers: those of the forward passes that went wrong, or
     of the whole batch if only its gradient did."""
-    mine = [m.batch for m, nats in zip(micros, sums, strict=True) if not torch.isfinite(nats)]
+    mine = [m.batch for m, nats in zip(micros, sums, strict=True) if m.weight and not torch.isfinite(nats)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     bad = [batch for batches in everyone for batch in batches]

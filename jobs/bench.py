@@ -2,16 +2,21 @@
 
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
+python jobs/bench.py checkpoints
 """
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
+from igpt_ray.flows.bench.checkpoints import checkpoints
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.palette import palette
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict({"palette": palette, "data": data}, config=FLAT)))
+    benches: dict[str, Callable[..., Any]] = {"palette": palette, "data": data, "checkpoints": checkpoints}
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))
