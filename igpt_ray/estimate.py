@@ -153,7 +153,8 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         (
             "step",
             f"{found['step_seconds']:.4g} s",
-            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {found['passes_per_step']} pass(es)",
+            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
+            f" {found['passes_per_step']} pass(es)",
         ),
         (
             "traffic",
@@ -176,8 +177,5 @@ def _blocks(workers: config.Workers, width: int) -> str:
 
 
 def _fits(found: dict[str, Any]) -> str:
-    return (
-        "fits"
-        if found["fits"]
-        else "does NOT fit: more workers, a smaller --workers.micro-batch, or --workers.recompute full"
-    )
+    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute full"
+    return "fits" if found["fits"] else f"does NOT fit: {mend}"
