@@ -17,7 +17,10 @@ WAYS = ("none", "beside", "waited")
 
 
 def checkpoints(settings: config.BenchCheckpoints) -> dict[str, Any]:
-    """Medians over rounds of the seconds of `steps` steps, of which the first begins with a save."""
+    """How long `steps` steps take whose first begins with a save: what it adds, a share, as quartiles over rounds.
+
+    And the processor's seconds that a save beside the steps takes, which neighbours on the machine disturb less.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(settings.threads)
     model_shape = config.Model(n_layer=8, n_embd=settings.n_embd, n_head=8, n_px=16, n_vocab=512)
@@ -31,6 +34,7 @@ def checkpoints(settings: config.BenchCheckpoints) -> dict[str, Any]:
         optimizer.zero_grad()
 
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu_seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     stalls, stored = [], []
     with tempfile.TemporaryDirectory() as folder:
         saver = checkpoint.Saver(storage.join(settings.place or folder, "run"), keep=1)
@@ -39,7 +43,7 @@ def checkpoints(settings: config.BenchCheckpoints) -> dict[str, Any]:
         saver.finish()
         for r in range(settings.rounds):
             for way in WAYS[r % 3 :] + WAYS[: r % 3]:
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.process_time()
                 if way != "none":
                     saver.save(r + 2, model, optimizer, {}, must=True)
                     stalls.append(time.perf_counter() - started)
@@ -50,14 +54,22 @@ def checkpoints(settings: config.BenchCheckpoints) -> dict[str, Any]:
                     step()
                 seconds[way].append(time.perf_counter() - started)
                 saver.finish()
+                cpu_seconds[way].append(time.process_time() - cpu_started)
     dist.destroy_process_group()
-    added = {way: [a / b - 1 for a, b in zip(seconds[way], seconds["none"], strict=True)] for way in WAYS[1:]}
+    added = {way: _over([a / b - 1 for a, b in zip(seconds[way], seconds["none"], strict=True)]) for way in WAYS[1:]}
+    cpu_added = _over([a - b for a, b in zip(cpu_seconds["beside"], cpu_seconds["none"], strict=True)])
     return {
         "n_params": model_shape.n_params,
         "checkpoint_mb": round(12 * model_shape.n_params / 1e6),
         "step_seconds": round(statistics.median(seconds["none"]) / settings.steps, 4),
         "stall_seconds": round(statistics.median(stalls), 4),
         "stored_seconds": round(statistics.median(stored), 4),
-        "added": {way: round(statistics.median(each), 4) for way, each in added.items()},
+        "added": added,
+        "cpu_seconds_added": cpu_added,
         "rounds": settings.rounds,
     }
+
+
+def _over(rounds: list[float]) -> list[float]:
+    """Quartiles: on a machine that others use too, the spread says how much the median is worth."""
+    return [round(q, 4) for q in statistics.quantiles(rounds)]
