@@ -538,6 +538,21 @@ class BenchCheckpoints(Section):
     """Threads of a step."""
 
 
+class BenchTrain(Section):
+    """A training step beside other networks of the same shape."""
+
+    shapes: tuple[str, ...] = ("small", "layer")
+    """Of small (4 layers x 128, 256 tokens), layer (one of iGPT-S's), igpt-s, igpt-m, igpt-l."""
+    rounds: Count = 15
+    """How often each network takes its turn; figures are medians."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    threads: Count = 2
+    """Of torch, on the CPU."""
+    mingpt: OptionalUri = ""
+    """A checkout of karpathy/minGPT, to have it take part."""
+
+
 # ------------------------------------------------------------------------------------------------ provenance
 
 

@@ -36,11 +36,14 @@ DEVICES: dict[config.DeviceName, Device] = {
 
 
 def flops_per_token(model: config.Model, causal: bool) -> int:
-    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention."""
+    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention.
+
+    A masked network attends in full in any case.
+    """
     d, n = model.n_embd, model.n_positions
     products = 6 * (12 * model.n_layer * d * d + model.n_vocab * d)
     attention = 12 * model.n_layer * d * n
-    return products + (attention // 2 if causal else attention)
+    return products + (attention // 2 if causal and model.objective == "next" else attention)
 
 
 def state_bytes(model: config.Model, workers: int) -> float:
@@ -139,7 +142,7 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         ("parameters", f"{found['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
         ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
         ("FLOPs per token", f"{found['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: attention in full"),
-        ("  causal", f"{found['flops_per_token_causal']:.4g}", "6 (12 L d^2 + V d) + 6 L n d: what is computed"),
+        ("  causal", f"{found['flops_per_token_causal']:.4g}", _computed(m)),
         ("FLOPs", f"{found['flops']:.4g}", "in full"),
         ("memory per worker", f"{found['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(found)}"),
         ("  at rest", f"{memory['weights_gradients_adam']:.2f} GB", f"16 bytes x parameters / {w.n} workers"),
@@ -174,6 +177,12 @@ def _blocks(workers: config.Workers, width: int) -> str:
     """What `activation_bytes` takes for the blocks, in its letters."""
     block = SAVED_WIDTHS * width + SAVED_FLOAT32_WIDTHS * 4
     return f"{block} L d" if workers.recompute == "none" else f"{width} L d + {block} d"
+
+
+def _computed(model: config.Model) -> str:
+    if model.objective == "masked":
+        return "the same: a masked network attends in full"
+    return "6 (12 L d^2 + V d) + 6 L n d: what is computed"
 
 
 def _fits(found: dict[str, Any]) -> str:

@@ -70,8 +70,7 @@ class Meter:
             "time": round(time.time(), 1),
         }
         if self.peak_flops is not None:
-            causal = self.cfg.model.objective == "next"
-            flops = tokens_per_second * estimate.flops_per_token(self.cfg.model, causal)
+            flops = tokens_per_second * estimate.flops_per_token(self.cfg.model, causal=True)
             line["mfu"] = round(flops / (dist.get_world_size() * self.peak_flops), 4)
         self._begin(step)
         return line

@@ -3,6 +3,7 @@
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
 python jobs/bench.py checkpoints
+python jobs/bench.py train --mingpt CHECKOUT
 """
 
 import json
@@ -14,9 +15,15 @@ import tyro
 from igpt_ray.flows.bench.checkpoints import checkpoints
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.palette import palette
+from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    benches: dict[str, Callable[..., Any]] = {"palette": palette, "data": data, "checkpoints": checkpoints}
+    benches: dict[str, Callable[..., Any]] = {
+        "palette": palette,
+        "data": data,
+        "checkpoints": checkpoints,
+        "train": train,
+    }
     print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))

@@ -34,6 +34,15 @@ def test_flops_are_those_that_torch_counts(model: Model) -> None:
     assert counter.get_total_flops() == estimate.flops_per_token(model, causal=False) * tokens.numel()
 
 
+def test_a_masked_network_attends_in_full() -> None:
+    """Half of the attention, and a time that no machine reaches."""
+    found, causal = (estimate.estimate(of(name)) for name in ("igpt-s-bert", "igpt-s"))
+    assert found["flops_per_token_causal"] == found["flops_per_token"] == causal["flops_per_token"]
+    assert found["step_seconds"] > causal["step_seconds"]
+    (line,) = (line for line in estimate.lines(of("igpt-s-bert"), found) if line.startswith("  causal"))
+    assert "attends in full" in line
+
+
 def test_flops_and_parameters_are_the_published_ones() -> None:
     """Training compute of section 7 of the facts: S 7.9e19, L 1.2e21, XL 2.6e22 with attention in full."""
     found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
