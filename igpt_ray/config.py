@@ -122,6 +122,10 @@ class Data(Section):
     """URI of a token store written by jobs/prepare.py (required)."""
     split: str = "train"
     """Split of the store; `train+holdout` folds the held-out part back."""
+    val_split: str = ""
+    """Split whose loss is measured on the way (`holdout`, `val`), and whose pictures are finished in the samples."""
+    val_images: Count = 2048
+    """Largest number of its images, spread evenly over it."""
 
 
 class Workers(Section):
@@ -133,10 +137,16 @@ class Workers(Section):
     """CPUs per worker; also its threads."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
     """GPUs per worker, 0 or 1."""
-    micro_batch: Count = 32
-    """Largest number of images per worker in one forward pass; the rest of its share is accumulated."""
+    micro_batch: Annotated[int, Field(ge=0)] = 32
+    """Largest number of images per worker in one forward pass, the rest of its share is accumulated; 0 is what fits
+    into memory by `estimate.py`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations inside the step; master weights, reductions and loss stay float32."""
+    recompute: Literal["none", "full"] = "none"
+    """What a block computes again on the way back instead of keeping it: full is a third more work, for activations
+    of one block instead of all."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a run may lose workers and go on from its last checkpoint."""
 
@@ -148,16 +158,38 @@ class Run(Section):
     """URI of the folder of runs; must be reachable from every worker."""
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "run"
     """Name of the run. The same name and settings resume it."""
+    resume: Literal["auto", "never"] | Annotated[int, Field(gt=0)] = "auto"
+    """From the newest whole checkpoint (auto); not at all, and refuse a run that has one (never); or from the one of
+    this step, setting later ones aside."""
     log_every: Count = 10
     """Steps between lines of metrics."""
     checkpoint_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is committed."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many steps are kept for ever; 0 is of none. A multiple of checkpoint_every."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between measurements of the loss on data.val_split; 0 is never."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between sheets of finished pictures, `<run>/samples/`; 0 is never. Worker 0 then holds a whole network."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard's events, `<run>/tensorboard/`."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> Self:
+        every = self.checkpoint_every
+        if self.keep_every % every:
+            raise ValueError(f"keep_every {self.keep_every} is not a multiple of checkpoint_every {every}")
+        return self
 
     @property
     def uri(self) -> str:
         return storage.join(self.root, self.name)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for ever."""
+        return self.keep_every > 0 and step % self.keep_every == 0
 
 
 class Pretrain(Section):
@@ -551,6 +583,23 @@ class BenchModern(Section):
     """Steps between looks at the held-out split."""
     seeds: Count = 2
     """How often each run is repeated, with other weights and another order."""
+
+
+class BenchCheckpoints(Section):
+    """What checkpoints add to a run, stored beside its steps or waited for."""
+
+    place: OptionalUri = ""
+    """URI of a folder or bucket to store them in; empty is a temporary folder."""
+    n_embd: Count = 256
+    """Width of the network, of 8 blocks at 16x16."""
+    images: Count = 2
+    """Images of a step."""
+    steps: Count = 20
+    """Steps for each checkpoint."""
+    rounds: Count = 9
+    """How often each way is tried."""
+    threads: Count = 1
+    """Threads of a step."""
 
 
 class BenchTrain(Section):

@@ -87,28 +87,55 @@ def block_bytes(model: config.Model, width: int) -> int:
     return widths * width + float32_widths * 4
 
 
-def activation_bytes(model: config.Model, images: int, width: int) -> float:
-    """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient."""
-    widths = model.n_layer * block_bytes(model, width) + width + 2 * 4
+def activation_bytes(model: config.Model, images: int, width: int, recompute: str = "none") -> float:
+    """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient.
+
+    With `recompute` full a block keeps what goes into it, and one block at a time the rest.
+    """
+    block = block_bytes(model, width)
+    blocks = model.n_layer * block if recompute == "none" else model.n_layer * width + block
+    widths = blocks + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
+
+
+def images_that_fit(
+    model: config.Model, optim: config.Optim, workers: config.Workers, share: int, memory: float
+) -> int:
+    """The most of a worker's `share` of a batch that one forward pass takes in 0.9 of `memory` bytes; at least 1."""
+    width = width_of(workers)
+    left = 0.9 * memory - state_bytes(model, optim, workers.n) - gathered_bytes(model, width)
+    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.recompute))))
+
+
+def width_of(workers: config.Workers) -> int:
+    """Bytes of a number inside the step."""
+    return 2 if workers.precision == "bfloat16" else 4
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by the name that CUDA gives it ("NVIDIA H200"); None if its sheet is not here."""
+    return next((sheet.tflops * 1e12 for name, sheet in DEVICES.items() if name in device.lower()), None)
 
 
 def estimate(settings: config.Estimate) -> dict[str, Any]:
     """Everything, for `settings` on `settings.cluster`, as plain numbers."""
     model, optim, workers, cluster = settings.model, settings.optim, settings.workers, settings.cluster
     device = DEVICES[cluster.device]
-    width = 2 if workers.precision == "bfloat16" else 4
+    width = width_of(workers)
     share = -(-optim.batch_size // workers.n)
-    images = min(workers.micro_batch, share)
+    fitting = images_that_fit(model, optim, workers, share, device.memory_gb * GB)
+    images = min(workers.micro_batch or fitting, share)
     passes = -(-share // images)
     tokens_per_step = optim.batch_size * model.n_positions
     full, causal = (flops_per_token(model, causal) for causal in (False, True))
     memory = {
         "weights_gradients_adam": state_bytes(model, optim, workers.n),
         "gathered_weights": gathered_bytes(model, width),
-        "activations": activation_bytes(model, images, width),
+        "activations": activation_bytes(model, images, width, workers.recompute),
     }
-    step_seconds = flops_per_step(model, optim, causal=True) / (workers.n * device.tflops * 1e12 * cluster.mfu)
+    passes_done = (4 if workers.recompute == "full" else 3) / 3  # forward, backward (twice the work), forward again
+    work = passes_done * flops_per_step(model, optim, causal=True)
+    step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
     others = (workers.n - 1) / workers.n  # of a ring's bytes each worker hands on all but its own share
     traffic = others * model.n_params * (2 * width * passes + 4)
     traffic_seconds = traffic / (cluster.bus_gb_per_second * GB)
@@ -142,7 +169,7 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
     """The table: what, how much, and the arithmetic behind it."""
     m, o, w, c = settings.model, settings.optim, settings.workers, settings.cluster
     device, memory = DEVICES[c.device], found["memory_gb"]
-    width = 2 if w.precision == "bfloat16" else 4
+    width = width_of(w)
     rows = [
         ("parameters", f"{found['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
         ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
@@ -159,13 +186,14 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         (
             "  activations",
             f"{memory['activations']:.2f} GB",
-            f"{found['images_per_pass']} images x {m.n_positions}"
-            f" x ({block_bytes(m, width)} L d + {width + 8} d + {2 * width + 4} V) bytes",
+            f"{found['images_per_pass']} images x {m.n_positions} x ({_blocks(m, w, width)} + {width + 8} d"
+            f" + {2 * width + 4} V) bytes",
         ),
         (
             "step",
             f"{found['step_seconds']:.4g} s",
-            f"causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {found['passes_per_step']} pass(es)",
+            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
+            f" {found['passes_per_step']} pass(es)",
         ),
         (
             "traffic",
@@ -185,6 +213,12 @@ def _muons(optim: config.Optim) -> str:
     return "" if optim.muon_lr is None else " (12 in the blocks: Muon)"
 
 
+def _blocks(model: config.Model, workers: config.Workers, width: int) -> str:
+    """What `activation_bytes` takes for the blocks, in its letters."""
+    block = block_bytes(model, width)
+    return f"{block} L d" if workers.recompute == "none" else f"{width} L d + {block} d"
+
+
 def _computed(model: config.Model) -> str:
     if model.objective == "masked":
         return "the same: a masked network attends in full"
@@ -192,4 +226,5 @@ def _computed(model: config.Model) -> str:
 
 
 def _fits(found: dict[str, Any]) -> str:
-    return "fits" if found["fits"] else "does NOT fit: more workers, or a smaller --workers.micro-batch"
+    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute full"
+    return "fits" if found["fits"] else f"does NOT fit: {mend}"

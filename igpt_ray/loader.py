@@ -44,6 +44,19 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
     return Batch(batch.epochs[part], batch.rows[part])
 
 
+def keys_of(store: TokenStore, split: str, rows: Rows) -> list[str]:
+    """The names of images, read from their shards: slow, for errors."""
+    keys: dict[int, str] = {}
+    start = 0
+    for shard in store.manifest.select(split):
+        here = [int(row) for row in rows if start <= row < start + shard.rows]
+        if here:
+            names = store.read(shard)["key"]
+            keys |= {row: names[row - start].as_py() for row in here}
+        start += shard.rows
+    return [keys[int(row)] for row in rows]
+
+
 def permute(index: Rows, n: int, seed: int, epoch: int) -> Rows:
     """A bijection of 0 .. n-1 keyed by (seed, epoch), applied to `index`.
 

@@ -2,30 +2,72 @@
 
 Object stores cannot append, so the whole (small) file is rewritten at each flush, which the trainer does just before
 it commits a checkpoint: whatever step a run resumes from, the lines up to it are there and later ones are dropped.
+TensorBoard's events are made from the same lines, and replaced as a whole too.
 """
 
 import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from igpt_ray import storage
 from igpt_ray.errors import NotFound
 
+Line = dict[str, Any]
+
 
 class Metrics:
-    """The lines of `<run>/metrics.jsonl` up to `step`, to be continued."""
+    """The lines of `<run>/metrics.jsonl` up to `step`, to be continued. What came after that step is dropped."""
 
-    def __init__(self, run: str, step: int):
+    def __init__(self, run: str, step: int, tensorboard: bool = False):
         self.uri = storage.join(run, "metrics.jsonl")
         self.lines = [line for line in read(run) if line["step"] <= step]
+        self.events = Events(run) if tensorboard else None
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, line: Line) -> None:
         self.lines.append(line)
 
     def flush(self) -> None:
-        storage.write(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.flusher()()
+
+    def flusher(self) -> Callable[[], None]:
+        """A function that stores the lines of now, for another thread to call."""
+        return partial(self._store, self.lines.copy())
+
+    def _store(self, lines: list[Line]) -> None:
+        storage.write(self.uri, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        if self.events is not None:
+            self.events.store(lines)
 
 
-def read(run: str) -> list[dict[str, Any]]:
+class Events:
+    """TensorBoard's file of a run, `<run>/tensorboard/events.out.tfevents.0`: every number of every line."""
+
+    def __init__(self, run: str):
+        from tensorboardX.proto.event_pb2 import Event  # comes with ray[train]
+        from tensorboardX.record_writer import RecordWriter
+
+        self.uri = storage.join(run, "tensorboard", "events.out.tfevents.0")
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name, "events")
+        self.event, self.records = Event, RecordWriter(str(self.path))
+        self.records.write(Event(file_version="brain.Event:2").SerializeToString())
+        self.written = 0
+
+    def store(self, lines: list[Line]) -> None:
+        for line in lines[self.written :]:
+            event = self.event(step=line["step"], wall_time=line.get("time", 0))
+            for name in line.keys() - {"step", "time"}:
+                event.summary.value.add(tag=name, simple_value=line[name])
+            self.records.write(event.SerializeToString())
+        self.written = len(lines)
+        self.records.flush()
+        storage.upload(self.path, self.uri)
+
+
+def read(run: str) -> list[Line]:
     """All lines of a run; none if it has written none."""
     try:
         text = storage.read(storage.join(run, "metrics.jsonl")).decode()

@@ -12,8 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_ray import images
 from igpt_ray.errors import SettingError
 from igpt_ray.model import ImageGPT, KVCache
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Tokens
+
+TILE = 96
+"""About how many pixels wide a picture is drawn in a figure."""
 
 
 def seed_of(*words: int | str) -> int:
@@ -77,3 +83,15 @@ def pick(logits: Tensor, u: Tensor, temperature: float = 1, top_k: int = 0) -> T
     cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
     target = u[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+
+
+def figure(palette: Palette, originals: Tokens, completions: Tokens, rows: int) -> images.RGB:
+    """One row a picture: the given part, its completions, the quantised original. (N, T), (N, n, T) -> (H, W, 3)."""
+    n_px = int(originals.shape[1] ** 0.5)
+    drawn = []
+    for original, finished in zip(originals, completions, strict=True):
+        whole = palette.decode(original).reshape(n_px, n_px, 3)
+        given = whole.copy()
+        given[rows:] = 128  # what is not given is grey
+        drawn.append([given, *palette.decode(finished).reshape(-1, n_px, n_px, 3), whole])
+    return images.sheet(drawn, scale=max(1, TILE // n_px), wide_gaps=(1, 1 + completions.shape[1]))

@@ -3,20 +3,30 @@
 python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
 python jobs/bench.py modern --tokens demo-out/data/tokens --out modern.json
+python jobs/bench.py checkpoints
 python jobs/bench.py train --mingpt CHECKOUT
 """
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
+from igpt_ray.flows.bench.checkpoints import checkpoints
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.modern import modern
 from igpt_ray.flows.bench.palette import palette
 from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
-WHAT = {"palette": palette, "data": data, "modern": modern, "train": train}
 
 if __name__ == "__main__":
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict(WHAT, config=FLAT)))
+    benches: dict[str, Callable[..., Any]] = {
+        "palette": palette,
+        "data": data,
+        "checkpoints": checkpoints,
+        "modern": modern,
+        "train": train,
+    }
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))

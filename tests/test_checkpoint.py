@@ -1,26 +1,37 @@
 """Checkpoints: a resumed run is bit-equal to one that never stopped, and what is damaged is passed over and named."""
 
+import errno
 import json
 import logging
 import pickle
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_model, random_tokens
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from igpt_ray import checkpoint, config, objectives, optim, parallel, storage
-from igpt_ray.errors import CheckpointError
+from igpt_ray.errors import CheckpointError, StorageError
 from igpt_ray.model import ImageGPT
 
 MODERN = {"qk_norm": True, "rotary": True}
 
 pytestmark = pytest.mark.usefixtures("process_group")
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Trainee:
@@ -30,7 +41,7 @@ class Trainee:
         shape = {"n_layer": 2, **(MODERN if modern else {})}
         self.model: ImageGPT = random_model(seed, std=0.2, **shape).requires_grad_(True).train()
         if sharded:
-            parallel.shard(self.model, init_device_mesh("cpu", (1,)), "float32")
+            parallel.shard(self.model, init_device_mesh("cpu", (1,)), config.Workers())
         self.optimizer: Optimizer = optim.build(self.model, config.Optim(lr=1e-2, muon_lr=0.02 if modern else None))
 
     def train(self, *steps: int) -> "Trainee":
@@ -42,8 +53,13 @@ class Trainee:
         return self
 
     def save(self, run: str, step: int) -> "Trainee":
-        checkpoint.save(run, step, self.model, self.optimizer, {"seed": 5, "step": step})
+        saver = checkpoint.Saver(run)
+        self.begin(saver, step)
+        saver.finish()
         return self
+
+    def begin(self, saver: checkpoint.Saver, step: int, **more: Any) -> bool:
+        return saver.save(step, self.model, self.optimizer, {"seed": 5, "step": step}, **more)
 
     def load(self, run: str) -> checkpoint.Manifest | None:
         return checkpoint.load_newest(run, self.model, self.optimizer)
@@ -139,6 +155,113 @@ def test_a_step_saved_again_replaces_the_first(run: str) -> None:
     other = Trainee(2)
     assert other.load(run) is not None
     assert equal(again, other)
+
+
+# ------------------------------------------------------------------------------------------------ beside the steps
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_is_of_its_step_though_training_goes_on(run: str, sharded: bool) -> None:
+    """Tensors that are handed to a thread and not copied: half of this step, half of the next. The memory of the
+    first copy serves the second."""
+    trainee, saver, stored = Trainee(1, sharded).train(0), checkpoint.Saver(run), threading.Event()
+    for step in (1, 2):
+        stored.clear()
+        assert trainee.begin(saver, step, before_commit=stored.wait, must=True)
+        expected = Trainee(1, sharded).train(*range(step))
+        trainee.train(step)
+        assert checkpoint.committed_steps(run) == list(range(1, step))  # the steps above did not wait for it
+        stored.set()
+        saver.finish()
+        found = Trainee(2, sharded)
+        manifest = found.load(run)
+        assert manifest is not None
+        assert manifest.step == step
+        assert equal(found, expected)
+        assert not equal(found, trainee)
+
+
+def test_a_save_whose_turn_comes_too_early_is_left_out_and_one_that_must_be_waits(
+    run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store slower than the run: steps that wait for it, or copies that pile up in memory."""
+    trainee, saver, stored = Trainee(1).train(0), checkpoint.Saver(run), threading.Event()
+    assert trainee.begin(saver, 1, before_commit=stored.wait)
+    with caplog.at_level(logging.WARNING):
+        assert not trainee.begin(saver, 2)
+    assert "no checkpoint at step 2: the one before is still being stored" in caplog.text
+    threading.Timer(0.3, stored.set).start()
+    assert trainee.begin(saver, 3, must=True)
+    saver.finish()
+    assert checkpoint.committed_steps(run) == [1, 3]
+
+
+def test_a_failed_save_is_tried_again_and_ends_nothing_but_the_last_one(
+    run: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a thread is seen by nobody; one that ends the run costs the steps since the last checkpoint."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    Path(run).mkdir()
+    blocked = Path(run, "checkpoints")
+    blocked.write_text("not a folder")
+    trainee, saver = Trainee(1).train(0), checkpoint.Saver(run)
+    with caplog.at_level(logging.WARNING):
+        assert trainee.begin(saver, 1)
+        saver.wait()
+    assert caplog.text.count("trying again") == checkpoint.ATTEMPTS - 1
+    assert f"no checkpoint at step 1, training goes on: {run}" in caplog.text
+    with pytest.raises(StorageError, match=r"the last checkpoint of .* is not stored: .*; mend that and repeat"):
+        saver.finish()
+
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.2)
+    assert trainee.begin(saver, 2)
+    blocked.unlink()  # within the pause, or before the first attempt
+    saver.finish()
+    assert checkpoint.committed_steps(run) == [2]
+
+
+def test_a_full_disk_under_the_temporary_folder_is_a_failed_save_too(
+    run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch wraps what its writer raises into something that is not even an Exception."""
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/self/fdinfo")  # a folder in which nothing can be made
+    with caplog.at_level(logging.WARNING):
+        saver = checkpoint.Saver(run)
+        assert Trainee(1).train(0).begin(saver, 1)
+        saver.wait()
+    assert "no checkpoint at step 1, training goes on" in caplog.text
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(checkpoint.dcp, "save", partial(checkpoint.dcp.save, storage_writer=Full("/nowhere")))
+    assert Trainee(1).train(0).begin(saver, 2)
+    saver.wait()
+    assert saver.failed is not None
+    assert "No space left" in saver.failed
+    assert checkpoint.committed_steps(run) == []
+
+
+class Full(FileSystemWriter):
+    """A writer whose disk is full."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.slow
+def test_killed_at_any_write_a_save_leaves_the_one_before_or_itself(tmp_path: Path) -> None:
+    """SIGKILL before every file that is made, opened, renamed or removed: nothing torn is ever loaded."""
+    done = subprocess.run(
+        [sys.executable, "tests/killed_saving.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *killed, undisturbed = (json.loads(line) for line in done.stdout.splitlines())
+    assert undisturbed == ["", [2], 2, True]
+    told = " ".join(before for before, *_ in killed)
+    for file in ("__0_0.distcp", "metadata", "manifest.json"):
+        assert f"os.rename /checkpoints/step_00000002/.{file}." in told
+    assert "os.remove /checkpoints/step_00000001/manifest.json" in told  # pruning is killed too
+    for before, committed, loaded, whole in killed:
+        assert committed in ([1], [1, 2], [2]), before
+        assert (loaded, whole) == (committed[-1], True), before
 
 
 # ------------------------------------------------------------------------------------------------ what is damaged
@@ -254,6 +377,32 @@ def test_pruning_removes_what_was_left_behind(run: str) -> None:
     checkpoint.prune(run, 1)
     assert steps_with_files(run) == [4, 5]
     assert checkpoint.committed_steps(run) == [4]
+
+
+def test_pruning_keeps_every_so_many_for_ever(run: str) -> None:
+    """The history of a run, one checkpoint of ten: deleted with the others, or the others kept with it."""
+    for step in range(10, 100, 10):
+        save_fake(run, step)
+    checkpoint.prune(run, 2, keep_every=30)
+    assert checkpoint.committed_steps(run) == [30, 60, 80, 90] == steps_with_files(run)
+    checkpoint.prune(run, 1, keep_every=30)
+    assert checkpoint.committed_steps(run) == [30, 60, 90]
+
+
+def test_rewinding_sets_later_ones_aside(place: str) -> None:
+    """Left as they are, the next resume takes the end that was given up; deleted, a mistyped step costs the run."""
+    for step in (5, 10, 15):
+        save_fake(place, step)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 to resume from: there are 5, 10, 15"):
+        checkpoint.rewind(place, 7)
+    checkpoint.rewind(place, 5)
+    checkpoint.rewind(place, 5)
+    assert checkpoint.committed_steps(place) == [5]
+    assert steps_with_files(place) == [5, 10, 15]
+    save_fake(place, 10)
+    save_fake(place, 20)
+    checkpoint.prune(place, 2)
+    assert checkpoint.committed_steps(place) == [10, 20] == steps_with_files(place)
 
 
 def test_pruning_a_run_without_checkpoints_deletes_nothing(run: str) -> None:

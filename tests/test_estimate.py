@@ -126,6 +126,39 @@ def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass(
     assert (one["passes_per_step"], four["passes_per_step"]) == (8, 2)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> None:
+    """One image too many is an error after an hour of waiting for GPUs; half as many leave half of them idle."""
+    model, memory = PRESETS["igpt-l"][1].model, 141e9
+    workers = Workers(n=4, precision="bfloat16", recompute=recompute)
+
+    def needed(images: int) -> float:
+        activations = estimate.activation_bytes(model, images, 2, recompute)
+        return estimate.state_bytes(model, Optim(), 4) + estimate.gathered_bytes(model, 2) + activations
+
+    n = estimate.images_that_fit(model, Optim(), workers, share=10**6, memory=memory)
+    assert needed(n) <= 0.9 * memory < needed(n + 1)
+    assert estimate.images_that_fit(model, Optim(), workers, share=3, memory=memory) == 3
+    assert (
+        estimate.images_that_fit(model, Optim(), workers, share=3, memory=1e9) == 1
+    )  # which is refused by the device, if so
+    found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": 0})))
+    assert found["images_per_pass"] == min(n, 32)
+    assert found["fits"]
+
+
+def test_recomputing_trades_work_for_memory() -> None:
+    plain, again = (estimate.estimate(of("igpt-l", workers=Workers(n=8, recompute=how))) for how in ("none", "full"))
+    assert again["step_seconds"] == pytest.approx(plain["step_seconds"] * 4 / 3)
+    assert again["memory_gb"]["activations"] < plain["memory_gb"]["activations"] / 10
+
+
+def test_a_device_is_known_by_the_name_that_cuda_gives_it() -> None:
+    assert estimate.peak_flops("NVIDIA H200") == 989e12
+    assert estimate.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert estimate.peak_flops("Some Other Device") is None
+
+
 def test_the_job_prints_a_table_and_one_json_line() -> None:
     words = ["jobs/estimate.py", "igpt-s", "--workers.n", "8", "--cluster.device", "h100"]
     said = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from igpt_ray import config, storage, weights
+from igpt_ray import config, sampling, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import image_nats
 from igpt_ray.flows import infer, prepare
@@ -91,7 +91,7 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
     assert report["sampled_tokens"] == 3 * 2 * 24
     figure = np.asarray(Image.open(tmp_path / "completions.png"))
     palette = TokenStore.open(both["tokens"]).palette()
-    scale = infer.TILE // 8
+    scale = sampling.TILE // 8
     assert (figure[2, -3] == palette.decode(originals[0, 7])).all()  # the top right corner is the original's
     assert (figure[2 + 6 * scale, 3] == 128).all()  # what is not given is grey
 

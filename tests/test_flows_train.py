@@ -14,13 +14,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from igpt_ray import checkpoint, config, metrics, shards, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import masked_nats
 from igpt_ray.flows import infer, serve, train
-from igpt_ray.loader import global_batch, share
 from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
@@ -34,7 +32,7 @@ def settings_for(prepared: str, name: str, **changes: Any) -> config.Pretrain:
         optim=config.Optim(batch_size=9, steps=STEPS, warmup_steps=4),
         data=config.Data(tokens=storage.join(prepared, "tokens")),
         workers=config.Workers(n=2, micro_batch=2),
-        run=config.Run(root=storage.join(prepared, "runs"), name=name, checkpoint_every=4, log_every=4),
+        run=config.Run(root=storage.join(prepared, "runs"), name=name, checkpoint_every=4, keep_every=4, log_every=4),
     ).model_copy(update=changes)
 
 
@@ -49,6 +47,7 @@ def words_of(settings: config.Pretrain) -> list[str]:
         *("--workers.n", str(s.workers.n), "--workers.micro-batch", str(s.workers.micro_batch)),
         *("--run.root", s.run.root, "--run.name", s.run.name),
         *("--run.checkpoint-every", str(s.run.checkpoint_every), "--run.log-every", str(s.run.log_every)),
+        *("--run.keep-every", str(s.run.keep_every)),
     ]
 
 
@@ -76,7 +75,7 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
     losses = losses_of(undisturbed["run"])
     assert list(losses) == list(range(4, STEPS + 1, 4))
     assert losses[4] > losses[STEPS]
-    assert checkpoint.committed_steps(undisturbed["run"]) == [STEPS - 4, STEPS]
+    assert checkpoint.committed_steps(undisturbed["run"]) == list(range(4, STEPS + 1, 4))
 
 
 def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(undisturbed: dict[str, Any], prepared: str) -> None:
@@ -146,17 +145,6 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
         infer.evaluate(config.Evaluate(**both, baselines="train"))
 
 
-def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
-    """Masks drawn by rank: another number of workers would be another run."""
-    batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
-    whole = train._keep(3, batch, 64)
-    for world_size in (2, 3, 9):
-        parts = [train._keep(3, share(batch, rank, world_size), 64) for rank in range(world_size)]
-        assert torch.equal(torch.cat(parts), whole)
-    again = train._keep(3, global_batch(seed=3, step=25, batch_size=9, n_rows=20), 64)
-    assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
-
-
 def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str, Any], prepared: str) -> None:
     """Its config.json lacks the setting, which then had what is now the default."""
     path = Path(undisturbed["run"], "config.json")
@@ -187,12 +175,47 @@ def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     assert weights_of(undisturbed["run"]) == before
 
 
+def test_a_run_goes_on_from_the_step_that_is_asked_for_or_not_at_all(
+    undisturbed: dict[str, Any], prepared: str
+) -> None:
+    """A run that was to be new and trains over another's checkpoints."""
+    settings = settings_for(prepared, "again")
+    shutil.copytree(undisturbed["run"], settings.run.uri)
+    never, from_8, from_9 = (
+        settings.model_copy(update={"run": settings.run.model_copy(update={"resume": how})}) for how in ("never", 8, 9)
+    )
+    with pytest.raises(CheckpointError, match=rf"has checkpoints up to step {STEPS}, .* choose another --run\.name"):
+        train.pretrain(never)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9 to resume from: there are 4, 8, 12"):
+        train.pretrain(from_9)
+    storage.delete(storage.join(settings.run.uri, "release", "model.safetensors"))
+    report = train.pretrain(from_8)
+    assert weights_of(report["run"]) == weights_of(undisturbed["run"])
+    assert losses_of(report["run"]) == losses_of(undisturbed["run"])
+    aside = [Path(e.uri).parent.name for e in storage.walk(settings.run.uri) if e.uri.endswith(checkpoint.SET_ASIDE)]
+    assert aside == [f"step_{step:08d}" for step in range(12, STEPS + 1, 4)]
+
+
 def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_path: Path, cluster: str) -> None:
     fits = settings_for(prepared, "refused")
     for change, error, complaint in (
         ({"data": config.Data()}, SettingError, "--data.tokens is not set"),
         ({"data": config.Data(tokens=str(tmp_path))}, TokenStoreError, "no token store is committed"),
         ({"data": config.Data(tokens=fits.data.tokens, split="dev")}, TokenStoreError, "has test, train"),
+        ({"data": config.Data(tokens=fits.data.tokens, val_split="val")}, TokenStoreError, "has test, train"),
+        (
+            {"run": fits.run.model_copy(update={"validate_every": 4})},
+            SettingError,
+            "--run.validate-every needs --data.val-split",
+        ),
+        (
+            {
+                "run": fits.run.model_copy(update={"sample_every": 4}),
+                "model": fits.model.model_copy(update={"objective": "masked"}),
+            },
+            SettingError,
+            "--run.sample-every finishes pictures",
+        ),
         ({"model": fits.model.model_copy(update={"n_px": 16})}, SettingError, r"n_px is 16, but .* n_px 8"),
         ({"model": fits.model.model_copy(update={"n_vocab": 512})}, SettingError, "n_vocab is 512"),
         ({"model": fits.model.model_copy(update={"n_class": 10})}, SettingError, "--model.n-class is for fine-tuning"),

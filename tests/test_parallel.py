@@ -27,7 +27,7 @@ def mesh(process_group: None) -> DeviceMesh:
 def pair(mesh: DeviceMesh, precision: str = "float32") -> tuple[ImageGPT, ImageGPT]:
     """The same network, plain and sharded."""
     plain, sharded = (random_model(std=0.15).requires_grad_(True).train() for _ in range(2))
-    return plain, parallel.shard(sharded, mesh, precision)
+    return plain, parallel.shard(sharded, mesh, config.Workers(precision=precision))
 
 
 def both(plain: ImageGPT, sharded: ImageGPT, of: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -61,7 +61,7 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
 def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
     """`joint` is not `forward`: unregistered, it would meet weights that nobody gathered."""
     plain, sharded = (random_model(std=0.15, n_class=3).requires_grad_(True).train() for _ in range(2))
-    sharded = parallel.shard(sharded, mesh, "float32")
+    sharded = parallel.shard(sharded, mesh, config.Workers())
     x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0])
     for model in (plain, sharded):
         objectives.joint(model, x, labels).mean().backward()

@@ -27,9 +27,6 @@ from igpt_ray.shards import Shard, Tokens, TokenStore, tokens_of
 
 log = logging.getLogger(__name__)
 
-TILE = 96
-"""About how many pixels wide a picture is drawn in a figure."""
-
 
 def _open(release: str, tokens: str, *splits: str) -> TokenStore:
     """The store, checked against the release's kind and for the splits, before any worker starts."""
@@ -267,7 +264,7 @@ def complete(settings: config.Complete) -> dict[str, Any]:
         }
     ).replace_schema_metadata({"igpt_ray": json.dumps({"given": rows * n_px, **config.provenance(settings)})})
     storage.write(storage.join(settings.out, "completions.parquet"), _parquet(table))
-    figure = completions_figure(store.palette(), originals, completions, rows)
+    figure = sampling.figure(store.palette(), originals, completions, rows)
     storage.write(storage.join(settings.out, "completions.png"), images.png(figure))
     n_tokens = completions.size - len(originals) * settings.n * rows * n_px
     return {
@@ -294,18 +291,6 @@ class CompletePicture:
         given = torch.from_numpy(tokens[None, : self.given].astype(np.int64)).to(self.model.wpe.device)
         done = sampling.complete(self.model, given, len(seeds), seeds, self.temperature, self.top_k)
         return done.cpu().numpy().astype(np.uint16)
-
-
-def completions_figure(palette: Palette, originals: Tokens, completions: Tokens, rows: int) -> images.RGB:
-    """One row a picture: the given part, its completions, the quantised original. (N, T), (N, n, T) -> (H, W, 3)."""
-    n_px = int(originals.shape[1] ** 0.5)
-    drawn = []
-    for original, finished in zip(originals, completions, strict=True):
-        whole = palette.decode(original).reshape(n_px, n_px, 3)
-        given = whole.copy()
-        given[rows:] = 128  # what is not given is grey
-        drawn.append([given, *palette.decode(finished).reshape(-1, n_px, n_px, 3), whole])
-    return images.sheet(drawn, scale=max(1, TILE // n_px), wide_gaps=(1, 1 + completions.shape[1]))
 
 
 def _pick_images(store: TokenStore, split: str, n: int) -> tuple[list[str], Tokens]:

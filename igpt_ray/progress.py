@@ -1,0 +1,139 @@
+"""What a run shows on the way: how fast it is and why not faster, the loss on held-out images, finished pictures."""
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from igpt_ray import config, estimate, images, objectives, sampling, storage
+from igpt_ray.errors import StorageError
+from igpt_ray.feed import Feed
+from igpt_ray.loader import Batch, SplitCache
+from igpt_ray.model import ImageGPT
+from igpt_ray.palette import Palette
+
+log = logging.getLogger(__name__)
+
+SPENT = ("data_wait", "checkpoint_stall", "evaluation")
+"""What a run does beside its steps. Each is given as a share of the time between two lines."""
+PICTURES, COMPLETIONS = 8, 3
+"""On a sheet of samples: pictures, and how often each is finished."""
+
+
+class Meter:
+    """Sums between two lines of metrics; a line is the same on all workers but for what is timed."""
+
+    def __init__(self, cfg: config.Pretrain, device: torch.device, n_images: int, step: int):
+        self.cfg, self.device, self.n_images = cfg, device, n_images
+        batch_size = cfg.optim.batch_size
+        self.tokens_per_step = batch_size * cfg.model.n_positions
+        self.counted_per_step = batch_size if cfg.model.objective == "masked" else self.tokens_per_step
+        """What the loss is a mean over: images, or tokens."""
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak_flops = estimate.peak_flops(named)
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self.since_step, self.since, self.nats_sum = step, time.perf_counter(), 0.0
+        self.seconds = dict.fromkeys(SPENT, 0.0)
+
+    def add(self, nats: float) -> None:
+        self.nats_sum += nats
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[on] += time.perf_counter() - started
+
+    def line(self, step: int, lr: float, grad_norm: float) -> dict[str, Any]:
+        """The line of `step`, over the steps since the one before."""
+        n_steps, elapsed = step - self.since_step, time.perf_counter() - self.since
+        tokens_per_second = n_steps * self.tokens_per_step / elapsed
+        line = {
+            "step": step,
+            "epoch": round(step * self.cfg.optim.batch_size / self.n_images, 4),
+            "nats_per_token": self.nats_sum / (n_steps * self.counted_per_step),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(tokens_per_second, 1),
+            **{name: round(seconds / elapsed, 5) for name, seconds in self.seconds.items()},
+            "memory_gb": round(self._peak_bytes() / estimate.GB, 3),
+            "time": round(time.time(), 1),
+        }
+        if self.peak_flops is not None:
+            flops = tokens_per_second * estimate.flops_per_token(self.cfg.model, causal=True)
+            line["mfu"] = round(flops / (dist.get_world_size() * self.peak_flops), 4)
+        self._begin(step)
+        return line
+
+    def say(self, line: dict[str, Any]) -> None:
+        left = (self.cfg.optim.steps - line["step"]) * self.tokens_per_step / line["tokens_per_second"]
+        held_out = f" ({line['val_nats_per_token']:.4f} held out)" if "val_nats_per_token" in line else ""
+        log.info(
+            "step %d of %d: %.4f nats per token%s, %.0f tokens/s, %.0f s left",
+            *(line["step"], self.cfg.optim.steps, line["nats_per_token"], held_out, line["tokens_per_second"], left),
+        )
+
+    def _peak_bytes(self) -> int:
+        """Of this worker's device so far; without one, of its process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def spread_over(split: SplitCache, n: int) -> Batch:
+    """At most n images, evenly over a split in its own order: the same at every step."""
+    rows = np.unique(np.linspace(0, len(split) - 1, min(n, len(split))).astype(np.int64))
+    return Batch(np.zeros_like(rows), rows)
+
+
+@torch.no_grad()
+def held_out_nats(model: ImageGPT, feed: Feed, n: int) -> float:
+    """The model's own objective on images that it does not train on; sums and counts over all workers."""
+    batch = spread_over(feed.images, n)
+    nats = torch.zeros((), dtype=torch.float64, device=feed.device)
+    for micro in feed.micros(batch):
+        nats += micro.weight * objectives.generative(model, micro.tokens, micro.keep)
+    assert isinstance(model, FSDPModule)
+    model.reshard()  # no backward pass comes to do it
+    dist.all_reduce(nats)
+    per_image = 1 if feed.model.objective == "masked" else feed.model.n_positions
+    return float(nats) / (len(batch.rows) * per_image)
+
+
+def draw_samples(
+    model: ImageGPT, split: SplitCache, palette: Palette, device: torch.device, run: str, step: int
+) -> None:
+    """Finish the upper halves of a few pictures, always the same with the same random numbers: `samples/` of the run.
+
+    Worker 0 gathers the network, plain and in float32 (4 bytes a parameter, in its host's memory and on its device,
+    for as long as it samples), while the others wait.
+    """
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() != 0:
+        return
+    with torch.device("meta"):
+        plain = ImageGPT(model.config)
+    plain.load_state_dict(full, assign=True)
+    plain.to(device).eval()
+
+    originals = split[spread_over(split, PICTURES)]  # (N, T)
+    n_px = model.config.n_px
+    rows = n_px // 2
+    given = torch.from_numpy(originals[:, : rows * n_px].astype(np.int64)).to(device)
+    seeds = [sampling.seed_of("sample", i) for i in range(len(originals) * COMPLETIONS)]
+    done = sampling.complete(plain, given, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
+    figure = sampling.figure(palette, originals, done.reshape(len(originals), COMPLETIONS, -1), rows)
+    try:
+        storage.write(storage.join(run, "samples", f"step_{step:08d}.png"), images.png(figure))
+    except StorageError as error:
+        log.warning("no samples of step %d: %s", step, error)

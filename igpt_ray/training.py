@@ -1,0 +1,174 @@
+"""The training loop: the same on one CPU and on many GPUs, and with or without Ray around it.
+
+`train` is called by every worker of a torch.distributed process group. All it knows of the past is in the run's folder
+(`checkpoint.py`, `metrics.py`), all it trains on is a function of the step (`loader.py`), and what it shows on the way
+is in `progress.py`.
+"""
+
+import logging
+import math
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, progress, storage, weights
+from igpt_ray.errors import TrainingError
+from igpt_ray.feed import Feed, Micro, micro_batch_that_fits
+from igpt_ray.loader import SplitCache, global_batch, keys_of
+from igpt_ray.model import ImageGPT
+from igpt_ray.shards import TokenStore
+
+log = logging.getLogger(__name__)
+
+NAMED = 8
+"""Images that an error names."""
+
+
+def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
+    """Train to the last step and write the release. Returns the last metrics and the release's URI, on all workers.
+
+    Raises `TrainingError` at a loss or a gradient that is not finite, before it reaches weights or optimiser.
+    """
+    run, n_steps = cfg.run, cfg.optim.steps
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = TokenStore.open(cfg.data.tokens)
+    images = SplitCache(store, cfg.data.split)
+    micro_batch = cfg.workers.micro_batch or micro_batch_that_fits(cfg, device)
+    feed = Feed(images, cfg.model, cfg.seed, micro_batch, device)
+    held_out = feed.beside(SplitCache(store, cfg.data.val_split)) if cfg.data.val_split else feed
+    model, optimizer = build(cfg, device)
+
+    saver = checkpoint.Saver(run.uri, run.keep, run.keep_every)
+    resumed = checkpoint.load_newest(run.uri, model, optimizer)
+    step = resumed.step if resumed else 0
+    lines = metrics.Metrics(run.uri, step, run.tensorboard)
+    meter = progress.Meter(cfg, device, len(images), step)
+    if rank == 0:
+        log.info("%s from step %d on %d worker(s)", "resumed" if resumed else "started", step, world_size)
+        lines.flush()
+
+    while step < n_steps:
+        with meter.spent("data_wait"):
+            micros = feed.micros(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
+        sums = []
+        for i, micro in enumerate(micros):
+            parallel.reduce_gradients(model, i == len(micros) - 1)
+            nats = micro.weight * objectives.generative(model, micro.tokens, micro.keep)
+            (nats * (world_size / meter.counted_per_step)).backward()  # FSDP averages over workers; the loss is a mean
+            sums.append(nats.detach())
+
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
+        step_nats, step_norm = _measured(sums, grad_norm)
+        if not math.isfinite(step_nats + step_norm):
+            saver.wait()
+            raise TrainingError(_which_images(cfg, store, step, micros, sums, step_norm))
+        lr = optim.lr_at(step, cfg.optim)
+        optim.set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        meter.add(step_nats)
+
+        last = step == n_steps
+        saving, validating, sampling = (
+            bool(every) and (last or step % every == 0)
+            for every in (run.checkpoint_every, run.validate_every, run.sample_every)
+        )
+        if saving or validating or step % run.log_every == 0:
+            line = meter.line(step, lr, step_norm)
+            if validating:
+                with meter.spent("evaluation"):
+                    line["val_nats_per_token"] = progress.held_out_nats(model, held_out, cfg.data.val_images)
+            lines.add(line)
+            if rank == 0:
+                meter.say(line)
+        if sampling:
+            with meter.spent("evaluation"):
+                progress.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
+        if saving:
+            with meter.spent("checkpoint_stall"):
+                about = {"world_size": world_size}
+                saver.save(step, model, optimizer, about, lines.flusher(), must=last or run.keeps(step))
+
+    saver.finish()
+    release = _release(cfg, store, model, step, lines)
+    return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
+
+
+def build(cfg: config.Pretrain, device: torch.device) -> tuple[ImageGPT, Optimizer]:
+    """The sharded network with the weights of the seed, and its optimiser."""
+    torch.manual_seed(cfg.seed)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    model = parallel.shard(ImageGPT(cfg.model).to(device), mesh, cfg.workers)
+    return model, optim.build(model, cfg.optim, cfg.workers.precision)
+
+
+# ------------------------------------------------------------------------------------------------ is it finite
+
+
+def _measured(sums: list[Tensor], grad_norm: Tensor) -> tuple[float, float]:
+    """Nats of the step over all workers, and the gradient's norm: the one wait for the device in a step.
+
+    It ends with the backward pass; what must not be done with a bad gradient has not been asked for yet.
+    """
+    assert isinstance(grad_norm, DTensor)
+    nats = torch.stack(sums).double().sum()
+    dist.all_reduce(nats)
+    nats_sum, norm = torch.stack([nats, grad_norm.full_tensor().double()]).tolist()
+    return nats_sum, norm
+
+
+def _which_images(
+    cfg: config.Pretrain, store: TokenStore, step: int, micros: list[Micro], sums: list[Tensor], norm: float
+) -> str:
+    """What a user needs to find the images, the same on all workers: those of the forward passes that went wrong, or
+    of the whole batch if only its gradient did."""
+    mine = [m.batch for m, nats in zip(micros, sums, strict=True) if m.weight and not torch.isfinite(nats)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    bad = [batch for batches in everyone for batch in batches]
+    if bad:
+        epochs, rows = (np.concatenate(parts) for parts in zip(*bad, strict=True))
+    else:
+        epochs, rows = global_batch(cfg.seed, step, cfg.optim.batch_size, store.manifest.rows(cfg.data.split))
+    said = [""]
+    if dist.get_rank() == 0:
+        keys = keys_of(store, cfg.data.split, rows[:NAMED])
+        named = ", ".join(f"{key} (row {row})" for key, row in zip(keys, rows, strict=False))
+        said = [named + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")]
+    dist.broadcast_object_list(said)
+    first = step * cfg.optim.batch_size
+    return (
+        f"step {step + 1}, images {first} to {first + cfg.optim.batch_size - 1} since the start:"
+        f" the {'loss' if bad else f'gradient (norm {norm})'} is not finite with {len(rows)} image(s) of"
+        f" {cfg.data.split}, epoch {'-'.join(map(str, np.unique(epochs)))}: {said[0]}. Weights and optimiser were not"
+        " touched; repeated, the run resumes from its last checkpoint. If it ends here again, start another run with"
+        " a lower --optim.lr or with --optim.clip"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what comes out
+
+
+def _release(cfg: config.Pretrain, store: TokenStore, model: ImageGPT, step: int, lines: metrics.Metrics) -> str:
+    release = storage.join(cfg.run.uri, "release")
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        about = weights.ReleaseConfig(
+            format=weights.FORMAT,
+            model=cfg.model,
+            kind=store.kind,
+            sha256="",
+            classes=store.manifest.classes,
+            trained={"steps": step, **lines.lines[-1], **config.provenance(cfg)},
+        )
+        weights.save_release(release, cast("dict[str, Tensor]", full), store.palette(), about)
+    return release

@@ -1,0 +1,305 @@
+"""The training loop without Ray: what is not finite goes no further, what stopped goes on, what is shown is true."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from conftest import listing_of, manifest_of
+from PIL import Image
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
+
+from igpt_ray import checkpoint, config, metrics, progress, shards, storage, training, weights
+from igpt_ray.errors import TrainingError
+from igpt_ray.evaluate import image_nats, masked_nats
+from igpt_ray.feed import keep_masks
+from igpt_ray.loader import SplitCache, global_batch, share
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind, TokenStore, tokens_of
+
+CPU = torch.device("cpu")
+STEPS = 12
+
+
+def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: dict[str, Any]) -> config.Pretrain:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_px": 4, "n_vocab": 16},
+        "optim": {"batch_size": 5, "steps": STEPS, "warmup_steps": 2},
+        "data": {"tokens": store.root},
+        "workers": {"micro_batch": 2},
+        "run": {"root": str(folder / "runs"), "name": name, "checkpoint_every": 4, "log_every": 2, "keep_every": 4},
+    }
+    for section, change in changes.items():
+        sections[section] |= change
+    return config.Pretrain.model_validate(sections)
+
+
+def losses_of(run: str) -> dict[int, float]:
+    return {line["step"]: line["nats_per_token"] for line in metrics.read(run)}
+
+
+def weights_of(run: str) -> bytes:
+    return storage.read(storage.join(run, "release", "model.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------ what is not finite
+
+
+def state_of(built: list[Any]) -> dict[str, Any]:
+    """Weights and moments of a network and its optimiser, by name."""
+    model, optimizer = built
+    state, moments = get_state_dict(model, optimizer)
+    found = dict(state) | {f"{n}.{k}": v for n, of_one in moments["state"].items() for k, v in of_one.items()}
+    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in found.items()}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
+    process_group: None, tmp_path: Path, palette: Palette, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One not-a-number in a gradient is one in every weight a step later, and in the checkpoint after that.
+
+    Colour 15 stands in image 7 alone, and its embedding is poisoned.
+    """
+    tokens = np.random.default_rng(3).integers(0, 15, (12, kind.n_positions)).astype(np.uint16)
+    tokens[7, 0] = 15
+    root = str(tmp_path / "tokens")
+    palette.save(storage.join(root, "palette.npy"))
+    keys = [f"cat/{row}.png" for row in range(12)]
+    data = shards.encode(keys, [0] * 12, tokens, kind, {"unit": "0", "split": "train", "view": "0"})
+    storage.write(storage.join(root, "train/00000-v0.parquet"), data)
+    store = shards.commit(root, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 12, data)]))
+    cfg = settings_for(store, tmp_path, run={"checkpoint_every": 1, "keep_every": 1})
+
+    built: list[Any] = []
+    build = training.build
+
+    def poisoned(*arguments: Any) -> Any:
+        built[:] = build(*arguments)
+        with torch.no_grad():
+            built[0].wte.weight.to_local()[15] = torch.nan
+        return tuple(built)
+
+    monkeypatch.setattr(training, "build", poisoned)
+    step = next(s for s in range(STEPS) if 7 in global_batch(cfg.seed, s, 5, 12).rows)
+    named = rf"step {step + 1}, images {5 * step} to {5 * step + 4} .* the loss .* epoch 0: .*cat/7\.png \(row 7\)"
+    with pytest.raises(TrainingError, match=named) as refused:
+        training.train(cfg, CPU)
+    assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the pass that went wrong, not the batch
+    assert step > 0
+    assert checkpoint.committed_steps(cfg.run.uri) == list(range(1, step + 1))
+
+    after = state_of(built)
+    saved = list(build(cfg, CPU))
+    checkpoint.load_newest(cfg.run.uri, *saved)
+    before = state_of(saved)
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert torch.isfinite(before["wtet.weight"]).all()
+
+
+def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
+    process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss whose backward pass is not: a norm looked at only when it is logged comes too late."""
+    build = training.build
+
+    def steep(*arguments: Any) -> Any:
+        model, optimizer = build(*arguments)
+        with torch.no_grad():
+            model.wtet.weight.to_local().normal_()
+            model.ln_f.weight.to_local().fill_(1e-30)
+            model.h[1].mlp.c_proj.weight.to_local().fill_(1e-30)
+        model.wtet.register_full_backward_hook(lambda m, gi, go: (gi[0] * 1e38,))
+        return model, optimizer
+
+    monkeypatch.setattr(training, "build", steep)
+    cfg = settings_for(store, tmp_path)
+    with pytest.raises(TrainingError, match=r"step 1, .* the gradient \(norm (inf|nan)\) .* 5 image\(s\) of train"):
+        training.train(cfg, CPU)
+    assert checkpoint.committed_steps(cfg.run.uri) == []
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """Lines of the abandoned end that stay in the stream; checkpoints of it that are taken for the newest."""
+    cfg = settings_for(store, tmp_path)
+    training.train(cfg, CPU)
+    bits, losses = weights_of(cfg.run.uri), losses_of(cfg.run.uri)
+    checkpoint.rewind(cfg.run.uri, 4)
+    assert checkpoint.committed_steps(cfg.run.uri) == [4]
+    resumed = training.train(cfg, CPU)
+    assert resumed["step"] == STEPS
+    assert losses_of(cfg.run.uri) == losses
+    assert [line["step"] for line in metrics.read(cfg.run.uri)] == list(range(2, STEPS + 1, 2))
+    assert weights_of(cfg.run.uri) == bits
+    assert checkpoint.committed_steps(cfg.run.uri) == [4, 8, 12]
+
+
+def test_what_a_step_keeps_or_computes_again_changes_no_number(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """Recomputing, and the micro-batch: how a step is done, not what it is."""
+    plain = training.train(settings_for(store, tmp_path), CPU)
+    expected = losses_of(plain["run"])
+    for name, workers in (("again", {"recompute": "full"}), ("fits", {"micro_batch": 0}), ("one", {"micro_batch": 1})):
+        other = training.train(settings_for(store, tmp_path, name, workers=workers), CPU)
+        assert losses_of(other["run"]) == pytest.approx(expected, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(process_group: None, store: TokenStore, tmp_path: Path) -> None:
+    """Compiled in place, under the names that checkpoints and releases know."""
+    plain = training.train(settings_for(store, tmp_path), CPU)
+    workers = {"compile": True, "recompute": "full"}
+    other = training.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
+    assert losses_of(other["run"]) == pytest.approx(losses_of(plain["run"]), rel=1e-6)
+    names = [weights.load_release(report["release"]).model.state_dict().keys() for report in (plain, other)]
+    assert names[0] == names[1]
+
+
+def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
+    """Masks drawn by rank: another number of workers would be another run."""
+    batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
+    whole = keep_masks(3, batch, 64)
+    for world_size in (2, 3, 9):
+        parts = [keep_masks(3, share(batch, rank, world_size), 64) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), whole)
+    again = keep_masks(3, global_batch(seed=3, step=25, batch_size=9, n_rows=20), 64)
+    assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
+
+
+def _work(rank: int, n: int, folder: str, settings: str, cache: str) -> None:
+    """One of n workers."""
+    torch.set_num_threads(1)
+    storage.CACHE = Path(cache)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{n}", rank=rank, world_size=n)
+    training.train(config.Pretrain.model_validate_json(settings), CPU)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_any_number_of_workers_sees_and_says_the_same(
+    store: TokenStore, cache: Path, tmp_path: Path, objective: str
+) -> None:
+    """A loss, on training or held-out images, that depends on how they were shared; three workers share two images."""
+    told = []
+    for n in (1, 2, 3):
+        more = {"sample_every": 6} if objective == "next" else {}
+        cfg = settings_for(
+            store,
+            tmp_path,
+            f"{objective}-{n}",
+            model={"objective": objective},
+            data={"val_split": "test", "val_images": 2},
+            workers={"n": n, "micro_batch": 1},
+            run={"validate_every": 6, **more},
+        )
+        torch.multiprocessing.spawn(_work, (n, str(tmp_path), cfg.model_dump_json(), str(cache)), nprocs=n)
+        held_out = [line.get("val_nats_per_token") for line in metrics.read(cfg.run.uri)]
+        assert [held is not None for held in held_out] == [False, False, True, False, False, True]
+        told.append(list(losses_of(cfg.run.uri).values()) + [held for held in held_out if held is not None])
+        assert checkpoint.committed_steps(cfg.run.uri) == [4, 8, 12]
+        if more:
+            assert (Path(cfg.run.uri) / "samples/step_00000012.png").exists()
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+    assert told[2] == pytest.approx(told[0], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_the_held_out_loss_is_that_of_the_network_so_far(
+    process_group: None, store: TokenStore, tmp_path: Path, objective: str
+) -> None:
+    """Measured on other images, with a mean of means, or on weights gathered before the step."""
+    changes = {"data": {"val_split": "test", "val_images": 2}, "run": {"validate_every": 5}}
+    cfg = settings_for(store, tmp_path, model={"objective": objective}, **changes)
+    report = training.train(cfg, CPU)
+    measured = {x["step"]: x["val_nats_per_token"] for x in metrics.read(cfg.run.uri) if "val_nats_per_token" in x}
+    assert list(measured) == [5, 10, 12]
+    model = weights.load_release(report["release"]).model
+    images = tokens_of(next(store.read_split("test")))[[0, 2]]
+    if objective == "next":
+        assert measured[12] == pytest.approx(image_nats(model, images, 2).sum() / images.size, rel=1e-6)
+    else:  # under masks of its own, so only near
+        assert measured[12] == pytest.approx(masked_nats(model, images, ["a", "b"], 2).mean(), rel=0.2)
+    without = training.train(settings_for(store, tmp_path, "without", model={"objective": objective}), CPU)
+    assert weights_of(without["run"]) == weights_of(cfg.run.uri)  # looking does not touch
+
+
+def test_samples_are_finished_pictures_of_the_network_so_far(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """A sheet of another network, or random numbers that differ between sheets."""
+    cfg = settings_for(store, tmp_path, run={"sample_every": 8})
+    report = training.train(cfg, CPU)
+    folder = Path(cfg.run.uri) / "samples"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_00000008.png", "step_00000012.png"]
+    sheet = np.asarray(Image.open(folder / "step_00000012.png"))
+
+    split = SplitCache(store, "train")
+    again = training.build(cfg, CPU)[0]
+    state = weights.load_release(report["release"]).model.state_dict()
+    for name, parameter in again.named_parameters():
+        parameter.data.to_local().copy_(state[name])  # type: ignore[attr-defined]
+    progress.draw_samples(again, split, store.palette(), CPU, str(tmp_path / "other"), 0)
+    assert (np.asarray(Image.open(tmp_path / "other/samples/step_00000000.png")) == sheet).all()
+
+
+def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: TokenStore, tmp_path: Path) -> None:
+    """Shares of time that add up to more than the time; an epoch counted in steps."""
+    cfg = settings_for(store, tmp_path, run={"tensorboard": True})
+    training.train(cfg, CPU)
+    lines = metrics.read(cfg.run.uri)
+    for line in lines:
+        assert line["epoch"] == pytest.approx(line["step"] * 5 / 12, abs=1e-4)
+        assert 0 <= sum(line[name] for name in progress.SPENT) < 1
+        assert 0.05 < line["memory_gb"] < 20
+        assert "mfu" not in line  # no sheet says what this processor can
+    assert events_of(cfg.run.uri) == {
+        (line["step"], name): pytest.approx(value, rel=1e-6)
+        for line in lines
+        for name, value in line.items()
+        if name not in ("step", "time")
+    }
+
+
+def test_tensorboard_s_events_survive_a_resume_without_doubles(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """A second file beside the first draws two lines for the steps that were trained twice."""
+    cfg = settings_for(store, tmp_path, run={"tensorboard": True})
+    training.train(cfg, CPU)
+    before = {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"}
+    checkpoint.rewind(cfg.run.uri, 4)
+    training.train(cfg, CPU)
+    assert {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"} == before
+    assert len(list(Path(cfg.run.uri, "tensorboard").iterdir())) == 1
+
+
+def events_of(run: str) -> dict[tuple[int, str], float]:
+    """(step, name) -> value of a TensorBoard file, each there once. A record is length, crc, data, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = storage.read(storage.join(run, "tensorboard", "events.out.tfevents.0"))
+    found: dict[tuple[int, str], float] = {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        for value in event.summary.value:
+            assert (event.step, value.tag) not in found
+            found[event.step, value.tag] = value.simple_value
+    return found
