@@ -7,6 +7,8 @@ python jobs/bench.py train --mingpt CHECKOUT
 """
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -16,7 +18,7 @@ from igpt_ray.flows.bench.palette import palette
 from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
-WHAT = {"palette": palette, "data": data, "modern": modern, "train": train}
+WHAT: dict[str, Callable[..., Any]] = {"palette": palette, "data": data, "modern": modern, "train": train}
 
 if __name__ == "__main__":
     print(json.dumps(tyro.extras.subcommand_cli_from_dict(WHAT, config=FLAT)))
