@@ -148,7 +148,7 @@ class Workers(Section):
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a run may lose workers and go on from its last checkpoint."""
+    """How often a run may lose workers or their controller and go on from its last checkpoint."""
 
 
 class Run(Section):

@@ -78,16 +78,19 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
     assert checkpoint.committed_steps(undisturbed["run"]) == list(range(4, STEPS + 1, 4))
 
 
-def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(undisturbed: dict[str, Any], prepared: str) -> None:
-    """SIGKILL of one training worker between two checkpoints; the run goes on by itself from the last."""
-    settings = settings_for(prepared, "killed")
+@pytest.mark.parametrize("victim", ["RayTrainWorker", pytest.param("TrainController", marks=pytest.mark.slow)])
+def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
+    undisturbed: dict[str, Any], prepared: str, victim: str
+) -> None:
+    """SIGKILL of a training worker, or of what watches over them; the run goes on from its last checkpoint."""
+    settings = settings_for(prepared, f"killed-{victim}")
     killed: list[int] = []
 
     def kill_one() -> None:
         while not killed and not finished.is_set():
             if 8 in checkpoint.committed_steps(settings.run.uri):
                 running = psutil.process_iter(["cmdline"])  # `info` is None where a process has just ended
-                workers = [p.pid for p in running if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+                workers = [p.pid for p in running if victim in " ".join(p.info["cmdline"] or [])]
                 os.kill(workers[-1], signal.SIGKILL)
                 killed.append(workers[-1])
             time.sleep(0.01)

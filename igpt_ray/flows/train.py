@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -38,12 +39,12 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
         try:
             result = _trainer(settings).fit()
             break
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
             if known := mendable(error):
                 raise known from error
             if attempt > settings.workers.max_failures:
                 raise
-            log.warning("attempt %d lost its workers, starting again from the last checkpoint: %s", attempt, error)
+            log.warning("attempt %d lost workers or controller, going on from the last checkpoint: %s", attempt, error)
     return {**result.return_value, "seconds": round(time.perf_counter() - started, 2)}
 
 
