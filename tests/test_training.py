@@ -113,8 +113,6 @@ def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
         model, optimizer = build(*arguments)
         with torch.no_grad():
             model.wtet.weight.to_local().normal_()
-            model.ln_f.weight.to_local().fill_(1e-30)
-            model.h[1].mlp.c_proj.weight.to_local().fill_(1e-30)
         model.wtet.register_full_backward_hook(lambda m, gi, go: (gi[0] * 1e38,))
         return model, optimizer
 
