@@ -215,7 +215,7 @@ class Cluster(Section):
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the sheet's dense bf16 FLOPs that training reaches, causal attention counted; published: 0.3 to 0.45."""
     bus_gb_per_second: Annotated[float, Field(gt=0)] = 360
-    """Bus bandwidth of collectives, as nccl-tests print it: 360 on nodes with eight 400 Gbit/s ports, 45 with one."""
+    """Bus bandwidth of collectives, as nccl-tests print it. The default is nine tenths of eight 400 Gbit/s ports."""
     price: Annotated[float, Field(gt=0)] | None = None
     """Dollars for an hour of one device."""
 
@@ -371,7 +371,7 @@ class Prepare(Section):
     layout: Layout | None = None
     """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
     palette: PaletteUri
-    """URI of the palette (.npy), or the word openai for OpenAI\'s own 512 colours."""
+    """URI of the palette (.npy), or the word openai for OpenAI's own 512 colours."""
     tokens: Uri
     """URI of the token store to write, or to complete."""
     views: Count = 1

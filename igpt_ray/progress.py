@@ -19,6 +19,7 @@ from igpt_ray.feed import Feed
 from igpt_ray.loader import Batch, SplitCache
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
+from igpt_ray.shards import evenly
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Meter:
 
 def spread_over(split: SplitCache, n: int) -> Batch:
     """At most n images, evenly over a split in its own order: the same at every step."""
-    rows = np.unique(np.linspace(0, len(split) - 1, min(n, len(split))).astype(np.int64))
+    rows = evenly(len(split), n)
     return Batch(np.zeros_like(rows), rows)
 
 

@@ -61,8 +61,6 @@ class Statistics(Strict):
     """Encoded bytes of the images that could."""
     squared_error: int
     """Squared distance of the pixels to their colours, summed over pixels and channels, in 8-bit units."""
-    colours_used: int
-    """Colours of the palette that occur."""
 
 
 class Shard(Strict):
@@ -125,10 +123,6 @@ class Manifest(Strict):
 
     def rows(self, split: str) -> int:
         return sum(shard.rows for shard in self.select(split))
-
-    def total(self, statistic: str, split: str) -> int:
-        """One of `Statistics`, summed over a split's first view."""
-        return sum(getattr(shard.statistics, statistic) for shard in self.select(split))
 
 
 class TokenStore:
@@ -235,21 +229,21 @@ def contact_sheet(store: TokenStore, split: str) -> images.RGB:
     They are spread evenly over at most 8 shards, so that a sheet of a billion images costs no more.
     """
     with_rows = [shard for shard in store.manifest.select(split) if shard.rows]
-    chosen = [with_rows[i] for i in _evenly(len(with_rows), 8)]
+    chosen = [with_rows[i] for i in evenly(len(with_rows), 8)]
     palette, n_px, pictures = store.palette(), store.kind.n_px, list[images.RGB]()
     for n, shard in enumerate(chosen):
         tokens = tokens_of(store.read(shard))
         wanted = (SHEET - len(pictures)) // (len(chosen) - n)
-        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in _evenly(len(tokens), wanted)]
+        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in evenly(len(tokens), wanted)]
     across = math.ceil(math.sqrt(len(pictures)))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % across)
     rows = [pictures[start : start + across] for start in range(0, len(pictures), across)]
     return images.sheet(rows, scale=max(1, 64 // n_px))
 
 
-def _evenly(n: int, most: int) -> list[int]:
-    """At most `most` of 0 .. n-1, the first among them."""
-    return [i * n // min(n, most) for i in range(min(n, most))]
+def evenly(n: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of 0 .. n-1, spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
 SEAL = ',\n "sha256": "{}"\n}}\n'

@@ -17,6 +17,7 @@ os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 import hashlib
+import io
 import secrets
 import socket
 import subprocess
@@ -29,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from igpt_ray import config, images, shards, storage
@@ -229,10 +231,23 @@ def pictures(tmp_path: Path) -> str:
     return str(tmp_path / "pictures")
 
 
+@pytest.fixture(scope="session")
+def smooth() -> images.RGB:
+    """A picture that lossy formats keep well: (240, 320, 3)."""
+    y, x = np.mgrid[0:240, 0:320]
+    return np.stack([x * 255 // 319, y * 255 // 239, abs((x + y) % 256 - 128)], -1).astype(np.uint8)
+
+
+def encoded(rgb: images.RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(rgb).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
 def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:
     """A manifest's line for a shard."""
     digest = hashlib.sha256(data).hexdigest()
-    none = Statistics(quarantined=0, source_bytes=0, squared_error=0, colours_used=0)
+    none = Statistics(quarantined=0, source_bytes=0, squared_error=0)
     return Shard(
         path=path, split=split, view=view, rows=rows, bytes=len(data), sha256=digest, source="a test", statistics=none
     )

@@ -13,6 +13,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +32,28 @@ def main(settings: dict[str, Any], root: str) -> None:
     n, killed = 0, True
     while killed:
         made = config.Prepare.model_validate({**settings, "tokens": storage.join(root, str(n))})
-        end, said = in_child(made, n)
+        end, said = in_child(partial(doomed, made, n))
         killed = end == -signal.SIGKILL
         after = files_below(made.tokens)
-        again, complaint = in_child(made, None)
+        again, complaint = in_child(lambda _, made=made: prepare.prepare(made))
         print(json.dumps([n, said, after, files_below(made.tokens), again, complaint]), flush=True)
         n += 1
 
 
-def in_child(settings: config.Prepare, kill_before: int | None) -> tuple[int, str]:
-    """The exit code of a process that prepares, and what it was about to do, or why it failed."""
+def doomed(settings: config.Prepare, n: int, writer: int) -> None:
+    sys.addaudithook(Killer(settings.tokens, n, writer))
+    prepare.prepare(settings)
+
+
+def in_child(work: Callable[[int], object]) -> tuple[int, str]:
+    """The exit code of a process that does `work`, and what it wrote to the pipe it was handed, or why it failed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         code = 1
         try:
-            if kill_before is not None:
-                sys.addaudithook(Killer(settings.tokens, kill_before, writer))
-            prepare.prepare(settings)
+            work(writer)
             code = 0
         except BaseException as error:
             os.write(writer, repr(error).encode()[:500])

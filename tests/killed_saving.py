@@ -11,10 +11,11 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from killed import Killer
+from killed import Killer, in_child
 from test_checkpoint import Trainee, equal
 
 from igpt_ray import checkpoint
@@ -24,52 +25,32 @@ def main(root: Path) -> None:
     n, killed = 0, True
     while killed:
         run = str(root / str(n))
-        end, said = in_child(run, n)
+        end, said = in_child(partial(doomed, run, n))
         killed = end == -signal.SIGKILL
         assert killed or end == 0, said
-        print(json.dumps([said, *found(run)]), flush=True)
+        # In a child too: a process with a process group, which has threads, must not fork.
+        end, answer = in_child(partial(found, run))
+        assert end == 0, answer
+        print(json.dumps([said, *json.loads(answer)]), flush=True)
         n += 1
 
 
-def in_child(run: str, kill_before: int) -> tuple[int, str]:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        code = 1
-        try:
-            begin()
-            trainee = Trainee(1).train(0).save(run, 1).train(1)
-            saver = checkpoint.Saver(run, keep=1)
-            sys.addaudithook(Killer(run, kill_before, writer))
-            trainee.begin(saver, 2)
-            saver.finish()
-            code = 0
-        except BaseException as error:
-            os.write(writer, repr(error).encode()[:500])
-        os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+def doomed(run: str, n: int, writer: int) -> None:
+    begin()
+    trainee = Trainee(1).train(0).save(run, 1).train(1)
+    saver = checkpoint.Saver(run, keep=1)
+    sys.addaudithook(Killer(run, n, writer))
+    trainee.begin(saver, 2)
+    saver.finish()
 
 
-def found(run: str) -> list[object]:
-    """In a child too: a process with a process group, which has threads, must not fork."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        begin()
-        trainee = Trainee(2)
-        manifest = trainee.load(run)
-        step = manifest.step if manifest else 0
-        whole = equal(trainee, Trainee(1).train(*range(step)))
-        os.write(writer, json.dumps([checkpoint.committed_steps(run), step, whole]).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer: list[object] = json.loads(pipe.read())
-    os.wait()
-    return answer
+def found(run: str, writer: int) -> None:
+    begin()
+    trainee = Trainee(2)
+    manifest = trainee.load(run)
+    step = manifest.step if manifest else 0
+    whole = equal(trainee, Trainee(1).train(*range(step)))
+    os.write(writer, json.dumps([checkpoint.committed_steps(run), step, whole]).encode())
 
 
 def begin() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import encoded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,20 +16,6 @@ from PIL import Image
 from igpt_ray import formats, images
 from igpt_ray.errors import ImageError
 from igpt_ray.formats import RGB
-
-
-@pytest.fixture(scope="module")
-def smooth() -> RGB:
-    """A picture that lossy formats keep well: (240, 320, 3)."""
-    y, x = np.mgrid[0:240, 0:320]
-    return np.stack([x * 255 // 319, y * 255 // 239, abs((x + y) % 256 - 128)], -1).astype(np.uint8)
-
-
-def encoded(rgb: RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(rgb).convert(mode).save(out, kind, **options)
-    return out.getvalue()
-
 
 # ------------------------------------------------------------------------------------------------ decoding
 

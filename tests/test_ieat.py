@@ -83,4 +83,4 @@ def test_beyond_ten_thousand_partitions_a_seeded_sample_and_the_observed_one_cou
 )
 def test_what_cannot_be_tested_is_refused_by_name(change: object, complaint: str) -> None:
     with pytest.raises(FeatureError, match=complaint):
-        ieat.test(*change(*groups(4)))  # type: ignore[operator]
+        ieat.test(*change(*groups(4)))

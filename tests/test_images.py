@@ -1,7 +1,6 @@
 """Views: the paper's crops, and a fast pipeline with almost the pixels of the reference, the same ones each time."""
 
 import hashlib
-import io
 import os
 import subprocess
 import sys
@@ -11,26 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from conftest import encoded
 
 from igpt_ray import formats, images
 from igpt_ray.errors import ImageError
 from igpt_ray.images import FAST, REFERENCE, RGB
 from igpt_ray.palette import Palette
-
-
-@pytest.fixture(scope="module")
-def smooth() -> RGB:
-    """A picture that lossy formats keep well: (240, 320, 3)."""
-    y, x = np.mgrid[0:240, 0:320]
-    return np.stack([x * 255 // 319, y * 255 // 239, abs((x + y) % 256 - 128)], -1).astype(np.uint8)
-
-
-def encoded(rgb: RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(rgb).convert(mode).save(out, kind, **options)
-    return out.getvalue()
-
 
 # ------------------------------------------------------------------------------------------------ views
 

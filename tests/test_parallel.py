@@ -130,7 +130,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     model = parallel.shard(fresh(), init_device_mesh("cpu", (world_size,)), config.Workers())
     losses = train(model, rank, world_size)
-    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     torch.save((losses, weights), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

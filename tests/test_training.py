@@ -251,7 +251,7 @@ def test_samples_are_finished_pictures_of_the_network_so_far(
     again = training.build(cfg, CPU)[0]
     state = weights.load_release(report["release"]).model.state_dict()
     for name, parameter in again.named_parameters():
-        parameter.data.to_local().copy_(state[name])  # type: ignore[attr-defined]
+        parameter.data.to_local().copy_(state[name])
     progress.draw_samples(again, split, store.palette(), CPU, str(tmp_path / "other"), 0)
     assert (np.asarray(Image.open(tmp_path / "other/samples/step_00000000.png")) == sheet).all()
 

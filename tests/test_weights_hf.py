@@ -192,7 +192,7 @@ def test_weights_of_another_network_are_refused(folder: Path, change: Callable[[
 
 def test_a_dictionary_that_is_no_state_dict_is_refused() -> None:
     """What `torch.load` gives for a training checkpoint: the weights one level deeper."""
-    assert "transformer.model is no tensor" in refusal({"model": {}}, n_head=4)  # type: ignore[dict-item]
+    assert "transformer.model is no tensor" in refusal({"model": {}}, n_head=4)
     assert "lacks transformer.wte.weight" in refusal({}, n_head=4)
 
 

@@ -23,7 +23,7 @@ from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
 from igpt_ray.flows.pool import spread
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
-from igpt_ray.shards import Shard, Tokens, TokenStore, tokens_of
+from igpt_ray.shards import Shard, Tokens, TokenStore, evenly, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class CompletePicture:
 def _pick_images(store: TokenStore, split: str, n: int) -> tuple[list[str], Tokens]:
     """n images spread evenly over a split: their keys and tokens."""
     total = store.manifest.rows(split)
-    wanted = np.unique(np.linspace(0, total - 1, min(n, total)).astype(int))
+    wanted = evenly(total, n)
     keys, tokens, start = [], [], 0
     for shard in store.manifest.select(split):
         here = wanted[(wanted >= start) & (wanted < start + shard.rows)] - start

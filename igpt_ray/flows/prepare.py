@@ -233,8 +233,8 @@ class Progress:
 class MakeShard:
     """Task -> shards and images left out: one unit in, one Parquet object out, or two if a part is held out.
 
-    A shard that is already there is kept if it says it was made from the same unit in the same way (and, where a
-    manifest has named it before, if its hash is still the same).
+    A shard that is already there is kept if it says it was made from the same unit in the same way and is whole: by the
+    hash in the manifest that names it, or, before the commit, to the last bit of what its rows would be written as.
     """
 
     def __init__(self, root: str, kind: Kind, pixels: config.Pixels, holdout: float, committed: dict[str, str]):
@@ -349,7 +349,6 @@ class _Part:
             quarantined=len(self.bad),
             source_bytes=self.source_bytes,
             squared_error=self.squared_error,
-            colours_used=int(np.count_nonzero(np.bincount(tokens.ravel()))),
         )
         about = {**about, "statistics": statistics.model_dump()}
         return shards.encode(self.keys, self.labels, tokens, self.kind, about)

@@ -14,7 +14,7 @@ from igpt_ray import config, sources, storage
 from igpt_ray.errors import StorageError, TokenStoreError
 from igpt_ray.flows.pool import spread
 from igpt_ray.flows.prepare import MakeShard, Task, path_of, splits_of, tasks_of
-from igpt_ray.shards import Manifest, Shard, TokenStore, about, parse, tokens_of
+from igpt_ray.shards import Shard, TokenStore, about, evenly, parse, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _check_against_source(store: TokenStore, settings: config.Verify) -> list[st
         for task in tasks_of(plan, made_with.views)
         for split in splits_of(task.unit, made_with.holdout)
     }
-    chosen = _evenly(store.manifest, settings.remake)
+    chosen = [store.manifest.shards[i] for i in evenly(len(store.manifest.shards), settings.remake)]
     if missing := [shard.path for shard in chosen if shard.path not in tasks]:
         return [f"{path}: the source has no such unit any more" for path in missing]
     arguments = {"tokens": settings.tokens, "made_with": made_with}
@@ -128,11 +128,6 @@ class RemakeShard:
 
 def _rows_that_differ(a: np.ndarray, b: np.ndarray) -> int:
     return int((a != b).any(axis=1).sum()) if a.shape == b.shape else max(len(a), len(b))
-
-
-def _evenly(manifest: Manifest, n: int) -> list[Shard]:
-    chosen = np.unique(np.linspace(0, len(manifest.shards) - 1, min(n, len(manifest.shards))).astype(int))
-    return [manifest.shards[int(i)] for i in chosen]
 
 
 def _unnamed(store: TokenStore) -> list[str]:

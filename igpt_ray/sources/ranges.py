@@ -117,16 +117,16 @@ R = TypeVar("R")
 def fetched(items: Iterable[T], fetch: Callable[[T], R], n: int) -> Iterator[R]:
     """`fetch(item)` of every item, in order, by n threads that are never more than n results ahead."""
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(n) as threads:
-        try:
-            for item in items:
-                pending.append(threads.submit(fetch, item))
-                if len(pending) > n:
-                    yield pending.popleft().result()
-            while pending:
+    threads = ThreadPoolExecutor(n)
+    try:
+        for item in items:
+            pending.append(threads.submit(fetch, item))
+            if len(pending) > n:
                 yield pending.popleft().result()
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # whoever stops half-way does not wait for the rest
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # whoever stops half-way does not wait for the rest
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
