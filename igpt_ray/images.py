@@ -140,13 +140,13 @@ def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
 
 
 def _fold(rgb: RGB, rows: Side, columns: Side, n_px: int) -> RGB:
-    """(H, W, 3) -> (n_px, n_px, 3). Each product leaves the side it has made last, ready for the other."""
+    """(H, W, 3) -> (n_px, n_px, 3), rows first."""
     left, right = columns[0].first, max(band.last for band in columns)
-    squeezed = np.empty(((right - left) * 3, n_px), np.float32)
+    squeezed = np.empty((n_px, (right - left) * 3), np.float32)
     for i, band in enumerate(rows):
         pixels = rgb[band.first : band.last, left:right].astype(np.float32).reshape(band.last - band.first, -1)
-        squeezed[:, i * BAND : (i + 1) * BAND] = pixels.T @ band.matrix.T
-    wide = squeezed.astype(np.float64).reshape(right - left, 3 * n_px)
+        np.matmul(band.matrix, pixels, out=squeezed[i * BAND : (i + 1) * BAND])
+    wide = np.ascontiguousarray(squeezed.T).astype(np.float64).reshape(right - left, 3 * n_px)
     folded = np.empty((n_px, 3 * n_px))
     for i, band in enumerate(columns):
         np.matmul(band.matrix, wide[band.first - left : band.last - left], out=folded[i * BAND : (i + 1) * BAND])

@@ -201,19 +201,25 @@ def parse(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
 
 
+def described(data: bytes) -> tuple[int, dict[str, Any]]:
+    """How many rows a shard has, and what it says of itself, from the end of its bytes alone."""
+    footer = pq.read_metadata(io.BytesIO(data))
+    return footer.num_rows, about(footer)
+
+
 def reencode(table: pa.Table) -> bytes:
     """The bytes of a shard made from these rows: those it was read from, unless some of them are wrong.
 
     Pages have checksums; what lies between and behind them has none, but would be written otherwise.
     """
-    said = about(table)
+    said = about(table.schema)
     kind = Kind(**{field: said.pop(field) for field in Kind.model_fields})
     return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
 
 
-def about(table: pa.Table) -> dict[str, Any]:
+def about(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
     """What a shard says of itself: its kind, unit, split and view."""
-    found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"igpt_ray", b"{}"))
+    found: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
     return found
 
 

@@ -93,7 +93,7 @@ def name(uri: str) -> str:
 def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """The bytes of a file, or `length` of them from `start`; fewer at its end. Raises `NotFound` or `StorageError`."""
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             return _read_s3(uri, start, length)
         with open(uri, "rb") as f:
             f.seek(start)
@@ -105,7 +105,7 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
 def write(uri: str, data: bytes) -> None:
     """Store `data` under `uri`, replacing what was there."""
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             bucket, key = _split(uri)
             _s3().put_object(Bucket=bucket, Key=key, Body=data)
             return
@@ -122,7 +122,7 @@ def write_new(uri: str, data: bytes) -> bool:
     ignores it the last writer wins.
     """
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             return _put_if_absent(*_split(uri), data)
         with _beside(uri, len(data)) as temporary:
             temporary.write_bytes(data)
@@ -137,7 +137,7 @@ def write_new(uri: str, data: bytes) -> bool:
 def upload(path: Path, uri: str) -> None:
     """Store a local file of any size under `uri`, in parts where the store wants that."""
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             _upload_s3(path, uri)
             return
         with _beside(uri, path.stat().st_size) as temporary:
@@ -149,8 +149,8 @@ def upload(path: Path, uri: str) -> None:
 def download(uri: str, path: Path) -> None:
     """Bring a file of any size to the local `path`; the path appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors(uri), _beside(str(path), None if _is_s3(uri) else os.path.getsize(uri)) as temporary:
-        if _is_s3(uri):
+    with _errors(uri), _beside(str(path), None if is_s3(uri) else os.path.getsize(uri)) as temporary:
+        if is_s3(uri):
             _download_s3(uri, temporary)
         else:
             shutil.copyfile(uri, temporary)
@@ -163,7 +163,7 @@ def walk(uri: str) -> Iterator[Entry]:
     Yields nothing where there is nothing; raises `StorageError` if the bucket is missing or refuses.
     """
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             yield from _walk_s3(uri)
         else:
             yield from _walk_local(uri)
@@ -171,7 +171,7 @@ def walk(uri: str) -> Iterator[Entry]:
 
 def leftovers(uri: str) -> Iterator[Entry]:
     """Temporary files below a local `uri` of writes that were killed, or are under way; in a bucket there are none."""
-    if not _is_s3(uri):
+    if not is_s3(uri):
         with _errors(uri):
             for path in sorted(Path(uri).rglob(".*.*")):
                 if TEMPORARY.fullmatch(path.name) and path.is_file():
@@ -180,7 +180,7 @@ def leftovers(uri: str) -> Iterator[Entry]:
 
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is stored under `uri`."""
-    if not _is_s3(uri):
+    if not is_s3(uri):
         return os.path.isfile(uri)
     try:
         with _errors(uri):
@@ -194,7 +194,7 @@ def exists(uri: str) -> bool:
 def delete(uri: str) -> None:
     """Remove a file; nothing happens if it is not there."""
     with _errors(uri):
-        if _is_s3(uri):
+        if is_s3(uri):
             bucket, key = _split(uri)
             _s3().delete_object(Bucket=bucket, Key=key)
         else:
@@ -260,7 +260,7 @@ def _walk_local(uri: str) -> Iterator[Entry]:
 # ------------------------------------------------------------------------------------------------ buckets
 
 
-def _is_s3(uri: str) -> bool:
+def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
@@ -431,7 +431,7 @@ def _errors(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_s3(uri) and type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+        if is_s3(uri) and type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
             raise _s3_error(uri, error) from error  # first: some of botocore's errors are an OSError too
         if isinstance(error, FileNotFoundError):
             raise NotFound(f"{uri} does not exist") from error

@@ -74,7 +74,7 @@ def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], 
     table = store.read(first)
     values, labels, keys = tokens_of(table).copy(), table["label"].to_pylist(), table["key"].to_pylist()
     change(values, labels, keys)
-    said = {k: v for k, v in shards.about(table).items() if k in ("unit", "split", "view", "source")}
+    said = {k: v for k, v in shards.about(table.schema).items() if k in ("unit", "split", "view", "source")}
     data = shards.encode(keys, labels, values, store.kind, said)
     (tokens / first.path).write_bytes(data)
     again = first.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})

@@ -98,7 +98,7 @@ def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: Kind, pa
     assert (opened.manifest.rows("test"), opened.manifest.views("test")) == (3, 1)
     assert [len(table) for table in opened.read_split("train")] == [7, 5]
     tables = [opened.read(shard) for shard in opened.manifest.select("train", 1)]
-    assert [shards.about(t)["view"] for t in tables] == ["1", "1"]
+    assert [shards.about(t.schema)["view"] for t in tables] == ["1", "1"]
 
 
 def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> None:

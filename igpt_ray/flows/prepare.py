@@ -284,7 +284,7 @@ class MakeShard:
         if path in self.committed:
             return Made(data, bad) if hashlib.sha256(data).hexdigest() == self.committed[path] else None
         try:
-            said = shards.about(table := shards.parse(data))
+            said = shards.about((table := shards.parse(data)).schema)
             statistics = said.pop("statistics")
             if said != {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(task, split)}:
                 return None
@@ -298,16 +298,16 @@ class MakeShard:
         return Made(data, bad)
 
     def _listing(self, task: Task, split: str, data: bytes) -> Shard:
-        table = shards.parse(data)
+        rows, said = shards.described(data)
         return Shard(
             path=path_of(split, task),
             split=split,
             view=task.view,
-            rows=table.num_rows,
+            rows=rows,
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             source=task.unit.digest,
-            statistics=Statistics.model_validate(shards.about(table)["statistics"]),
+            statistics=Statistics.model_validate(said["statistics"]),
         )
 
     def _about(self, task: Task, split: str) -> dict[str, Any]:

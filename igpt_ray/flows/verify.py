@@ -67,7 +67,7 @@ class CheckShard:
             table = self.store.read(shard)
         except (StorageError, TokenStoreError) as error:
             return [str(error)]
-        said, tokens, labels = about(table), tokens_of(table), table["label"].to_numpy()
+        said, tokens, labels = about(table.schema), tokens_of(table), table["label"].to_numpy()
         wrong = []
         for field, value in manifest.kind.model_dump().items():
             if said.get(field) != value:

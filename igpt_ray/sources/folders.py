@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD = 16
 """Requests under way at once per unit, to hide the object store's latency."""
+READ_AHEAD_DISK = 2
+"""The same where there is little to hide: more threads would cost three times what reading does."""
 TOGETHER = 4
 """Files that a thread fetches one after the other: handing over every single one costs as much as reading it."""
 
@@ -60,7 +62,8 @@ class Files:
         """Raises `StorageError` if a file cannot be fetched."""
         items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
         items = [item for item in items if wanted is None or wanted(item[1])]
-        for part in fetched(batched(items, TOGETHER), self._fetch, READ_AHEAD):
+        ahead = READ_AHEAD if storage.is_s3(self.root) else READ_AHEAD_DISK
+        for part in fetched(batched(items, TOGETHER), self._fetch, ahead):
             yield from part
 
     def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | Unreadable]:
