@@ -14,7 +14,7 @@ from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
 from igpt_ray import config, objectives, weights
-from igpt_ray.model import ImageGPT, KVCache, turned
+from igpt_ray.model import ImageGPT, KVCache, attended, turned
 
 Golden = tuple[ImageGPT, dict[str, Tensor]]
 
@@ -193,7 +193,7 @@ def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
     for i in range(sum(name.endswith("ln_1.weight") for name in state)):
         qkv = F.linear(norm(h, f"h.{i}.ln_1.weight"), state[f"h.{i}.attn.c_attn.weight"])
         q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
         h = h + F.linear(y.transpose(1, 2).reshape(B, T, C), state[f"h.{i}.attn.c_proj.weight"])
         m = F.linear(norm(h, f"h.{i}.ln_2.weight"), state[f"h.{i}.mlp.c_fc.weight"])
         h = h + F.linear(m * torch.sigmoid(1.702 * m), state[f"h.{i}.mlp.c_proj.weight"])
@@ -372,3 +372,14 @@ def test_parameters_are_counted_with_every_option(objective: Literal["next", "ma
     assert c.n_params == default - (32 if objective == "masked" else 0) + 32 * n_class
     modern = c.model_copy(update=MODERN)
     assert sum(p.numel() for p in ImageGPT(modern).parameters()) == modern.n_params == c.n_params + 2 * 2 * 8
+
+
+@pytest.mark.parametrize("T", [2, 128, 129], ids=lambda T: f"{T} positions")
+def test_short_attention_in_bfloat16_rounds_only_what_comes_in_and_goes_out(T: int) -> None:
+    """At 128 x 64 and below a CPU attends in float32, above in bfloat16; neither is far from float64."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, T, 64).bfloat16()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    error = (attended(q, k, v, causal=True).double() - exact).abs()
+    assert attended(q, k, v, causal=True).dtype == torch.bfloat16
+    assert (error <= (2**-8 if T <= 128 else 2**-6) * exact.abs().clamp(min=1)).all()
