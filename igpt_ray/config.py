@@ -132,7 +132,10 @@ class Workers(Section):
     """Who trains."""
 
     n: Count = 1
-    """Workers; the model is sharded over all of them (FSDP2)."""
+    """Workers, each on a part of the batch."""
+    shard: Annotated[int, Field(ge=0)] = 0
+    """Workers that share weights, gradients and moments (FSDP2); 0 is all. With fewer there are several copies, and
+    only gradients travel between them (HSDP): as many as a node has GPUs keeps the weights' traffic inside nodes."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per worker; also its threads."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
@@ -149,6 +152,16 @@ class Workers(Section):
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a run may lose workers or their controller and go on from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _shards_divide_workers(self) -> Self:
+        if self.shard and self.n % self.shard:
+            raise ValueError(f"n {self.n} is not a multiple of shard {self.shard}")
+        return self
+
+    @property
+    def sharing(self) -> int:
+        return self.shard or self.n
 
 
 class Run(Section):
@@ -214,8 +227,18 @@ class Cluster(Section):
     """Accelerator of a worker, known by its data sheet."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the sheet's dense bf16 FLOPs that training reaches, causal attention counted; published: 0.3 to 0.45."""
+    devices_per_node: Count = 8
+    """Of which a worker has one."""
+    node_gb_per_second: Annotated[float, Field(gt=0)] = 340
+    """Bus bandwidth of collectives inside a node, as nccl-tests print it (all_gather on eight H100)."""
     bus_gb_per_second: Annotated[float, Field(gt=0)] = 360
-    """Bus bandwidth of collectives, as nccl-tests print it. The default is nine tenths of eight 400 Gbit/s ports."""
+    """The same over all workers of several nodes. The default is nine tenths of eight 400 Gbit/s ports of a node."""
+    store_gb_per_second: Annotated[float, Field(gt=0)] = 3
+    """What a node reads from, or writes to, the object store."""
+    images: Count = 1_281_167
+    """Of the training split; the default is ImageNet's."""
+    failure_hours: Annotated[float, Field(gt=0)] = 50_000
+    """Hours of a device between failures that end a step: 419 in 54 days of 16,384 (Llama 3, arXiv 2407.21783)."""
     price: Annotated[float, Field(gt=0)] | None = None
     """Dollars for an hour of one device."""
 

@@ -60,10 +60,11 @@ def flops_per_step(model: config.Model, optim: config.Optim, causal: bool) -> in
     return optim.batch_size * model.n_positions * flops_per_token(model, causal) + muon
 
 
-def state_bytes(model: config.Model, optim: config.Optim, workers: int) -> float:
-    """Of a worker's shard at rest: float32 weights, gradients, and Adam's two moments, or Muon's one."""
+def state_bytes(model: config.Model, optim: config.Optim, sharing: int) -> float:
+    """Of a worker's shard at rest, one of `sharing`: float32 weights, gradients, and Adam's two moments, or Muon's
+    one."""
     one_moment = 12 * model.n_layer * model.n_embd**2 if optim.muon_lr is not None else 0
-    return 4 * (4 * model.n_params - one_moment) / workers
+    return 4 * (4 * model.n_params - one_moment) / sharing
 
 
 def gathered_bytes(model: config.Model, width: int) -> float:
@@ -103,8 +104,27 @@ def images_that_fit(
 ) -> int:
     """The most of a worker's `share` of a batch that one forward pass takes in 0.9 of `memory` bytes; at least 1."""
     width = width_of(workers)
-    left = 0.9 * memory - state_bytes(model, optim, workers.n) - gathered_bytes(model, width)
+    left = 0.9 * memory - state_bytes(model, optim, workers.sharing) - gathered_bytes(model, width)
     return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.recompute))))
+
+
+def images_per_pass(settings: config.Estimate) -> tuple[int, int]:
+    """Images that a worker takes at once, and how often in a step."""
+    workers, batch_size = settings.workers, settings.optim.batch_size
+    share, memory = -(-batch_size // workers.n), DEVICES[settings.cluster.device].memory_gb * GB
+    fitting = images_that_fit(settings.model, settings.optim, workers, share, memory)
+    passes = -(-share // min(workers.micro_batch or fitting, share))
+    return -(-share // passes), passes
+
+
+def buses(workers: config.Workers, cluster: config.Cluster) -> tuple[float, float]:
+    """GB/s of the workers that share the weights, and of those that hold copies of one share of them.
+
+    A ring over whole nodes has all of their network; groups of copies share it, one for each share on a node.
+    """
+    here = cluster.devices_per_node
+    sharing = cluster.node_gb_per_second if workers.sharing <= here else cluster.bus_gb_per_second
+    return sharing, cluster.bus_gb_per_second / min(workers.sharing, here)
 
 
 def width_of(workers: config.Workers) -> int:
@@ -122,23 +142,23 @@ def estimate(settings: config.Estimate) -> dict[str, Any]:
     model, optim, workers, cluster = settings.model, settings.optim, settings.workers, settings.cluster
     device = DEVICES[cluster.device]
     width = width_of(workers)
-    share = -(-optim.batch_size // workers.n)
-    fitting = images_that_fit(model, optim, workers, share, device.memory_gb * GB)
-    images = min(workers.micro_batch or fitting, share)
-    passes = -(-share // images)
+    images, passes = images_per_pass(settings)
     tokens_per_step = optim.batch_size * model.n_positions
     full, causal = (flops_per_token(model, causal) for causal in (False, True))
     memory = {
-        "weights_gradients_adam": state_bytes(model, optim, workers.n),
+        "weights_gradients_adam": state_bytes(model, optim, workers.sharing),
         "gathered_weights": gathered_bytes(model, width),
         "activations": activation_bytes(model, images, width, workers.recompute),
     }
     passes_done = (4 if workers.recompute == "full" else 3) / 3  # forward, backward (twice the work), forward again
     work = passes_done * flops_per_step(model, optim, causal=True)
     step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
-    others = (workers.n - 1) / workers.n  # of a ring's bytes each worker hands on all but its own share
-    traffic = others * model.n_params * (2 * width * passes + 4)
-    traffic_seconds = traffic / (cluster.bus_gb_per_second * GB)
+    sharing, copies = workers.sharing, workers.n // workers.sharing
+    bus, bus_between = buses(workers, cluster)
+    # In a ring each worker hands on all but its own share: of weights there, weights back, gradients; of sums, twice.
+    traffic = (sharing - 1) / sharing * model.n_params * (2 * width * passes + 4)
+    between = 2 * (copies - 1) / copies * model.n_params * 4 / sharing
+    traffic_seconds = traffic / (bus * GB) + between / (bus_between * GB)
     seconds = optim.steps * max(step_seconds, traffic_seconds)
     hours = seconds / 3600
     return {
@@ -157,6 +177,7 @@ def estimate(settings: config.Estimate) -> dict[str, Any]:
         "fits": sum(memory.values()) < 0.9 * device.memory_gb * GB,
         "step_seconds": step_seconds,
         "traffic_gb_per_step": round(traffic / GB, 3),
+        "traffic_gb_between_copies": round(between / GB, 3),
         "traffic_seconds": traffic_seconds,
         "tokens_per_second": round(tokens_per_step / max(step_seconds, traffic_seconds)),
         "hours": round(hours, 2),
@@ -180,7 +201,7 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         (
             "  at rest",
             f"{memory['weights_gradients_adam']:.2f} GB",
-            f"16 bytes{_muons(o)} x parameters / {w.n} workers",
+            f"16 bytes{_muons(o)} x parameters / {w.sharing} workers",
         ),
         ("  gathered", f"{memory['gathered_weights']:.2f} GB", f"{width} bytes x (2 blocks + embeddings, head)"),
         (
@@ -198,7 +219,7 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
         (
             "traffic",
             f"{found['traffic_seconds']:.4g} s",
-            f"{found['traffic_gb_per_step']:.3g} GB per worker and step at {c.bus_gb_per_second:g} GB/s,"
+            f"{_traffic(w, c, found)} per worker and step,"
             f" {'hidden' if found['traffic_seconds'] <= found['step_seconds'] else 'the LIMIT'}",
         ),
         ("speed", f"{found['tokens_per_second']:,} tokens/s", "over all workers"),
@@ -207,6 +228,14 @@ def lines(settings: config.Estimate, found: dict[str, Any]) -> list[str]:
     if c.price is not None:
         rows.append(("money", f"${found['dollars']:,}", f"at ${c.price:g} for an hour of one {c.device}"))
     return [f"{what:18} {much:>20}   {why}" for what, much, why in rows]
+
+
+def _traffic(workers: config.Workers, cluster: config.Cluster, found: dict[str, Any]) -> str:
+    bus, bus_between = buses(workers, cluster)
+    said = f"{found['traffic_gb_per_step']:.3g} GB at {bus:g} GB/s"
+    if workers.sharing < workers.n:
+        said += f" and {found['traffic_gb_between_copies']:.3g} GB at {bus_between:g} GB/s between copies"
+    return said
 
 
 def _muons(optim: config.Optim) -> str:

@@ -1,19 +1,31 @@
-"""Parallelism, applied from outside to a plain model: FSDP2 on every worker count, one included."""
+"""Parallelism, applied from outside to a plain model: FSDP2 on every worker count, one included; HSDP on many."""
 
+import math
 from functools import partial
 from typing import cast
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from igpt_ray import config
 from igpt_ray.model import ImageGPT
 
 
+def mesh_of(device_type: str, sharing: int) -> DeviceMesh:
+    """All workers, or copies x `sharing` workers that share one; the largest common divisor if they do not divide."""
+    n = dist.get_world_size()
+    sharing = math.gcd(n, sharing) if sharing else n
+    if sharing == n:
+        return init_device_mesh(device_type, (n,))
+    return init_device_mesh(device_type, (n // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+
+
 def shard(model: ImageGPT, mesh: DeviceMesh, workers: config.Workers) -> ImageGPT:
-    """Shard every block, then the rest, over `mesh`, in place.
+    """Shard every block, then the rest, over `mesh`, or over its rows, which are then copies of each other, in place.
 
     Blocks are gathered one at a time on the way in and out; embeddings and head, used first and last, stay gathered
     in between. Parameters rest in float32 and are cast to `precision` as they are gathered; gradients are reduced in
@@ -34,3 +46,22 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: config.Workers) -> ImageGP
 def reduce_gradients(model: ImageGPT, now: bool) -> None:
     """Whether the next backward pass reduces gradients over the workers, or only adds to this worker's sum."""
     cast(FSDPModule, model).set_requires_gradient_sync(now)
+
+
+def rehearsal(model: config.Model, workers: config.Workers) -> tuple[int, int]:
+    """The fewest and the most parameters that one of `workers` will hold. For a process without a process group.
+
+    Sharded as in earnest, but by one process that stands for the others in turn (torch's fake process group), and
+    without memory (meta).
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    held = []
+    for rank in (workers.sharing - 1, 0):  # torch deals rows out in equal parts, so what is left over is the last's
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=workers.n)
+        with torch.device("meta"):
+            network = ImageGPT(model)
+        shard(network, mesh_of("cpu", workers.shard), workers)
+        held.append(sum(cast(DTensor, p).to_local().numel() for p in network.parameters()))
+        dist.destroy_process_group()
+    return held[0], held[1]

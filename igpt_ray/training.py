@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -106,7 +105,7 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
 def build(cfg: config.Pretrain, device: torch.device) -> tuple[ImageGPT, Optimizer]:
     """The sharded network with the weights of the seed, and its optimiser."""
     torch.manual_seed(cfg.seed)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = parallel.mesh_of(device.type, cfg.workers.shard)
     model = parallel.shard(ImageGPT(cfg.model).to(device), mesh, cfg.workers)
     return model, optim.build(model, cfg.optim, cfg.workers.precision)
 

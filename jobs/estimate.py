@@ -1,4 +1,5 @@
-"""What a run will take on a cluster: parameters, FLOPs, memory, traffic, hours, money. Starts nothing.
+"""What a run will take on a cluster: parameters, FLOPs, memory, traffic, hours, money; and what a larger one would wait
+for. Starts nothing.
 
 python jobs/estimate.py igpt-l --workers.n 64 --workers.precision bfloat16 --cluster.device h200 --cluster.price 4
 """
@@ -6,11 +7,15 @@ python jobs/estimate.py igpt-l --workers.n 64 --workers.precision bfloat16 --clu
 import json
 import sys
 
+from igpt_ray import simulate
 from igpt_ray.config import Estimate, preset_from_words
 from igpt_ray.estimate import estimate, lines
+from igpt_ray.parallel import rehearsal
 
 if __name__ == "__main__":
     settings = preset_from_words(sys.argv[1:], Estimate)
     found = estimate(settings)
-    print("\n".join(lines(settings, found)))
+    fewest, most = rehearsal(settings.model, settings.workers)
+    print("\n".join([*lines(settings, found), "", *simulate.lines(settings)]))
+    print(f"the mesh, rehearsed in this process: a worker holds {fewest:,} to {most:,} parameters")
     print(json.dumps(found))

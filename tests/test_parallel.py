@@ -1,7 +1,10 @@
 """Sharding changes where weights lie, and no number."""
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -124,11 +127,12 @@ def fresh() -> ImageGPT:
     return random_model(std=0.15, n_layer=2, **MODERN).requires_grad_(True).train()
 
 
-def worker(rank: int, world_size: int, folder: str) -> None:
+def worker(rank: int, world_size: int, folder: str, sharing: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    model = parallel.shard(fresh(), init_device_mesh("cpu", (world_size,)), config.Workers())
+    model = parallel.shard(fresh(), parallel.mesh_of("cpu", sharing), config.Workers())
+    assert {cast(DTensor, p).device_mesh.shape for p in model.parameters()} == {(2, 2) if sharing else (world_size,)}
     losses = train(model, rank, world_size)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     torch.save((losses, weights), f"{folder}/{rank}.pt")
@@ -136,14 +140,34 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "sharing"), [(2, 0), (3, 0), (4, 2)])
+def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, sharing: int, tmp_path: Path) -> None:
     """Each worker's rows made orthogonal by themselves; rows or layers that do not divide evenly, or too few layers
-    for all workers, as with three."""
-    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path)), nprocs=world_size)
+    for all workers, as with three; copies that drift apart, as with two of two."""
+    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), sharing), nprocs=world_size)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     plain = fresh()
     losses = torch.tensor([losses for losses, _ in found]).mean(0)
     torch.testing.assert_close(losses, torch.tensor(train(plain, 0, 1)), rtol=0, atol=1e-5)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(found[0][1][name], p.detach(), rtol=0, atol=1e-5, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ large meshes
+
+
+def test_a_mesh_has_copies_only_where_they_are_asked_for(process_group: None) -> None:
+    assert parallel.mesh_of("cpu", 0).shape == (1,)
+    assert parallel.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
+
+
+@pytest.mark.parametrize(("n", "sharing"), [(1024, 0), (1024, 64), (24, 0), (24, 8)])
+def test_a_large_mesh_is_tried_in_one_process(n: int, sharing: int) -> None:
+    """What `jobs/estimate.py` shows: 8 and 64 divide every matrix of iGPT-XL, other numbers give some workers less."""
+    model = config.PRESETS["igpt-xl"][1].model
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # this process has its own group
+        fewest, most = one.submit(parallel.rehearsal, model, config.Workers(n=n, shard=sharing)).result()
+    even = model.n_params / (sharing or n)
+    assert fewest <= even <= most
+    assert (fewest == even == most) == (sharing in (8, 64))
+    assert most < 1.1 * even

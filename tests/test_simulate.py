@@ -1,0 +1,121 @@
+"""The simulated step: what can be checked by hand, and bounds that no order of events can break."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igpt_ray import config, simulate
+from igpt_ray.config import PRESETS, Cluster, Estimate, Workers
+from igpt_ray.estimate import estimate
+from igpt_ray.simulate import Group
+
+FAST = {"node_gb_per_second": 1e12, "bus_gb_per_second": 1e12}
+
+
+def of(preset: str, batch_size: int = 1024, cluster: dict[str, float] | None = None, **workers: int | str) -> Estimate:
+    chosen = PRESETS[preset][1]
+    sections = {name: getattr(chosen, name) for name in config.Pretrain.model_fields} | {
+        "optim": chosen.optim.model_copy(update={"batch_size": batch_size}),
+        "workers": Workers(precision="bfloat16", micro_batch=0, **workers),
+        "cluster": Cluster(**(cluster or {})),
+    }
+    return Estimate(**sections)
+
+
+@pytest.mark.parametrize("preset", ["igpt-s", "igpt-l", "igpt-s-bert", "igpt-s-modern"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_alone_a_worker_only_computes(preset: str, recompute: str) -> None:
+    """A pass forgotten, or the head counted twice: then it would differ from the totals."""
+    found = simulate.step(of(preset, n=1, recompute=recompute))
+    expected = of(preset, n=1, recompute=recompute)
+    again = estimate(expected)["step_seconds"]
+    if recompute == "full":  # blocks alone are computed again; the totals say a third of everything
+        assert 0.97 * again < found["step_seconds"] <= again
+    else:
+        assert found["step_seconds"] == pytest.approx(again)
+    assert (found["devices"], found["node_links"], found["network"]) == (pytest.approx(1), 0, 0)
+
+
+def test_a_ring_by_hand() -> None:
+    """64 workers on 8 nodes: 63 hops, 8 of them between nodes, and 63/64 of the bytes over the bus."""
+    hops = 55 * 3.4e-6 + 8 * 14e-6
+    assert Group(64, 8, 360).ring(1e9) == pytest.approx(8.4e-6 + hops + 63 / 64 * 1e9 / 360e9)
+    assert Group(8, 1, 340).ring(0) == pytest.approx(8.4e-6 + 7 * 3.4e-6)
+    assert Group(1, 1, 340).ring(1e9) == 0
+
+
+def test_the_network_carries_what_the_totals_say() -> None:
+    """A gather, or a sum over the copies, left out or counted twice."""
+    for shard in (0, 8, 64):
+        settings = of("igpt-l", cluster={"mfu": 0.5}, n=64, shard=shard)
+        found, totals = simulate.step(settings), estimate(settings)
+        there, blocks = simulate.Topology.of(settings.workers, settings.cluster), settings.model.n_layer + 1
+        hops = blocks * (3 * there.sharing.ring(0) + 2 * there.copies.ring(0))
+        carried = (found["node_links"] + found["network"]) * found["step_seconds"]
+        assert carried == pytest.approx(totals["traffic_seconds"] + hops, rel=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    preset=st.sampled_from(["igpt-s", "igpt-l", "igpt-xl"]),
+    nodes=st.integers(1, 32),
+    copies=st.booleans(),
+    bus=st.floats(1, 1000),
+    batch=st.integers(256, 2048),
+)
+def test_no_step_is_faster_than_its_fullest_part_or_slower_than_all_in_turn(
+    preset: str, nodes: int, copies: bool, bus: float, batch: int
+) -> None:
+    cluster = {"bus_gb_per_second": bus, "node_gb_per_second": 2 * bus}
+    found = simulate.step(of(preset, batch, cluster, n=8 * nodes, shard=8 if copies else 0))
+    parts = [found["devices"], found["node_links"], found["network"]]
+    assert max(parts) <= 1 + 1e-9
+    assert sum(parts) >= 1 - 0.01  # the last sums, of a few bytes, are no part's work
+
+
+def test_weights_come_while_the_block_before_computes() -> None:
+    """Without the prefetch, or with it blocked by a gradient on its way out, half as fast a step."""
+    slow = of("igpt-l", cluster={"mfu": 0.4}, n=64)
+    found = simulate.step(slow)
+    assert found["devices"] + found["network"] > 1.2
+    assert found["devices"] > 0.97
+
+
+def test_copies_need_less_of_the_network_and_rings_of_a_thousand_need_time() -> None:
+    """iGPT-XL on 1,024 H200s with an image each: what the README says of it."""
+    by_sharing = {
+        sharing: simulate.step(of("igpt-xl", 1024, {"mfu": 0.5}, n=1024, shard=sharing)) for sharing in (0, 8, 64)
+    }
+    assert by_sharing[0]["devices"] < 0.4
+    assert 0.7 < by_sharing[8]["devices"] < 0.8
+    assert by_sharing[64]["devices"] > 0.97
+    hops = Group(1024, 128, math.inf).ring(0)
+    assert 180 * hops > 0.8  # 60 blocks, gathered twice and reduced once: more than twice the work itself
+
+
+def test_what_is_full_first_is_named() -> None:
+    first = {
+        (preset, batch, shard): simulate.full_first(simulate.sizes(of(preset, batch, {"mfu": 0.5}, n=8, shard=shard)))
+        for preset, batch, shard in (("igpt-xl", 1024, 0), ("igpt-xl", 1024, 8), ("igpt-s", 128, 0))
+    }
+    assert first["igpt-xl", 1024, 0] == "the network, with 1,024 workers"
+    assert "batch" in simulate.full_first(simulate.sizes(of("igpt-xl", 64, FAST | {"mfu": 0.5}, n=8)))
+    assert "node links" in simulate.full_first(simulate.sizes(of("igpt-s", 128, {"node_gb_per_second": 1}, n=8)))
+    assert first["igpt-s", 128, 0] == "the network, with 32 workers"
+
+
+def test_more_workers_than_images_is_said() -> None:
+    (line,) = simulate.lines(of("igpt-xl", 64, n=128))
+    assert line == "a batch of 64 has no image for each of 128 workers"
+
+
+def test_what_a_node_reads_and_stores_by_hand() -> None:
+    settings = of("igpt-xl", 1024, n=1024)
+    node = simulate.beside(settings, step_seconds=0.5)
+    assert node["images_per_second"] == 1024 / 128 / 0.5
+    assert node["mb_per_second"] == pytest.approx(16 * 4096 * 2 / 1e6)
+    assert node["cache_gb"] == pytest.approx(1_281_167 * 8192 / 1e9)
+    assert node["checkpoint_gb"] == pytest.approx(12 * 6_810_875_904 / 128 / 1e9)
+    assert node["hours_between_failures"] == pytest.approx(48.8, abs=0.1)
