@@ -625,6 +625,23 @@ class BenchCheckpoints(Section):
     """Threads of a step."""
 
 
+class BenchOverheads(Section):
+    """What FSDP2, the loader and Ray Train add to a step of one worker, and how two divide its state."""
+
+    tokens: Uri
+    """URI of a token store; `make demo` leaves one of digits in demo-out/data/tokens."""
+    split: str = "train"
+    """Split to train on."""
+    n_embd: Count = 256
+    """Width of the network, of 8 blocks."""
+    images: Count = 64
+    """Images of a step."""
+    steps: Count = 40
+    """Steps of every run."""
+    rounds: Count = 3
+    """How often the loop runs, alone and under Ray Train."""
+
+
 class BenchTrain(Section):
     """A training step beside other networks of the same shape."""
 

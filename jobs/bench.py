@@ -4,6 +4,7 @@ python jobs/bench.py palette --images FOLDER
 python jobs/bench.py data --images FOLDER
 python jobs/bench.py modern --tokens demo-out/data/tokens --out modern.json
 python jobs/bench.py checkpoints
+python jobs/bench.py overheads --tokens demo-out/data/tokens
 python jobs/bench.py train --mingpt CHECKOUT
 """
 
@@ -16,6 +17,7 @@ import tyro
 from igpt_ray.flows.bench.checkpoints import checkpoints
 from igpt_ray.flows.bench.data import data
 from igpt_ray.flows.bench.modern import modern
+from igpt_ray.flows.bench.overheads import overheads
 from igpt_ray.flows.bench.palette import palette
 from igpt_ray.flows.bench.train import train
 
@@ -26,6 +28,7 @@ if __name__ == "__main__":
         "palette": palette,
         "data": data,
         "checkpoints": checkpoints,
+        "overheads": overheads,
         "modern": modern,
         "train": train,
     }
