@@ -188,6 +188,10 @@ class Run(Section):
     """Steps between sheets of finished pictures, `<run>/samples/`; 0 is never. Worker 0 then holds a whole network."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard's events, `<run>/tensorboard/`."""
+    track: Literal["wandb", "mlflow"] | None = None
+    """Also send the metrics to Weights & Biases or MLflow; needs the extra [track], and their variables on worker 0."""
+    profile_at: Annotated[int, Field(ge=0)] = 0
+    """Step before which torch's profiler begins to watch worker 0, for 3 steps: `<run>/profile/`; 0 is never."""
 
     @model_validator(mode="after")
     def _kept_ones_are_saved(self) -> Self:

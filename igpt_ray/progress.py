@@ -2,9 +2,11 @@
 
 import logging
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile
 
 from igpt_ray import config, estimate, images, objectives, sampling, storage
 from igpt_ray.errors import StorageError
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SPENT = ("data_wait", "checkpoint_stall", "evaluation")
 """What a run does beside its steps. Each is given as a share of the time between two lines."""
+PROFILED = 3
+"""Steps that the profiler watches."""
 PICTURES, COMPLETIONS = 8, 3
 """On a sheet of samples: pictures, and how often each is finished."""
 
@@ -89,6 +94,41 @@ class Meter:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Profiler:
+    """torch's profiler on worker 0 for a few steps. `<run>/profile/` gets a trace for chrome://tracing or Perfetto, and
+    a table of what took most time."""
+
+    def __init__(self, run: config.Run, device: torch.device):
+        self.run = run
+        self.wanted = run.profile_at > 0 and dist.get_rank() == 0
+        self.kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self.watching: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Called before each step, and once after the last."""
+        if self.wanted and step == self.run.profile_at - 1:
+            self.watching = profile(activities=self.kinds, record_shapes=True, profile_memory=True)
+            self.watching.start()
+        elif self.watching is not None and step == self.run.profile_at - 1 + PROFILED:
+            self.end()
+
+    def end(self) -> None:
+        if self.watching is None:
+            return
+        self.watching.stop()
+        by = f"self_{'cuda' if len(self.kinds) > 1 else 'cpu'}_time_total"
+        table = self.watching.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            self.watching.export_chrome_trace(str(trace))
+            self.watching = None
+            try:
+                storage.write(storage.join(self.run.uri, "profile", "table.txt"), table.encode())
+                storage.upload(trace, storage.join(self.run.uri, "profile", "trace.json"))
+            except StorageError as error:
+                log.warning("no profile: %s", error)
 
 
 def spread_over(split: SplitCache, n: int) -> Batch:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, progress, storage, weights
+from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, progress, storage, trackers, weights
 from igpt_ray.errors import TrainingError
 from igpt_ray.feed import Feed, Micro, micro_batch_that_fits
 from igpt_ray.loader import SplitCache, global_batch, keys_of
@@ -50,11 +50,14 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
     step = resumed.step if resumed else 0
     lines = metrics.Metrics(run.uri, step, run.tensorboard)
     meter = progress.Meter(cfg, device, len(images), step)
+    profiler = progress.Profiler(run, device)
+    tracker = trackers.tracker_of(cfg) if rank == 0 else None
     if rank == 0:
         log.info("%s from step %d on %d worker(s)", "resumed" if resumed else "started", step, world_size)
         lines.flush()
 
     while step < n_steps:
+        profiler.before(step)
         with meter.spent("data_wait"):
             micros = feed.micros(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
         sums = []
@@ -89,6 +92,8 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
             lines.add(line)
             if rank == 0:
                 meter.say(line)
+            if tracker is not None:
+                tracker.log(line)
         if sampling:
             with meter.spent("evaluation"):
                 progress.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
@@ -97,6 +102,9 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
                 about = {"world_size": world_size}
                 saver.save(step, model, optimizer, about, lines.flusher(), must=last or run.keeps(step))
 
+    profiler.end()
+    if tracker is not None:
+        tracker.finish()
     saver.finish()
     release = _release(cfg, store, model, step, lines)
     return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
