@@ -446,25 +446,77 @@ class Score(Section):
     pool: Pool = Pool()
 
 
-class Probe(Section):
-    """Linear probe of every layer: L-BFGS logistic regression on mean-pooled features."""
+class Features(Section):
+    """What a release makes of every image of a token store, layer by layer, to Parquet."""
 
     release: Uri
     """URI of a release."""
     tokens: Uri
-    """URI of a token store with labels."""
+    """URI of a token store."""
     out: Uri
-    """URI of the folder for features and report."""
+    """URI of the folder to write, or to complete: <split>/layer-<l>/ is a table with key, label, features."""
+    splits: tuple[str, ...] = ()
+    """Splits; empty is all. Of views, the first."""
+    layers: tuple[int, ...] = ()
+    """Layers, block l's ln_1 output, or ln_f's at the number of blocks; empty is all. No block behind them is run."""
+    pooling: Literal["mean", "last", "max"] = "mean"
+    """Over positions: the paper's mean, the last one, or the maximum."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network; what is stored is float32."""
+    compile: bool = False
+    """Compile the blocks: tens of seconds first, then faster."""
+    untrained: Annotated[int, Field(ge=0)] | None = None
+    """A seed: draw the weights anew, as before training."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    pool: Pool = Pool()
+
+
+class Sgd(Section):
+    """The paper's way to fit a probe on ImageNet: momentum 0.9, a cosine to zero, the best of some learning rates."""
+
+    steps: Count = 1_000_000
+    """Steps."""
+    batch_size: Count = 128
+    """Images per step; not stated in the paper."""
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = (30, 10, 3, 1, 0.3, 0.1)
+    """Learning rates, all fitted side by side on the same batches; the paper names 30, 10, 3, ..."""
+
+
+class Probe(Section):
+    """Linear probe of every layer: logistic regression on pooled features, as in the paper's tables."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store with labels. Prepare it with `--pixels.crop centre`: probes see no augmentation."""
+    out: Uri
+    """URI of the folder for the report."""
+    features: OptionalUri = ""
+    """URI of the folder for features, used and completed; empty is features/ in `out`."""
     fit_split: str = "train"
     """Split to fit on; a fifth of it chooses layer and regularisation."""
     split: str = "test"
-    """Split whose accuracy is reported."""
+    """Split whose accuracy is reported, once."""
+    layers: tuple[int, ...] = ()
+    """Layers to try; empty is all."""
+    pooling: Literal["mean", "last", "max"] = "mean"
+    """Over positions: the paper's mean, the last one, or the maximum."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network."""
+    method: Literal["lbfgs", "sgd"] = "lbfgs"
+    """L-BFGS holds the features of a layer in memory, SGD in a file on the worker's disk."""
+    sgd: Sgd = Sgd()
+    concatenate: Annotated[int, Field(ge=0)] = 0
+    """Also probe this many neighbouring layers together, the best in their midst; the paper's is 5."""
+    low_data: tuple[Count, ...] = ()
+    """Also probe the best layer with so few labels a class, five times each; the paper's are 4, 25 and 400."""
     baselines: bool = False
     """Also probe the same network untrained, and raw pixels."""
     batch_size: Count = 64
     """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the held-out fifth and the untrained network."""
+    """Seeds the held-out fifth, the few labels, SGD and the untrained network."""
     pool: Pool = Pool()
 
 
