@@ -143,7 +143,7 @@ def table(report: Report) -> str:
         f" (unigram by position {bases['unigram_by_position']:.3f}, previous pixel"
         f" {bases['bigram_previous_pixel']:.3f}, 2-D context {bases['context_2d']:.3f})",
         "probe": f"{test['accuracy']:.1%} at layer {test['best_layer']} (untrained"
-        f" {test['untrained']['accuracy']:.1%}, raw pixels {test['raw_pixels']['test']:.1%})",
+        f" {test['untrained']['accuracy']:.1%}, raw pixels {test['raw_pixels']['accuracy']:.1%})",
         "complete": f"{s['complete']['completions']} completions, {s['complete']['tokens_per_second']:,.0f} tokens/s",
         "score": f"{s['score']['images']} images scored",
         "serve": f"{s['serve']['completions']} completions over HTTP",

@@ -66,20 +66,6 @@ def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_relea
     assert kept.read_bytes() != whole[0]
 
 
-def test_the_probe_reports_every_layer_beside_untrained_and_raw_pixels(both: dict[str, Any], tmp_path: Path) -> None:
-    report = infer.probe_layers(config.Probe(**both, out=str(tmp_path), baselines=True))
-    assert len(report["layers"]) == len(report["untrained"]["layers"]) == 3
-    best = max(report["layers"], key=lambda layer: layer["validation"])
-    assert report["accuracy"] == report["layers"][report["best_layer"]]["test"]
-    assert report["layers"][report["best_layer"]]["validation"] == best["validation"]
-    assert report["raw_pixels"]["test"] > 0.5
-    model = weights.load_release(both["release"]).model
-    shard = next(iter(sorted((tmp_path / "features/test").iterdir())))
-    stored = pq.read_table(shard)["features"].combine_chunks().to_numpy_ndarray()
-    direct = infer.pooled_features(model, tokens_in_order(both, "test"), 64)
-    np.testing.assert_allclose(stored, direct[: len(stored)], atol=1e-6)
-
-
 def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
     settings = config.Complete(**both, out=str(tmp_path), images=3, n=2, rows=5)
     report = infer.complete(settings)
