@@ -669,6 +669,44 @@ class BenchTrain(Section):
     """A checkout of karpathy/minGPT, to have it take part."""
 
 
+class BenchProbe(Section):
+    """Fit a probe beside scikit-learn's logistic regression."""
+
+    features: OptionalUri = ""
+    """URI of features; empty makes up some that are correlated as a network's are."""
+    split: str = "train"
+    """Split of those features."""
+    layer: int = 0
+    """Layer of those features."""
+    rows: Count = 50_000
+    """Images made up."""
+    width: Count = 512
+    """Features of each."""
+    classes: Annotated[int, Field(ge=2)] = 10
+    """Classes."""
+    l2: Annotated[float, Field(gt=0)] = 1e-4
+    """Penalty, l2 / 2 * |W|^2 beside the mean loss."""
+    rounds: Count = 3
+    """How often each takes its turn; figures are quartiles."""
+    threads: Count = 2
+    """Of both."""
+
+
+class BenchFeatures(Section):
+    """Features of the first layers of iGPT-S beside transformers' with all hidden states."""
+
+    n_layer: Count = 24
+    """Blocks of the network."""
+    last_layer: Annotated[int, Field(ge=0)] = 12
+    """The last layer wanted; its features take this many blocks."""
+    images: Count = 4
+    """Images of a forward pass."""
+    rounds: Count = 5
+    """How often each takes its turn; figures are medians."""
+    threads: Count = 2
+    """Of torch."""
+
+
 # ------------------------------------------------------------------------------------------------ provenance
 
 

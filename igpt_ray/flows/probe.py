@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from igpt_ray import config, features, lowdata, probe, storage
-from igpt_ray.features import FeatureStore, Labels
+from igpt_ray.features import Features, FeatureStore, Labels
 from igpt_ray.flows.features import extract
 from igpt_ray.flows.infer import device, open_store
 from igpt_ray.flows.pool import spread
@@ -189,7 +189,9 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
     """The quantised picture itself as features: (N, T * 3) in [0, 1]."""
     palette = store.palette()
     parts = [palette.decode(tokens_of(table)).reshape(table.num_rows, -1) for table in store.read_split(split)]
-    return Labelled(np.concatenate(parts) / np.float32(255), _labels(store, split))
+    pixels: Features = np.concatenate(parts, dtype=np.float32)
+    pixels /= 255
+    return Labelled(pixels, _labels(store, split))
 
 
 # ------------------------------------------------------------------------------------------------ the report
