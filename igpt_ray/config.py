@@ -425,6 +425,11 @@ class Evaluate(Section):
     """Split to evaluate."""
     baselines: str = ""
     """Split to fit count models on for comparison (train, say); empty for none. Runs on the driver."""
+    out: OptionalUri = ""
+    """URI of a folder for nats by class and position, a picture of where the surprise is, and the likeliest and least
+    likely images; empty for none."""
+    against: OptionalUri = ""
+    """URI of a token store of other images, same split: how well nats tell them apart (AUROC); empty for none."""
     batch_size: Count = 64
     """Images per forward pass."""
     pool: Pool = Pool()

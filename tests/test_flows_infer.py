@@ -1,5 +1,6 @@
 """What a release says about a split, on a cluster, against the same asked directly."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> Non
     assert report["nats_per_token"] == pytest.approx(nats.mean() / 64, rel=1e-6)
     assert report["tokens"] == nats.size * 64
     assert 0 < report["baselines"]["context_2d"] < report["baselines"]["unigram_by_position"]
+
+
+def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str, Any], tmp_path: Path) -> None:
+    """Parts that do not add up to the whole: shards joined in another order, classes or positions left out."""
+    settings = config.Evaluate(**both, split="test", out=str(tmp_path / "report"), against=both["tokens"])
+    report = infer.evaluate(settings)
+    assert report["against"]["auroc"] == 0.5  # the store against itself
+    said = json.loads((tmp_path / "report/likelihood.json").read_text())
+    assert said["nats_per_token"] == report["nats_per_token"]
+    by_position = np.array(said["by_position"])
+    assert by_position.shape == (8, 8)
+    assert by_position.mean() == pytest.approx(report["nats_per_token"])
+    images = {name: found["images"] for name, found in said["by_class"].items()}
+    assert sum(images.values()) == report["images"] == 40
+    mean = sum(found["nats_per_token"] * found["images"] for found in said["by_class"].values()) / 40
+    assert mean == pytest.approx(report["nats_per_token"])
+    assert np.asarray(Image.open(tmp_path / "report/surprise.png")).shape == (512, 512, 3)
 
 
 def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:

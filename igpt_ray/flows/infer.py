@@ -18,11 +18,14 @@ import torch
 
 from igpt_ray import config, images, objectives, sampling, storage, weights
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
+from igpt_ray.evaluate import Judged, Likelihood, auroc, count_models, heat_map, image_nats, masked_nats, nats_both_ways
 from igpt_ray.flows.pool import spread
 from igpt_ray.shards import Shard, Tokens, TokenStore, evenly, tokens_of
 
 log = logging.getLogger(__name__)
+
+HEAT_MAP_PX = 512
+"""About how wide the picture of surprises is drawn."""
 
 
 def open_store(release: str, tokens: str, *splits: str) -> TokenStore:
@@ -48,17 +51,15 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
     """
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.split)
-    shards = store.manifest.select(settings.split)
     masked = weights.load_config(settings.release).model.objective == "masked"
-    if masked and settings.baselines:
-        raise SettingError("count models predict the next pixel, a masked network does not: leave --baselines out")
-    arguments = {"release": settings.release, "tokens": settings.tokens, "batch_size": settings.batch_size}
-    n_positions = 1 if masked else store.kind.n_positions
-    total = Likelihood.of(np.empty(0), n_positions)
-    for nats in spread(shards, ShardNats, arguments, settings.pool):
-        total += Likelihood.of(nats, n_positions)
-        log.info("%d of %d images", total.images, store.manifest.rows(settings.split))
-    found: dict[str, Any] = total.report()
+    if masked and (settings.baselines or settings.out or settings.against):
+        raise SettingError(
+            "a masked network gives no picture a probability that could be compared: leave --baselines, --out and"
+            " --against out"
+        )
+    other = open_store(settings.release, settings.against, settings.split) if settings.against else None
+    judged = _judged(settings, store)
+    found: dict[str, Any] = Likelihood.of(judged.nats, 1 if masked else store.kind.n_positions).report()
     if masked:
         found = {
             "nats_per_masked_token": found["nats_per_token"],
@@ -70,22 +71,60 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
     if settings.baselines:
         fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
         report["baselines"] = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
+    if other is not None:
+        outside = _judged(settings, other)
+        report["against"] = {
+            "tokens": settings.against,
+            **Likelihood.of(outside.nats, store.kind.n_positions).report(),
+            "auroc": auroc(judged.nats, outside.nats),
+        }
+    if settings.out:
+        _write_report(settings, store, report, judged)
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
+def _judged(settings: config.Evaluate, store: TokenStore) -> Judged:
+    arguments = {"release": settings.release, "tokens": store.root, "batch_size": settings.batch_size}
+    rows, parts = store.manifest.rows(settings.split), list[Judged]()
+    for part in spread(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
+        parts.append(part)
+        log.info("%d of %d images", sum(len(part.nats) for part in parts), rows)
+    return Judged.joined(parts)
+
+
+def _write_report(settings: config.Evaluate, store: TokenStore, report: dict[str, Any], judged: Judged) -> None:
+    """likelihood.json and surprise.png: bright is where an image costs most."""
+    n_px = store.kind.n_px
+    by_position = (judged.by_position / len(judged.nats)).reshape(n_px, n_px)
+    beyond = {
+        "by_class": judged.by_class(store.manifest.classes),
+        "by_position": by_position.tolist(),
+        "ranking": judged.ranking(),
+        "made_by": config.provenance(settings),
+    }
+    said = json.dumps({**report, **beyond}, indent=1).encode()
+    storage.write(storage.join(settings.out, "likelihood.json"), said)
+    picture = images.png(heat_map(by_position.ravel(), n_px, max(1, HEAT_MAP_PX // n_px)))
+    storage.write(storage.join(settings.out, "surprise.png"), picture)
+
+
 class ShardNats:
-    """Shard -> nats of each of its images, (rows,); under a masked network, per masked token."""
+    """Shard -> its images and their nats; under a masked network, per masked token."""
 
     def __init__(self, release: str, tokens: str, batch_size: int):
         self.model = weights.load_release(release, device()).model
         self.store = TokenStore.open(tokens)
         self.batch_size = batch_size
 
-    def __call__(self, shard: Shard) -> np.ndarray:
+    def __call__(self, shard: Shard) -> Judged:
         table = self.store.read(shard)
+        keys, tokens = table["key"].to_pylist(), tokens_of(table)
         if self.model.causal:
-            return image_nats(self.model, tokens_of(table), self.batch_size)
-        return masked_nats(self.model, tokens_of(table), table["key"].to_pylist(), self.batch_size)
+            nats, by_position = nats_both_ways(self.model, tokens, self.batch_size)
+        else:
+            nats = masked_nats(self.model, tokens, keys, self.batch_size)
+            by_position = np.zeros(tokens.shape[1])  # masks differ, so positions cannot be compared
+        return Judged(keys, table["label"].to_numpy().astype(np.int64), nats, by_position)
 
 
 def score(settings: config.Score) -> dict[str, Any]:
@@ -112,11 +151,13 @@ def score(settings: config.Score) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-class ScoreShard(ShardNats):
+class ScoreShard:
     """Shard -> its Parquet file of nats, made unless it is there."""
 
     def __init__(self, release: str, tokens: str, batch_size: int, out: str):
-        super().__init__(release, tokens, batch_size)
+        self.model = weights.load_release(release, device()).model
+        self.store = TokenStore.open(tokens)
+        self.batch_size = batch_size
         self.mark = _mark(release)
         self.out = out
 
