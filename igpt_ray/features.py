@@ -146,8 +146,8 @@ def _look(
 def claim(root: str, about: About) -> None:
     """Make `root` the folder of these features. Raises `FeatureError` if it holds those of something else."""
     uri = storage.join(root, "features.json")
-    if storage.write_new(uri, (about.model_dump_json(indent=1) + "\n").encode()):
-        return
+    if not storage.exists(uri):
+        storage.write_new(uri, (about.model_dump_json(indent=1) + "\n").encode())
     there = about_of(root)
     for field in About.model_fields:
         ours, theirs = getattr(about, field), getattr(there, field)

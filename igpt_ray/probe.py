@@ -39,11 +39,7 @@ class Labelled:
     """(N,)"""
 
     def __post_init__(self) -> None:
-        missing = int((self.labels < 0).sum())
-        if missing:
-            raise FeatureError(
-                f"{missing} of {len(self.labels)} images have no label: probe splits whose images all have one"
-            )
+        check_labels(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,9 +118,21 @@ def refit(data: Labelled, n_classes: int, setting: float, method: Method) -> Lin
     return fitted[setting]
 
 
-def _check(data: Labelled) -> None:
-    if len(np.unique(data.labels)) < 2:
+def check_labels(labels: Labels) -> None:
+    """Raises `FeatureError` if labels are missing."""
+    missing = int((labels < 0).sum())
+    if missing:
+        raise FeatureError(f"{missing} of {len(labels)} images have no label: probe splits whose images all have one")
+
+
+def check_classes(labels: Labels) -> None:
+    """Raises `FeatureError` if there are fewer than two classes to tell apart."""
+    if len(np.unique(labels)) < 2:
         raise FeatureError("a probe needs labels of at least two classes in the split it is fitted on")
+
+
+def _check(data: Labelled) -> None:
+    check_classes(data.labels)
     for start in range(0, len(data), CHUNK):
         check_finite(data.features[start : start + CHUNK])
 

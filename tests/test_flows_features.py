@@ -90,10 +90,10 @@ def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Pat
     assert by_sgd["validation"] >= by_lbfgs["validation"] - 0.1  # 24 images
 
 
-def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(
-    both: dict[str, Any], prepared: str, digit_images: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(both: dict[str, Any], tmp_path: Path) -> None:
     """Labels that are missing, or too few; a layer that is not there; features of something else."""
+    with pytest.raises(SettingError, match="the split train is in --fit-split and in --split"):
+        probe_layers(config.Probe(**both, out=str(tmp_path), split="train"))
     with pytest.raises(SettingError, match="there is no layer 3: this network has 0 to 2"):
         probe_layers(config.Probe(**both, out=str(tmp_path), layers=(3,)))
     assert not list(tmp_path.iterdir())

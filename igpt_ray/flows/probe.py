@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from igpt_ray import config, features, lowdata, probe, storage
+from igpt_ray.errors import SettingError
 from igpt_ray.features import Features, FeatureStore, Labels
 from igpt_ray.flows.features import extract
 from igpt_ray.flows.infer import device, open_store
@@ -57,27 +58,26 @@ def probe_layers(settings: config.Probe) -> Report:
     """Accuracy of the best layer, and of what was asked for beside it: neighbours together, few labels, baselines."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
-    _check_labels(store, settings)
+    _check_splits(store, settings)
     roots = _extracted(settings)
     layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).about.layers]
     tasks = [Choose(source, layer) for source in roots for layer in layers]
     tasks += [Choose(PIXELS, ())] if settings.baselines else []
     choices = _answers(tasks, settings, roots)
     best = _best_layers(choices)
+    judged = list(best.items())
     if settings.concatenate:
-        together = Choose(NETWORK, _around(best[NETWORK][0], settings.concatenate, [layer for (layer,) in layers]))
-        choices |= _answers([together], settings, roots)
-        judged = [*best.items(), (NETWORK, together.layers)]
-    else:
-        judged = list(best.items())
+        around = _around(best[NETWORK][0], settings.concatenate, [layer for (layer,) in layers])
+        choices |= _answers([Choose(NETWORK, around)], settings, roots)
+        judged.append((NETWORK, around))
     looks: list[Any] = [Judge(source, ls, choices[Choose(source, ls)]) for source, ls in judged]
     looks += [Few(source, ls, k) for k in settings.low_data for source, ls in best.items()]
     found = _answers(looks, settings, roots)
-    report = _report(settings, store, choices, best, found)
+    report = _report(settings, choices, best, found)
     if settings.concatenate:
-        look = Judge(NETWORK, together.layers, choices[together])
-        report["concatenated"] = {"layers": list(together.layers), **_said(look.choice), **found[look].report}
-    _write(settings, store, report, found[Judge(NETWORK, best[NETWORK], choices[Choose(NETWORK, best[NETWORK])])])
+        look = looks[len(best)]
+        report["concatenated"] = {"layers": list(around), **_said(look.choice), **found[look].report}
+    _write(settings, store, report, found[looks[list(best).index(NETWORK)]])
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -103,9 +103,8 @@ def _extracted(settings: config.Probe) -> dict[str, str]:
 
 def _answers(tasks: list[Any], settings: config.Probe, roots: dict[str, str]) -> dict[Any, Any]:
     answers = {}
-    for task, answer in zip(
-        tasks, spread(tasks, Prober, {"settings": settings, "roots": roots}, settings.pool), strict=True
-    ):
+    given = {"settings": settings, "roots": roots}
+    for task, answer in zip(tasks, spread(tasks, Prober, given, settings.pool), strict=True):
         answers[task] = answer
         if isinstance(answer, Choice):
             log.info("%s %s: %.1f %% of held-out images", task.source, task.layers or "", 100 * answer.validation)
@@ -127,13 +126,16 @@ def _around(best: int, n: int, layers: list[int]) -> tuple[int, ...]:
     return tuple(layers[start : start + n])
 
 
-def _check_labels(store: TokenStore, settings: config.Probe) -> None:
-    """Before hours of features: every image has a label, and every class as many as `low_data` wants."""
-    labelled = {split: _labels(store, split) for split in {settings.fit_split, settings.split}}
-    for labels in labelled.values():
-        Labelled(np.empty((len(labels), 0), np.float32), labels)
+def _check_splits(store: TokenStore, settings: config.Probe) -> None:
+    """Before hours of features: the test images are others, every image has a label, every class as many as wanted."""
+    if both := set(settings.fit_split.split("+")) & set(settings.split.split("+")):
+        raise SettingError(f"the split {both.pop()} is in --fit-split and in --split: report on images not fitted on")
+    fit, test = (_labels(store, split) for split in (settings.fit_split, settings.split))
+    probe.check_labels(fit)
+    probe.check_labels(test)
+    probe.check_classes(fit)
     for k in settings.low_data:
-        lowdata.draw(labelled[settings.fit_split], k, store.manifest.classes, (settings.seed, 0))
+        lowdata.draw(fit, k, store.manifest.classes, (settings.seed, 0))
 
 
 def _labels(store: TokenStore, split: str) -> Labels:
@@ -199,7 +201,6 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
 
 def _report(
     settings: config.Probe,
-    store: TokenStore,
     choices: dict[Choose, Choice],
     best: dict[str, tuple[int, ...]],
     found: dict[Any, Any],
