@@ -21,6 +21,8 @@ from igpt_ray.loader import global_batch
 
 CHUNK = 4096
 """Rows that are worked on at once: they stay in the processor's cache between the two products that need them."""
+MOST = 500
+"""Iterations of L-BFGS; it needs a tenth, as a rule."""
 MOMENTUM = 0.9
 DEVIATION = 1e-6
 """Added to every deviation: a constant feature stays at zero."""
@@ -64,13 +66,17 @@ def fit_lbfgs(
 ) -> dict[float, Linear]:
     """The fit to some rows of (N, C) at each penalty."""
     mean, deviation = moments(x, rows)
-    standard = torch.from_numpy((x[rows] - mean) / deviation).to(device)
-    found = minimised(standard, torch.from_numpy(y[rows]).to(device), n_classes, l2s)
+    standard = x[rows]
+    standard -= mean
+    standard /= deviation
+    found = minimised(torch.from_numpy(standard).to(device), torch.from_numpy(y[rows]).to(device), n_classes, l2s)
     return {l2: Linear(mean, deviation, *weights) for l2, weights in found.items()}
 
 
-def minimised(x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float]) -> dict[float, tuple[Features, Features]]:
-    """The minimum at each penalty, as weight (K, C) and bias (K,): (N, C), (N,).
+def minimised(
+    x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float], most: int = MOST
+) -> dict[float, tuple[Features, Features]]:
+    """The minimum at each penalty, as weight (K, C) and bias (K,): (N, C), (N,). Gives up after `most` iterations.
 
     Features of a network are strongly correlated, which makes this slow as it stands. So it is solved in V, with
     W = V P' and P the inverse root of the Hessian's shape, curvature * covariance + l2: the same problem and the same
@@ -78,7 +84,8 @@ def minimised(x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float]) -> dic
     """
     if len(x) < x.shape[1]:  # the minimum lies in the span of the rows: leave the other directions out
         basis = torch.linalg.qr(x.T)[0]  # (C, N)
-        return {l2: (w @ basis.T.cpu().numpy(), b) for l2, (w, b) in minimised(x @ basis, y, n_classes, l2s).items()}
+        within = minimised(x @ basis, y, n_classes, l2s, most)
+        return {l2: (w @ basis.T.cpu().numpy(), b) for l2, (w, b) in within.items()}
     values, vectors = torch.linalg.eigh((x.T @ x).double() / len(x))
     values = values.clamp_min(0)
     weight = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, device=x.device)
@@ -86,13 +93,13 @@ def minimised(x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float]) -> dic
     found, curvature = {}, (1 - 1 / n_classes) / n_classes
     for l2 in sorted(l2s, reverse=True):
         scale = (curvature * values + l2).sqrt()
-        weight, bias = _descend(x, y, weight, bias, l2, vectors, scale)
+        weight, bias = _descend(x, y, weight, bias, l2, vectors, scale, most)
         found[l2] = (weight.float().cpu().numpy(), bias.float().cpu().numpy())
     return found
 
 
 def _descend(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float, vectors: Tensor, scale: Tensor
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float, vectors: Tensor, scale: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
     """L-BFGS from a weight and bias, in the coordinates V = W vectors * scale.
 
@@ -100,7 +107,12 @@ def _descend(
     """
     V, b = (weight @ vectors * scale).requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [V, b], max_iter=500, history_size=30, tolerance_grad=1e-7, tolerance_change=2e-9, line_search_fn="strong_wolfe"
+        [V, b],
+        max_iter=most,
+        history_size=30,
+        tolerance_grad=1e-7,
+        tolerance_change=2e-9,
+        line_search_fn="strong_wolfe",
     )
 
     @torch.no_grad()

@@ -11,9 +11,9 @@ from igpt_ray.flows.bench import features, probe
 def test_both_fits_minimise_the_same_loss() -> None:
     """A penalty of another size would make one side's work easier."""
     report = probe.probe(BenchProbe(rows=600, width=12, classes=3, l2=1e-2, rounds=1, threads=1))
-    assert all(0 <= gap < 1e-4 * report["loss"] for gap in report["gap"].values())
-    assert min(report["equal_predictions"].values()) > 0.99
-    assert set(report["faster"]) == {"scikit-learn", "scikit-learn, on"}
+    assert all(0 <= report["gap"][name] < 1e-4 * report["loss"] for name in ("ours", "scikit-learn, on"))
+    assert report["gap"]["ours, 10"] >= report["gap"]["ours"]
+    assert report["equal_predictions"]["scikit-learn, on"] > 0.99
 
 
 def test_features_made_up_are_correlated_and_the_same_each_time() -> None:
