@@ -452,6 +452,11 @@ class Evaluate(Section):
     """Split to evaluate."""
     baselines: str = ""
     """Split to fit count models on for comparison (train, say); empty for none. Runs on the driver."""
+    out: OptionalUri = ""
+    """URI of a folder for nats by class and position, a picture of where the surprise is, and the likeliest and least
+    likely images; empty for none."""
+    against: OptionalUri = ""
+    """URI of a token store of other images, same split: how well nats tell them apart (AUROC); empty for none."""
     batch_size: Count = 64
     """Images per forward pass."""
     pool: Pool = Pool()
@@ -473,25 +478,77 @@ class Score(Section):
     pool: Pool = Pool()
 
 
-class Probe(Section):
-    """Linear probe of every layer: L-BFGS logistic regression on mean-pooled features."""
+class Features(Section):
+    """What a release makes of every image of a token store, layer by layer, to Parquet."""
 
     release: Uri
     """URI of a release."""
     tokens: Uri
-    """URI of a token store with labels."""
+    """URI of a token store."""
     out: Uri
-    """URI of the folder for features and report."""
+    """URI of the folder to write, or to complete: <split>/layer-<l>/ is a table with key, label, features."""
+    splits: tuple[str, ...] = ()
+    """Splits; empty is all. Of views, the first."""
+    layers: tuple[int, ...] = ()
+    """Layers, block l's ln_1 output, or ln_f's at the number of blocks; empty is all. No block behind them is run."""
+    pooling: Literal["mean", "last", "max"] = "mean"
+    """Over positions: the paper's mean, the last one, or the maximum."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network; what is stored is float32."""
+    compile: bool = False
+    """Compile the blocks: tens of seconds first, then faster."""
+    untrained: Annotated[int, Field(ge=0)] | None = None
+    """A seed: draw the weights anew, as before training."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    pool: Pool = Pool()
+
+
+class Sgd(Section):
+    """The paper's way to fit a probe on ImageNet: momentum 0.9, a cosine to zero, the best of some learning rates."""
+
+    steps: Count = 1_000_000
+    """Steps."""
+    batch_size: Count = 128
+    """Images per step; not stated in the paper."""
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = (30, 10, 3, 1, 0.3, 0.1)
+    """Learning rates, all fitted side by side on the same batches; the paper names 30, 10, 3, ..."""
+
+
+class Probe(Section):
+    """Linear probe of every layer: logistic regression on pooled features, as in the paper's tables."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store with labels. Prepare it with `--pixels.crop centre`: probes see no augmentation."""
+    out: Uri
+    """URI of the folder for the report."""
+    features: OptionalUri = ""
+    """URI of the folder for features, used and completed; empty is features/ in `out`."""
     fit_split: str = "train"
     """Split to fit on; a fifth of it chooses layer and regularisation."""
     split: str = "test"
-    """Split whose accuracy is reported."""
+    """Split whose accuracy is reported, once."""
+    layers: tuple[int, ...] = ()
+    """Layers to try; empty is all."""
+    pooling: Literal["mean", "last", "max"] = "mean"
+    """Over positions: the paper's mean, the last one, or the maximum."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network."""
+    method: Literal["lbfgs", "sgd"] = "lbfgs"
+    """L-BFGS holds the features of a layer in memory, SGD in a file on the worker's disk."""
+    sgd: Sgd = Sgd()
+    concatenate: Annotated[int, Field(ge=0)] = 0
+    """Also probe this many neighbouring layers together, the best in their midst; the paper's is 5."""
+    low_data: tuple[Count, ...] = ()
+    """Also probe the best layer with so few labels a class, five times each; the paper's are 4, 25 and 400."""
     baselines: bool = False
     """Also probe the same network untrained, and raw pixels."""
     batch_size: Count = 64
     """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the held-out fifth and the untrained network."""
+    """Seeds the held-out fifth, the few labels, SGD and the untrained network."""
     pool: Pool = Pool()
 
 
@@ -659,6 +716,44 @@ class BenchTrain(Section):
     """Of torch, on the CPU."""
     mingpt: OptionalUri = ""
     """A checkout of karpathy/minGPT, to have it take part."""
+
+
+class BenchProbe(Section):
+    """Fit a probe beside scikit-learn's logistic regression."""
+
+    features: OptionalUri = ""
+    """URI of features; empty makes up some that are correlated as a network's are."""
+    split: str = "train"
+    """Split of those features."""
+    layer: int = 0
+    """Layer of those features."""
+    rows: Count = 50_000
+    """Images made up."""
+    width: Count = 512
+    """Features of each."""
+    classes: Annotated[int, Field(ge=2)] = 10
+    """Classes."""
+    l2: Annotated[float, Field(gt=0)] = 1e-4
+    """Penalty, l2 / 2 * |W|^2 beside the mean loss."""
+    rounds: Count = 3
+    """How often each takes its turn; figures are quartiles."""
+    threads: Count = 2
+    """Of both."""
+
+
+class BenchFeatures(Section):
+    """Features of the first layers of iGPT-S beside transformers' with all hidden states."""
+
+    n_layer: Count = 24
+    """Blocks of the network."""
+    last_layer: Annotated[int, Field(ge=0)] = 12
+    """The last layer wanted; its features take this many blocks."""
+    images: Count = 4
+    """Images of a forward pass."""
+    rounds: Count = 5
+    """How often each takes its turn; figures are medians."""
+    threads: Count = 2
+    """Of torch."""
 
 
 # ------------------------------------------------------------------------------------------------ provenance

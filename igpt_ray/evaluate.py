@@ -12,21 +12,29 @@ import torch
 from numpy.typing import NDArray
 
 from igpt_ray import objectives
+from igpt_ray.images import RGB
 from igpt_ray.model import ImageGPT
 from igpt_ray.shards import Tokens
 
 Nats = NDArray[np.float64]
 
 
-@torch.inference_mode()
 def image_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
     """Nats of each image, summed over its positions: (N, T) -> (N,)."""
+    return nats_both_ways(model, tokens, batch_size)[0]
+
+
+@torch.inference_mode()
+def nats_both_ways(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Nats, Nats]:
+    """Nats of each image, summed over its positions, and of each position, summed over images: (N, T) -> (N,), (T,)."""
     device = model.wpe.device
-    nats = np.empty(len(tokens))
+    by_image, by_position = np.empty(len(tokens)), np.zeros(tokens.shape[1])
     for start in range(0, len(tokens), batch_size):
         x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(device)
-        nats[start : start + batch_size] = objectives.next_pixel(model(x), x).double().sum(1).cpu().numpy()
-    return nats
+        nats = objectives.next_pixel(model(x), x).double()
+        by_image[start : start + batch_size] = nats.sum(1).cpu().numpy()
+        by_position += nats.sum(0).cpu().numpy()
+    return by_image, by_position
 
 
 @torch.inference_mode()
@@ -77,6 +85,67 @@ class Likelihood:
             "images": self.images,
             "tokens": self.images * self.n_positions,
         }
+
+
+# ------------------------------------------------------------------------------------------------ where and whom
+
+RANKED = 20
+"""Images named at either end."""
+HEAT = ((0, 0, 0), (150, 20, 60), (250, 140, 20), (255, 255, 220))
+"""Colours of a heat map, from nothing to the most."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images of a split and what each costs."""
+
+    keys: list[str]
+    labels: NDArray[np.int64]
+    nats: Nats
+    """(N,)"""
+    by_position: Nats
+    """(T,), summed over images."""
+
+    @classmethod
+    def joined(cls, parts: list["Judged"]) -> "Judged":
+        return cls(
+            [key for part in parts for key in part.keys],
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.nats for part in parts]),
+            np.sum([part.by_position for part in parts], axis=0),
+        )
+
+    def by_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
+        """The report of every class that has images."""
+        T = len(self.by_position)
+        return {
+            name: Likelihood.of(self.nats[self.labels == c], T).report()
+            for c, name in enumerate(classes)
+            if (self.labels == c).any()
+        }
+
+    def ranking(self) -> dict[str, list[dict[str, object]]]:
+        """The likeliest images and the least likely, with nats per token; the most extreme first."""
+        order, T = np.argsort(self.nats, kind="stable"), len(self.by_position)
+        ends = {"most_likely": order[:RANKED], "least_likely": order[::-1][:RANKED]}
+        return {
+            end: [{"key": self.keys[i], "nats_per_token": float(self.nats[i]) / T} for i in rows]
+            for end, rows in ends.items()
+        }
+
+
+def auroc(inside: Nats, outside: Nats) -> float:
+    """How likely an image from outside costs more nats than one from inside; equals count half."""
+    ordered = np.sort(inside)
+    below = np.searchsorted(ordered, outside, "left") + np.searchsorted(ordered, outside, "right")
+    return float(below.mean() / 2 / len(inside))
+
+
+def heat_map(values: Nats, n_px: int, scale: int) -> RGB:
+    """A picture of one value a position, from zero to the largest: (T,) -> (n_px * scale, n_px * scale, 3)."""
+    share = (values / values.max()).reshape(n_px, n_px).repeat(scale, 0).repeat(scale, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(share, stops, channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ count models

@@ -5,6 +5,7 @@ Parallelism, precision and compilation are applied from outside (`parallel.py`);
     B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -19,6 +20,11 @@ SHORT = 8192
 kernel for bfloat16 takes 1.3 times as long at 128 x 64 and 2.4 times at 128 x 32, but 0.7 at 256 x 64."""
 ROTARY_BASE = 100.0
 """The fastest pair turns by a radian a pixel, the slowest by about a hundredth: pictures are at most 64 pixels wide."""
+
+
+def mean_over_positions(h: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C), in float32 whatever the network computes in: the paper's pooling."""
+    return h.mean(1, dtype=torch.float32)
 
 
 class ImageGPT(nn.Module):
@@ -82,19 +88,25 @@ class ImageGPT(nn.Module):
             h = h * keep[..., None]
         return h + self.wpe[:T]
 
-    def features(self, tokens: Tensor, last: int | None = None, keep: Tensor | None = None) -> Tensor:
-        """The paper's features (section 3.4): (B, T) -> (B, last + 1, C), the mean over positions of each block's
-        ln_1 output, and of ln_f's output at layer L. Stops at layer `last` (default L)."""
+    def features(
+        self,
+        tokens: Tensor,
+        last: int | None = None,
+        keep: Tensor | None = None,
+        pool: Callable[[Tensor], Tensor] = mean_over_positions,
+    ) -> Tensor:
+        """The paper's features (section 3.4): (B, T) -> (B, last + 1, C), each block's ln_1 output, and ln_f's output
+        at layer L, pooled over positions. Stops at layer `last` (default L)."""
         last = len(self.h) if last is None else last
         h = self.embed(tokens, keep)
         turn = self.rotation(0, tokens.shape[1])
         pooled = []
         for block in self.blocks[: last + 1]:
-            pooled.append(block.ln_1(h).mean(1))
+            pooled.append(pool(block.ln_1(h)))
             if len(pooled) <= last:
                 h = block(h, turn)
         if last == len(self.h):
-            pooled.append(self.ln_f(h).mean(1))
+            pooled.append(pool(self.ln_f(h)))
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
 
     def rotation(self, start: int, n: int) -> Tensor | None:

@@ -1,97 +1,229 @@
-"""The linear probe: multinomial logistic regression by L-BFGS on features of every layer (paper, section 3.4).
+"""The linear probe: how well a linear classifier tells classes apart by the features of a layer (paper, section 3.4).
 
-Features are standardised with the mean and deviation of the fitting images. A fifth of the fitting split chooses the
-regularisation of each layer and then the best layer; the reported split is looked at once. The paper does not state
-its regularisation.
+A fifth of the fitting images is held out to choose the penalty (or SGD's learning rate) of each layer, and then the
+layer; what is chosen is fitted again on all of them and shown the test images once. Features are standardised by the
+mean and deviation of the images they are fitted on. The paper does not state its regularisation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from igpt_ray.errors import TokenStoreError
+from igpt_ray import config
+from igpt_ray.errors import FeatureError
+from igpt_ray.features import Features, Labels
+from igpt_ray.logistic import Linear, fit_lbfgs, fit_sgd
 
-Features = NDArray[np.float32]
-Labels = NDArray[np.int64]
-
-L2 = (1e-5, 1e-4, 1e-3, 1e-2)
+L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties tried: l2 / 2 * |W|^2 beside the mean loss, on standardised features."""
 HELD_OUT = 5
 """One in this many fitting images chooses."""
+CHUNK = 8192
+"""Images that are judged at once."""
+BINS = 15
+"""Of confidence, for the calibration error."""
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images as the probe sees them."""
+    """Images as the probe sees them. Raises `FeatureError` if labels are missing."""
 
     features: Features
-    """(N, D); or (N, M, D) if each was seen under M masks."""
+    """(N, C); or (N, M, C) if each was seen under M masks. May be a memory map."""
     labels: Labels
     """(N,)"""
 
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
 
-def probe(fit: Labelled, test: Labelled, n_classes: int, seed: int) -> dict[str, float]:
-    """Accuracies in [0, 1]: `validation` at the best penalty, `test` of a refit on all fitting images; and `l2`.
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    Raises `TokenStoreError` if there are fewer than two classes to tell apart, or features are not finite.
+    @property
+    def examples(self) -> tuple[Features, Labels]:
+        """Every look at an image is an example: (N * M, C), (N * M,)."""
+        if self.features.ndim == 2:
+            return self.features, self.labels
+        return self.features.reshape(-1, self.features.shape[2]), self.labels.repeat(self.features.shape[1])
+
+    def examples_of(self, rows: Rows) -> Rows:
+        looks = 1 if self.features.ndim == 2 else self.features.shape[1]
+        return (rows[:, None] * looks + np.arange(looks)).ravel()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a classifier is fitted: the candidates it offers are penalties, or SGD's learning rates."""
+
+    name: Literal["lbfgs", "sgd"] = "lbfgs"
+    sgd: config.Sgd = field(default_factory=config.Sgd)
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        return L2 if self.name == "lbfgs" else self.sgd.lrs
+
+    def fit(self, data: Labelled, rows: Rows, n_classes: int, tried: tuple[float, ...]) -> dict[float, Linear]:
+        x, y = data.examples
+        examples = data.examples_of(rows)
+        if self.name == "lbfgs":
+            return fit_lbfgs(x, y, examples, n_classes, tried, self.device)
+        sgd = self.sgd.model_copy(update={"lrs": tried})
+        return fit_sgd(x, y, examples, n_classes, sgd, self.seed, self.device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the held-out images say of a layer."""
+
+    validation: float
+    """Accuracy in [0, 1]."""
+    setting: float
+    """The penalty, or the learning rate, that gave it."""
+
+
+def held_out(n: int, seed: int) -> tuple[Rows, Rows]:
+    """The rows that fit and those that choose: a function of the number of rows and the seed."""
+    choosing = np.random.default_rng(seed).permutation(n) % HELD_OUT == 0
+    return np.flatnonzero(~choosing), np.flatnonzero(choosing)
+
+
+def choose(data: Labelled, n_classes: int, seed: int, method: Method) -> Choice:
+    """The best candidate by the held-out fifth; of equals the first.
+
+    Raises `FeatureError` if there are fewer than two classes to tell apart, features are not finite, or nothing fits.
     """
-    if len(np.unique(fit.labels)) < 2:
-        raise TokenStoreError("a probe needs labels of at least two classes in the split it is fitted on")
-    if not (np.isfinite(fit.features).all() and np.isfinite(test.features).all()):
-        raise TokenStoreError("features are not finite: the release or the token store is damaged")
-    held = np.random.default_rng(seed).permutation(len(fit.labels)) % HELD_OUT == 0
-    tried = {l2: _accuracy(fit, ~held, fit, held, n_classes, l2) for l2 in L2}
-    best = max(tried, key=lambda l2: tried[l2])
-    everything, all_test = np.ones(len(fit.labels), bool), np.ones(len(test.labels), bool)
-    return {"validation": tried[best], "test": _accuracy(fit, everything, test, all_test, n_classes, best), "l2": best}
+    _check(data)
+    fitting, choosing = held_out(len(data), seed)
+    fitted = method.fit(data, fitting, n_classes, method.candidates)
+    if not fitted:
+        raise FeatureError(f"SGD diverged at every learning rate of {method.candidates}: lower --sgd.lrs")
+    accuracy = {c: judge(linear, data, choosing, n_classes).accuracy for c, linear in fitted.items()}
+    best = max(sorted(accuracy), key=lambda c: accuracy[c])
+    return Choice(accuracy[best], best)
 
 
-def _accuracy(
-    fit: Labelled, fit_rows: NDArray[np.bool_], on: Labelled, on_rows: NDArray[np.bool_], n_classes: int, l2: float
-) -> float:
-    x, y = fit.features[fit_rows], fit.labels[fit_rows]
-    if x.ndim == 3:  # every look at an image is an example
-        x, y = x.reshape(-1, x.shape[2]), y.repeat(x.shape[1])
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    weight, bias = fit_logistic((x - mean) / deviation, y, n_classes, l2)
-    logits = (on.features[on_rows] - mean) / deviation @ weight.T + bias
-    chosen = logits.argmax(1) if logits.ndim == 2 else vote(logits)
-    return float((chosen == on.labels[on_rows]).mean())
+def refit(data: Labelled, n_classes: int, setting: float, method: Method) -> Linear:
+    """The classifier of a choice, on all fitting images."""
+    _check(data)
+    fitted = method.fit(data, np.arange(len(data)), n_classes, (setting,))
+    if not fitted:
+        raise FeatureError(f"SGD diverged at the learning rate {setting} on all images: lower --sgd.lrs")
+    return fitted[setting]
 
 
-def vote(logits: Features) -> Labels:
-    """The class that most masks of an image speak for; of equals, the likelier: (N, M, classes) -> (N,)."""
-    n_classes = logits.shape[2]
-    votes = np.eye(n_classes)[logits.argmax(2)].sum(1)
-    p = torch.from_numpy(logits).double().softmax(2).mean(1).numpy()
-    return (votes + p / 2).argmax(1)
+def check_labels(labels: Labels) -> None:
+    """Raises `FeatureError` if labels are missing."""
+    missing = int((labels < 0).sum())
+    if missing:
+        raise FeatureError(f"{missing} of {len(labels)} images have no label: probe splits whose images all have one")
 
 
-def fit_logistic(x: Features, y: Labels, n_classes: int, l2: float) -> tuple[Features, Features]:
-    """Minimise mean cross-entropy + l2 / 2 * |W|^2: (N, D), (N,) -> weight (classes, D), bias (classes,).
+def check_classes(labels: Labels) -> None:
+    """Raises `FeatureError` if there are fewer than two classes to tell apart."""
+    if len(np.unique(labels)) < 2:
+        raise FeatureError("a probe needs labels of at least two classes in the split it is fitted on")
 
-    Features of a network are strongly correlated, which makes this slow as it stands. So it is solved in V, with
-    W = V P' and P the inverse root of (covariance + l2): the same problem and the same minimum, well conditioned.
-    """
-    features, labels = torch.from_numpy(x).double(), torch.from_numpy(y)
-    values, vectors = torch.linalg.eigh(features.T @ features / len(features))
-    P = vectors / (values.clamp_min(0) + l2).sqrt()  # (D, D)
-    features = features @ P
-    V = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [V, bias], max_iter=300, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+
+def _check(data: Labelled) -> None:
+    check_classes(data.labels)
+    for start in range(0, len(data), CHUNK):
+        check_finite(data.features[start : start + CHUNK])
+
+
+def check_finite(features: Features) -> None:
+    if not np.isfinite(features).all():
+        raise FeatureError("features are not finite: the release, its features or the token store is damaged")
+
+
+# ------------------------------------------------------------------------------------------------ judging
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Sums over images."""
+
+    confusion: NDArray[np.int64]
+    """(classes, classes): images by true and by chosen class."""
+    top_5: int
+    nats_sum: float
+    """Of the labels under the predicted distribution."""
+    bins: NDArray[np.float64]
+    """(BINS, 3): images, their confidence and their hits, by confidence."""
+
+    def __add__(self, other: "Judgement") -> "Judgement":
+        return Judgement(
+            self.confusion + other.confusion,
+            self.top_5 + other.top_5,
+            self.nats_sum + other.nats_sum,
+            self.bins + other.bins,
+        )
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.confusion.trace() / self.images)
+
+    def report(self) -> dict[str, float]:
+        """Shares of images; `ece` is the expected calibration error, the mean distance of confidence and accuracy."""
+        return {
+            "accuracy": self.accuracy,
+            "top_5": self.top_5 / self.images,
+            "nats": self.nats_sum / self.images,
+            "ece": float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / self.images),
+        }
+
+
+def judge(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> Judgement:
+    """What a classifier makes of some images, a chunk at a time."""
+    judged = []
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        features = data.features[part]
+        check_finite(features)
+        judged.append(judge_logits(linear.logits(features), data.labels[part], n_classes))
+    return sum(judged[1:], judged[0])
+
+
+def judge_logits(logits: Features, labels: Labels, n_classes: int) -> Judgement:
+    """(N, K), or (N, M, K) of M looks that vote."""
+    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+    if p.ndim == 3:
+        scores, p = votes(p), p.mean(1)
+    else:
+        scores = p
+    order = np.argsort(-scores, axis=1, kind="stable")
+    chosen = order[:, 0]
+    confidence, hit = p[np.arange(len(p)), chosen], (chosen == labels).astype(float)
+    at = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = np.stack([np.bincount(at, of, BINS) for of in (np.ones(len(at)), confidence, hit)], axis=1)
+    confusion = np.zeros((n_classes, n_classes), np.int64)
+    np.add.at(confusion, (labels, chosen), 1)
+    return Judgement(
+        confusion=confusion,
+        top_5=int((order[:, :5] == labels[:, None]).any(1).sum()),
+        nats_sum=float(-np.log(p[np.arange(len(p)), labels].clip(1e-300)).sum()),
+        bins=bins.astype(np.float64),
     )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(features @ V.T + bias, labels) + l2 / 2 * (V @ P.T).square().sum()
-        value.backward()
-        return value
 
-    optimizer.step(loss)
-    return (V @ P.T).detach().float().numpy(), bias.detach().float().numpy()
+def votes(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many masks of an image speak for a class; of equals, the likelier is ahead: (N, M, K) -> (N, K)."""
+    return np.eye(p.shape[2])[p.argmax(2)].sum(1) + p.mean(1) / 2
+
+
+def summary(linear: Linear, test: Labelled, n_classes: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """The report on a test split, and its confusion matrix."""
+    if not len(test):
+        raise FeatureError("there are no images to report on")
+    judged = judge(linear, test, np.arange(len(test)), n_classes)
+    return judged.report(), judged.confusion

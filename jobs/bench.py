@@ -6,6 +6,8 @@ python jobs/bench.py modern --tokens demo-out/data/tokens --out modern.json
 python jobs/bench.py checkpoints
 python jobs/bench.py overheads --tokens demo-out/data/tokens
 python jobs/bench.py train --mingpt CHECKOUT
+python jobs/bench.py probe
+python jobs/bench.py features
 """
 
 import json
@@ -16,9 +18,11 @@ import tyro
 
 from igpt_ray.flows.bench.checkpoints import checkpoints
 from igpt_ray.flows.bench.data import data
+from igpt_ray.flows.bench.features import features
 from igpt_ray.flows.bench.modern import modern
 from igpt_ray.flows.bench.overheads import overheads
 from igpt_ray.flows.bench.palette import palette
+from igpt_ray.flows.bench.probe import probe
 from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
@@ -31,5 +35,7 @@ if __name__ == "__main__":
         "overheads": overheads,
         "modern": modern,
         "train": train,
+        "probe": probe,
+        "features": features,
     }
     print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))

@@ -68,7 +68,7 @@ def jobs(settings: Demo, data: str) -> dict[str, list[str]]:
         "prepare": ["jobs/prepare.py", *store, "--palette", palette, "--tokens", tokens, "--shard-images", "400"],
         "pretrain": ["jobs/pretrain.py", "tiny", *run, *steps, "--workers.n", str(settings.workers)],
         "evaluate": ["jobs/evaluate.py", *on, "--baselines", "train"],
-        "probe": ["jobs/probe.py", *on, "--out", f"{data}/probe", "--baselines"],
+        "probe": ["jobs/probe.py", *on, "--out", f"{data}/probe", "--baselines", "--low-data", "4", "25"],
         "complete": ["jobs/complete.py", *on, "--out", f"{data}/completions"],
         "score": ["jobs/score.py", *on, "--out", f"{data}/scores"],
     }
@@ -143,7 +143,8 @@ def table(report: Report) -> str:
         f" (unigram by position {bases['unigram_by_position']:.3f}, previous pixel"
         f" {bases['bigram_previous_pixel']:.3f}, 2-D context {bases['context_2d']:.3f})",
         "probe": f"{test['accuracy']:.1%} at layer {test['best_layer']} (untrained"
-        f" {test['untrained']['accuracy']:.1%}, raw pixels {test['raw_pixels']['test']:.1%})",
+        f" {test['untrained']['accuracy']:.1%}, raw pixels {test['raw_pixels']['accuracy']:.1%});"
+        f" with 25 labels a class {few(test):.1%} ({few(test['untrained']):.1%}, {few(test['raw_pixels']):.1%})",
         "complete": f"{s['complete']['completions']} completions, {s['complete']['tokens_per_second']:,.0f} tokens/s",
         "score": f"{s['score']['images']} images scored",
         "serve": f"{s['serve']['completions']} completions over HTTP",
@@ -151,6 +152,11 @@ def table(report: Report) -> str:
     lines = [f"{'stage':<10}{'seconds':>8}  result"]
     lines += [f"{name:<10}{s[name]['seconds']:>8.1f}  {text}" for name, text in said.items()]
     return "\n".join([*lines, f"{'total':<10}{report['seconds']:>8.1f}"])
+
+
+def few(probed: Report) -> float:
+    """Mean accuracy of the linear probe with few labels."""
+    return float(probed["low_data"]["25"]["linear"]["mean"])
 
 
 def say(line: str) -> None:

@@ -5,7 +5,7 @@ python jobs/probe.py --release s3://bucket/runs/s1/release --tokens s3://bucket/
 
 from igpt_ray.config import Probe
 from igpt_ray.flows import job
-from igpt_ray.flows.infer import probe_layers
+from igpt_ray.flows.probe import probe_layers
 
 if __name__ == "__main__":
     job.run(probe_layers, Probe)

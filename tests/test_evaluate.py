@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import random_model, random_tokens
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from igpt_ray import objectives
-from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
+from igpt_ray.evaluate import Judged, Likelihood, auroc, count_models, heat_map, image_nats, masked_nats, nats_both_ways
 from igpt_ray.shards import Tokens
 
 # ------------------------------------------------------------------------------------------------ a network's nats
@@ -79,6 +80,60 @@ def test_pictures_of_two_sizes_are_not_added() -> None:
     """Nats per token of a mixture of 32x32 and 48x48 mean nothing."""
     with pytest.raises(AssertionError, match="different sizes"):
         Likelihood.of(np.ones(2), 16) + Likelihood.of(np.ones(2), 64)
+
+
+# ------------------------------------------------------------------------------------------------ where and whom
+
+
+def test_nats_add_up_over_images_as_over_positions() -> None:
+    """Positions summed over a batch but not over batches."""
+    model = random_model()
+    x = random_tokens(model, 11)
+    by_image, by_position = nats_both_ways(model, x.numpy().astype(np.uint16), batch_size=4)
+    direct = objectives.next_pixel(model(x), x).double().numpy()
+    np.testing.assert_allclose(by_image, direct.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(by_position, direct.sum(0), rtol=1e-5)
+
+
+def test_classes_and_ranks_are_of_their_own_images() -> None:
+    """Labels in another order than nats once shards are joined; a class without images that divides by none."""
+    nats = np.random.default_rng(0).uniform(20, 40, 100)
+    labels = np.arange(100) % 3
+    keys = [f"{i}.png" for i in range(100)]
+    parts = [
+        Judged(keys[:30], labels[:30], nats[:30], np.ones(16)),
+        Judged(keys[30:], labels[30:], nats[30:], np.ones(16)),
+    ]
+    whole = Judged.joined(parts)
+    by_class = whole.by_class(["a", "b", "c", "nobody"])
+    assert list(by_class) == ["a", "b", "c"]
+    assert by_class["b"]["nats_per_token"] == pytest.approx(nats[labels == 1].mean() / 16)
+    assert whole.by_position.tolist() == [2] * 16
+    ranking = whole.ranking()
+    assert ranking["most_likely"][0] == {"key": f"{nats.argmin()}.png", "nats_per_token": nats.min() / 16}
+    assert ranking["least_likely"][0] == {"key": f"{nats.argmax()}.png", "nats_per_token": nats.max() / 16}
+    assert len(ranking["least_likely"]) == 20
+
+
+def test_auroc_is_scikit_learns_with_ties() -> None:
+    """The other way round, or ties that count whole."""
+    rng = np.random.default_rng(0)
+    inside, outside = rng.integers(0, 20, 300) / 2, rng.integers(5, 25, 200) / 2
+    expected = roc_auc_score(np.repeat([0, 1], [300, 200]), np.concatenate([inside, outside]))
+    assert auroc(inside, outside) == pytest.approx(expected)
+    assert auroc(inside, inside) == 0.5
+    assert auroc(inside, inside + 100) == 1
+
+
+def test_a_heat_map_is_brightest_where_most_is() -> None:
+    """Rows for columns, or a picture upside down."""
+    values = np.zeros(16)
+    values[[2, 7]] = 1, 4  # row 0, column 2, and row 1, column 3
+    picture = heat_map(values, n_px=4, scale=3).astype(int).sum(2)
+    assert picture.shape == (12, 12)
+    assert (picture[3:6, 9:12] == picture.max()).all()
+    assert (picture[:3, 6:9] > 0).all()
+    assert (picture[6:] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ count models

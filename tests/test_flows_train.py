@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from igpt_ray import checkpoint, config, metrics, shards, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import masked_nats
+from igpt_ray.features import FeatureStore
 from igpt_ray.flows import infer, serve, train
+from igpt_ray.flows.probe import probe_layers
 from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
@@ -131,10 +132,9 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
     assert report["nats_per_masked_token"] == pytest.approx(nats.mean(), rel=1e-6)
     assert (report["masks"], report["images"]) == (5, len(nats))
 
-    probed = infer.probe_layers(config.Probe(**both, out=str(tmp_path)))
+    probed = probe_layers(config.Probe(**both, out=str(tmp_path)))
     assert len(probed["layers"]) == 3
-    stored = pq.read_table(next((tmp_path / "features/test").iterdir()))["features"]
-    assert stored.combine_chunks().to_numpy_ndarray().shape[1:] == (5, 3, 32)
+    assert FeatureStore(str(tmp_path / "features")).layer("test", 2)[0].shape == (len(nats), 5, 32)
 
     for refused in (
         lambda: infer.complete(config.Complete(**both, out=str(tmp_path))),
@@ -144,7 +144,7 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
     ):
         with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
             refused()
-    with pytest.raises(SettingError, match="leave --baselines out"):
+    with pytest.raises(SettingError, match="leave --baselines, --out and --against out"):
         infer.evaluate(config.Evaluate(**both, baselines="train"))
 
 

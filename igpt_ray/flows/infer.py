@@ -1,4 +1,4 @@
-"""What a release says about a split, with Ray Data: likelihood, scores, features for the probe, completions.
+"""What a release says about a split, with Ray Data: likelihood, scores, completions.
 
 Work is spread by shard. Where a job writes, every input shard becomes one output file with a name that follows from
 it, marked with the release and shard it was made from: a repeat redoes only what is missing or out of date.
@@ -15,20 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
-from igpt_ray import config, images, objectives, probe, sampling, storage, weights
+from igpt_ray import config, images, objectives, sampling, storage, weights
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import Likelihood, count_models, image_nats, masked_nats
+from igpt_ray.evaluate import Judged, Likelihood, auroc, count_models, heat_map, image_nats, masked_nats, nats_both_ways
 from igpt_ray.flows.pool import spread
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
 from igpt_ray.shards import Shard, Tokens, TokenStore, evenly, tokens_of
 
 log = logging.getLogger(__name__)
 
+HEAT_MAP_PX = 512
+"""About how wide the picture of surprises is drawn."""
 
-def _open(release: str, tokens: str, *splits: str) -> TokenStore:
+
+def open_store(release: str, tokens: str, *splits: str) -> TokenStore:
     """The store, checked against the release's kind and for the splits, before any worker starts."""
     store = TokenStore.open(tokens)
     weights.check_kind(weights.load_config(release), store.kind, tokens)
@@ -37,7 +37,7 @@ def _open(release: str, tokens: str, *splits: str) -> TokenStore:
     return store
 
 
-def _device() -> str:
+def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -50,18 +50,16 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
     For a masked network, nats per masked token under MASKS masks, which is no likelihood: nothing counts beside it.
     """
     started = time.perf_counter()
-    store = _open(settings.release, settings.tokens, settings.split)
-    shards = store.manifest.select(settings.split)
+    store = open_store(settings.release, settings.tokens, settings.split)
     masked = weights.load_config(settings.release).model.objective == "masked"
-    if masked and settings.baselines:
-        raise SettingError("count models predict the next pixel, a masked network does not: leave --baselines out")
-    arguments = {"release": settings.release, "tokens": settings.tokens, "batch_size": settings.batch_size}
-    n_positions = 1 if masked else store.kind.n_positions
-    total = Likelihood.of(np.empty(0), n_positions)
-    for nats in spread(shards, ShardNats, arguments, settings.pool):
-        total += Likelihood.of(nats, n_positions)
-        log.info("%d of %d images", total.images, store.manifest.rows(settings.split))
-    found: dict[str, Any] = total.report()
+    if masked and (settings.baselines or settings.out or settings.against):
+        raise SettingError(
+            "a masked network gives no picture a probability that could be compared: leave --baselines, --out and"
+            " --against out"
+        )
+    other = open_store(settings.release, settings.against, settings.split) if settings.against else None
+    judged = _judged(settings, store)
+    found: dict[str, Any] = Likelihood.of(judged.nats, 1 if masked else store.kind.n_positions).report()
     if masked:
         found = {
             "nats_per_masked_token": found["nats_per_token"],
@@ -73,29 +71,67 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
     if settings.baselines:
         fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
         report["baselines"] = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
+    if other is not None:
+        outside = _judged(settings, other)
+        report["against"] = {
+            "tokens": settings.against,
+            **Likelihood.of(outside.nats, store.kind.n_positions).report(),
+            "auroc": auroc(judged.nats, outside.nats),
+        }
+    if settings.out:
+        _write_report(settings, store, report, judged)
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
+def _judged(settings: config.Evaluate, store: TokenStore) -> Judged:
+    arguments = {"release": settings.release, "tokens": store.root, "batch_size": settings.batch_size}
+    rows, parts = store.manifest.rows(settings.split), list[Judged]()
+    for part in spread(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
+        parts.append(part)
+        log.info("%d of %d images", sum(len(part.nats) for part in parts), rows)
+    return Judged.joined(parts)
+
+
+def _write_report(settings: config.Evaluate, store: TokenStore, report: dict[str, Any], judged: Judged) -> None:
+    """likelihood.json and surprise.png: bright is where an image costs most."""
+    n_px = store.kind.n_px
+    by_position = (judged.by_position / len(judged.nats)).reshape(n_px, n_px)
+    beyond = {
+        "by_class": judged.by_class(store.manifest.classes),
+        "by_position": by_position.tolist(),
+        "ranking": judged.ranking(),
+        "made_by": config.provenance(settings),
+    }
+    said = json.dumps({**report, **beyond}, indent=1).encode()
+    storage.write(storage.join(settings.out, "likelihood.json"), said)
+    picture = images.png(heat_map(by_position.ravel(), n_px, max(1, HEAT_MAP_PX // n_px)))
+    storage.write(storage.join(settings.out, "surprise.png"), picture)
+
+
 class ShardNats:
-    """Shard -> nats of each of its images, (rows,); under a masked network, per masked token."""
+    """Shard -> its images and their nats; under a masked network, per masked token."""
 
     def __init__(self, release: str, tokens: str, batch_size: int):
-        self.model = weights.load_release(release, _device()).model
+        self.model = weights.load_release(release, device()).model
         self.store = TokenStore.open(tokens)
         self.batch_size = batch_size
 
-    def __call__(self, shard: Shard) -> np.ndarray:
+    def __call__(self, shard: Shard) -> Judged:
         table = self.store.read(shard)
+        keys, tokens = table["key"].to_pylist(), tokens_of(table)
         if self.model.causal:
-            return image_nats(self.model, tokens_of(table), self.batch_size)
-        return masked_nats(self.model, tokens_of(table), table["key"].to_pylist(), self.batch_size)
+            nats, by_position = nats_both_ways(self.model, tokens, self.batch_size)
+        else:
+            nats = masked_nats(self.model, tokens, keys, self.batch_size)
+            by_position = np.zeros(tokens.shape[1])  # masks differ, so positions cannot be compared
+        return Judged(keys, table["label"].to_numpy().astype(np.int64), nats, by_position)
 
 
 def score(settings: config.Score) -> dict[str, Any]:
     """A Parquet file per shard with key, label and the nats of every image."""
     started = time.perf_counter()
     weights.check_next(weights.load_config(settings.release), settings.release)
-    store = _open(settings.release, settings.tokens, settings.split)
+    store = open_store(settings.release, settings.tokens, settings.split)
     shards = store.manifest.select(settings.split)
     arguments = {
         "release": settings.release,
@@ -115,11 +151,13 @@ def score(settings: config.Score) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-class ScoreShard(ShardNats):
+class ScoreShard:
     """Shard -> its Parquet file of nats, made unless it is there."""
 
     def __init__(self, release: str, tokens: str, batch_size: int, out: str):
-        super().__init__(release, tokens, batch_size)
+        self.model = weights.load_release(release, device()).model
+        self.store = TokenStore.open(tokens)
+        self.batch_size = batch_size
         self.mark = _mark(release)
         self.out = out
 
@@ -132,108 +170,6 @@ class ScoreShard(ShardNats):
         return _once(storage.join(self.out, shard.path), f"{self.mark} {shard.sha256}", make)
 
 
-# ------------------------------------------------------------------------------------------------ probe
-
-
-def probe_layers(settings: config.Probe) -> dict[str, Any]:
-    """Accuracy of a linear probe on every layer; also untrained and on raw pixels with `baselines`."""
-    started = time.perf_counter()
-    store = _open(settings.release, settings.tokens, settings.fit_split, settings.split)
-    report: dict[str, Any] = {"release": settings.release, **_probe_network(settings, store, untrained=False)}
-    if settings.baselines:
-        report["untrained"] = _probe_network(settings, store, untrained=True)
-        palette = store.palette()
-        fit, test = (_raw_pixels(store, palette, split) for split in (settings.fit_split, settings.split))
-        report["raw_pixels"] = probe.probe(fit, test, len(store.manifest.classes), settings.seed)
-    storage.write(
-        storage.join(settings.out, "probe.json"),
-        json.dumps({**report, "made_by": config.provenance(settings)}, indent=1).encode(),
-    )
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
-
-
-def _probe_network(settings: config.Probe, store: TokenStore, untrained: bool) -> dict[str, Any]:
-    fit = _features(settings, store, settings.fit_split, untrained)
-    test = _features(settings, store, settings.split, untrained)
-    layers = []
-    for layer in range(fit.features.shape[-2]):
-        fit_layer, test_layer = (probe.Labelled(x.features[..., layer, :], x.labels) for x in (fit, test))
-        layers.append(probe.probe(fit_layer, test_layer, len(store.manifest.classes), settings.seed))
-        log.info("%s layer %d: %.1f %%", "untrained" if untrained else "pretrained", layer, 100 * layers[-1]["test"])
-    best = max(range(len(layers)), key=lambda i: layers[i]["validation"])
-    return {"best_layer": best, "accuracy": layers[best]["test"], "layers": layers}
-
-
-def _features(settings: config.Probe, store: TokenStore, split: str, untrained: bool) -> probe.Labelled:
-    """(N, layers, C) of a split, or (N, masks, layers, C), through Parquet files below `out`."""
-    arguments = {
-        "release": settings.release,
-        "tokens": settings.tokens,
-        "batch_size": settings.batch_size,
-        "out": storage.join(settings.out, "features-untrained" if untrained else "features"),
-        "untrained_seed": settings.seed if untrained else None,
-    }
-    tables = list(spread(store.manifest.select(split), FeaturesOfShard, arguments, settings.pool))
-    features = np.concatenate([t["features"].combine_chunks().to_numpy_ndarray() for t in tables])
-    return probe.Labelled(features, np.concatenate([t["label"].to_numpy() for t in tables]).astype(np.int64))
-
-
-class FeaturesOfShard:
-    """Shard -> its Parquet file of features, made unless it is there: key, label, features (layers, C) float32.
-
-    A masked network looks at each image under MASKS masks: features (MASKS, layers, C).
-    """
-
-    def __init__(self, release: str, tokens: str, batch_size: int, out: str, untrained_seed: int | None):
-        self.model = weights.load_release(release, _device()).model
-        self.mark = _mark(release)
-        if untrained_seed is not None:
-            torch.manual_seed(untrained_seed)
-            self.model.init_weights()
-            self.mark += f" untrained {untrained_seed}"
-        self.store = TokenStore.open(tokens)
-        self.batch_size = batch_size
-        self.out = out
-
-    def __call__(self, shard: Shard) -> pa.Table:
-        def make() -> pa.Table:
-            source = self.store.read(shard)
-            if self.model.causal:
-                features = pooled_features(self.model, tokens_of(source), self.batch_size)
-            else:
-                features = masked_features(self.model, tokens_of(source), source["key"].to_pylist(), self.batch_size)
-            column = pa.FixedShapeTensorArray.from_numpy_ndarray(features)
-            return source.select(["key", "label"]).append_column("features", column)
-
-        return _once(storage.join(self.out, shard.path), f"{self.mark} {shard.sha256}", make)
-
-
-@torch.inference_mode()
-def pooled_features(model: ImageGPT, tokens: Tokens, batch_size: int, keep: Tensor | None = None) -> np.ndarray:
-    """Every layer's features, of images masked by `keep` (N, T): (N, T) -> (N, layers + 1, C) float32."""
-    parts, device = [], model.wpe.device
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        features = model.features(x, keep=None if keep is None else keep[rows].to(device))
-        parts.append(features.float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def masked_features(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> np.ndarray:
-    """The same under each of an image's masks: (N, T) -> (N, MASKS, layers + 1, C)."""
-    keeps = (objectives.keep_of_keys(keys, mask, tokens.shape[1]) for mask in range(objectives.MASKS))
-    return np.stack([pooled_features(model, tokens, batch_size, keep) for keep in keeps], axis=1)
-
-
-def _raw_pixels(store: TokenStore, palette: Palette, split: str) -> probe.Labelled:
-    """The quantised picture itself as features: (N, T * 3) in [0, 1]."""
-    tables = list(store.read_split(split))
-    tokens = np.concatenate([tokens_of(t) for t in tables])
-    labels = np.concatenate([t["label"].to_numpy() for t in tables]).astype(np.int64)
-    return probe.Labelled((palette.decode(tokens).reshape(len(tokens), -1) / 255).astype(np.float32), labels)
-
-
 # ------------------------------------------------------------------------------------------------ completions
 
 
@@ -241,7 +177,7 @@ def complete(settings: config.Complete) -> dict[str, Any]:
     """Finish pictures of a split; write their tokens as Parquet and the figure: given | completions | original."""
     started = time.perf_counter()
     weights.check_next(weights.load_config(settings.release), settings.release)
-    store = _open(settings.release, settings.tokens, settings.split)
+    store = open_store(settings.release, settings.tokens, settings.split)
     n_px = store.kind.n_px
     rows = n_px // 2 if settings.rows is None else settings.rows
     if rows > n_px:
@@ -281,7 +217,7 @@ class CompletePicture:
     """(tokens (T,), n seeds) -> n finished pictures, (n, T) uint16."""
 
     def __init__(self, release: str, given: int, temperature: float, top_k: int):
-        self.model = weights.load_release(release, _device()).model
+        self.model = weights.load_release(release, device()).model
         self.given = given
         self.temperature = temperature
         self.top_k = top_k
