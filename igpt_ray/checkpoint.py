@@ -5,9 +5,11 @@
     <run>/checkpoints/step_00001000/manifest.json      bytes and sha256 of the others, trainer state; written last
 
 A folder without a manifest is not a checkpoint. One whose files do not match its manifest is passed over for the
-next older one, and said so. What saves and loads is called by all workers together.
+next older one, and said so. What saves and loads is called by all workers together; each stores, and brings back, only
+the files that hold a part of its own.
 """
 
+import dataclasses
 import hashlib
 import logging
 import re
@@ -23,6 +25,8 @@ import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -132,7 +136,7 @@ class Saver:
         """The files of all workers. Raises on all of them if one has failed."""
         uri = uri_of(self.run, step)
         with tempfile.TemporaryDirectory() as folder:
-            dcp.save(self.copy, checkpoint_id=folder, process_group=self.group)
+            dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
             mine = _or_error(lambda: [_upload(path, uri) for path in sorted(Path(folder).iterdir())])
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, self.group)
@@ -173,23 +177,100 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+class _Planner(DefaultSavePlanner):
+    """Puts what is not sharded, a few bytes that every worker needs, into worker 0's file instead of anybody's."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
+        first, *others = all_plans
+        sharded = [[item for item in plan.items if item.type == WriteItemType.SHARD] for plan in others]
+        others = [dataclasses.replace(plan, items=items) for plan, items in zip(others, sharded, strict=True)]
+        return super().create_global_plan([first, *others])
+
+
 def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | None:
     """Load the newest checkpoint that verifies into model and optimizer; None if the run has committed none.
 
     Raises `CheckpointError` if it has, and all are damaged.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = [_fetch_newest(run, Path(folder)) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(chosen)
-        manifest = chosen[0]
-        if manifest is None:
-            return None
-        if dist.get_rank() != 0:
-            _fetch(uri_of(run, manifest.step), Path(folder))
-        state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=folder)
+    committed: list[Any] = [committed_steps(run) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(committed)
+    if not committed[0]:
+        return None
+    state = _state(model, optimizer)
+    for step in reversed(committed[0]):
+        try:
+            manifest = _load(uri_of(run, step), state)
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                log.warning("passed over: %s", error)
+            continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         return manifest
+    # Starting again from nothing would overwrite what may yet be mended.
+    raise CheckpointError(f"none of the {len(committed[0])} checkpoints of {run} is whole: choose another --run.name")
+
+
+def _load(uri: str, state: dict[str, Any]) -> Manifest:
+    """Fill `state`. Raises on all workers what one of them has met: `CheckpointError` if a file is not as it was."""
+    with tempfile.TemporaryDirectory() as folder:
+        reader = _Reader(uri, Path(folder))
+        _all_or_error(reader.open)
+        try:
+            dcp.load(state, storage_reader=reader)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+        assert reader.manifest is not None
+        return reader.manifest
+
+
+class _Reader(dcp.FileSystemReader):
+    """Brings files here as they are read from, and verifies them: a worker has no use for most of a checkpoint."""
+
+    def __init__(self, uri: str, folder: Path):
+        super().__init__(folder)
+        self.uri, self.folder = uri, folder
+        self.manifest: Manifest | None = None
+
+    def open(self) -> None:
+        try:
+            self.manifest = Manifest.model_validate_json(storage.read(storage.join(self.uri, "manifest.json")))
+        except (NotFound, ValidationError) as error:
+            raise CheckpointError(f"{self.uri}/manifest.json is missing or damaged") from error
+        self._fetch({METADATA})
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        self._fetch({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        return super().read_data(plan, planner)
+
+    def _fetch(self, names: set[str]) -> None:
+        assert self.manifest is not None
+        for file in self.manifest.files:
+            if file.name in names:
+                path = self.folder / (f".{METADATA}" if file.name == METADATA else file.name)
+                _fetch(storage.join(self.uri, file.name), path, file.sha256)
+
+
+def _fetch(uri: str, path: Path, sha256: str) -> None:
+    try:
+        storage.download(uri, path)
+    except NotFound as error:
+        raise CheckpointError(f"{uri} is missing") from error
+    with open(path, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+            raise CheckpointError(f"{uri} is damaged: its sha256 is not the one in the manifest")
+
+
+def _all_or_error(work: Callable[[], None]) -> None:
+    """Do it on every worker; raise on all of them what the first has met that failed."""
+    mine: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        mine = error
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if failed := [each for each in everyone if each is not None]:
+        raise failed[0]
 
 
 def rewind(run: str, step: int) -> None:
@@ -264,33 +345,3 @@ def _upload(path: Path, uri: str) -> File:
     name = path.name.lstrip(".")
     _persist(lambda: storage.upload(path, storage.join(uri, name)))
     return File(name=name, bytes=path.stat().st_size, sha256=digest)
-
-
-def _fetch_newest(run: str, folder: Path) -> Manifest | None:
-    committed = committed_steps(run)
-    for step in reversed(committed):
-        try:
-            return _fetch(uri_of(run, step), folder)
-        except CheckpointError as error:
-            log.warning("passed over: %s", error)
-    if committed:  # starting again from nothing would overwrite what may yet be mended
-        raise CheckpointError(f"none of the {len(committed)} checkpoints of {run} is whole: choose another --run.name")
-    return None
-
-
-def _fetch(uri: str, folder: Path) -> Manifest:
-    """Bring a checkpoint to `folder`. Raises `CheckpointError` if a file is missing or differs from its manifest."""
-    try:
-        manifest = Manifest.model_validate_json(storage.read(storage.join(uri, "manifest.json")))
-    except (NotFound, ValidationError) as error:
-        raise CheckpointError(f"{uri}/manifest.json is missing or damaged") from error
-    for file in manifest.files:
-        path = folder / (f".{METADATA}" if file.name == METADATA else file.name)
-        try:
-            storage.download(storage.join(uri, file.name), path)
-        except NotFound as error:
-            raise CheckpointError(f"{uri}/{file.name} is missing") from error
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != file.sha256:
-                raise CheckpointError(f"{uri}/{file.name} is damaged: its sha256 is not the one in the manifest")
-    return manifest
