@@ -133,6 +133,10 @@ class Workers(Section):
 
     n: Count = 1
     """Workers; the model is sharded over all of them (FSDP2)."""
+    min_n: Annotated[int, Field(ge=0)] = 0
+    """Fewest workers to train on while there is no room for n; 0 waits for n. Batches and their order stay the same."""
+    grow_after: Annotated[float, Field(ge=0)] = 60
+    """Seconds that fewer workers than n train before they save and make way for more, where there is room by then."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per worker; also its threads."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
@@ -147,8 +151,21 @@ class Workers(Section):
     of one block instead of all."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
+    patience: Count = 1800
+    """Seconds that a worker may keep the others waiting before it is taken for hung, and all are started again.
+    Samples, and the download of a checkpoint, make them wait too."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a run may lose workers or their controller and go on from its last checkpoint."""
+    """How often a run may lose workers or their controller, without a new checkpoint in between, and go on."""
+
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> Self:
+        if self.min_n > self.n:
+            raise ValueError(f"min_n {self.min_n} is more than n {self.n}")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        return self.min_n or self.n
 
 
 class Run(Section):

@@ -1,22 +1,25 @@
 """Pretraining with Ray Train: the same code on one CPU and on many GPUs.
 
 `pretrain` runs on the driver: it checks everything that can be checked before workers start, lets Ray Train start
-them, and starts again from the newest verified checkpoint when they are lost. The loop is in `training.py`.
-State lives in the run's folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
+them, and starts again from the newest verified checkpoint when they are lost, or when they have saved and left: before
+the node of one goes, or because there is room for more of them. The loop is in `training.py`. State lives in the run's
+folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
 """
 
-import itertools
 import json
 import logging
+import math
 import tempfile
+import threading
 import time
 import uuid
 from typing import Any
 
 import ray
 import ray.train
+from ray._private import state as cluster_state
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from igpt_ray import checkpoint, config, storage, training
@@ -25,6 +28,9 @@ from igpt_ray.flows.job import log_to_stderr, mendable
 from igpt_ray.shards import TokenStore
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at what the cluster has to tell a worker."""
 
 
 def pretrain(settings: config.Pretrain) -> dict[str, Any]:
@@ -35,26 +41,33 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _say_if_short(settings.workers)
-    for attempt in itertools.count(1):
+    failures, report = 0, {"left": 0}
+    while "left" in report:
+        before = checkpoint.committed_steps(settings.run.uri)
         try:
-            result = _trainer(settings).fit()
-            break
+            report = _trainer(settings).fit().return_value
         except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
             if known := mendable(error):
                 raise known from error
-            if attempt > settings.workers.max_failures:
+            failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
+            if failures > settings.workers.max_failures:
                 raise
-            log.warning("attempt %d lost workers or controller, going on from the last checkpoint: %s", attempt, error)
-    return {**result.return_value, "seconds": round(time.perf_counter() - started, 2)}
+            log.warning("lost workers or controller, going on from the last checkpoint: %s", error)
+    return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def _trainer(settings: config.Pretrain) -> TorchTrainer:
     w = settings.workers
-    resources = {"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {})
     return TorchTrainer(
         train_worker,
         train_loop_config=settings.model_dump(mode="json"),
-        scaling_config=ray.train.ScalingConfig(num_workers=w.n, use_gpu=w.gpus > 0, resources_per_worker=resources),
+        torch_config=TorchConfig(timeout_s=w.patience),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(w.fewest, w.n) if w.fewest < w.n else w.n,
+            use_gpu=w.gpus > 0,
+            resources_per_worker=_resources(w),
+            elastic_resize_monitor_interval_s=math.inf,  # Ray would kill the workers to resize: see `_watch`
+        ),
         # A fresh name in a scratch folder: nothing is reported to Ray, so nothing of it needs to be kept or found.
         run_config=ray.train.RunConfig(
             name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}", storage_path=tempfile.gettempdir() + "/igpt_ray-train"
@@ -62,14 +75,18 @@ def _trainer(settings: config.Pretrain) -> TorchTrainer:
     )
 
 
+def _resources(workers: config.Workers) -> dict[str, float]:
+    return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+
+
 def _say_if_short(workers: config.Workers) -> None:
     """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
-    there = ray.cluster_resources()
-    for name, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
-        if workers.n * each > there.get(name, 0):
+    there, n = ray.cluster_resources(), workers.fewest
+    for name, each in _resources(workers).items():
+        if n * each > there.get(name, 0):
             log.warning(
                 "%d worker(s) ask for %g %ss, the cluster has %g: waiting for it to grow",
-                *(workers.n, workers.n * each, name, there.get(name, 0)),
+                *(n, n * each, name, there.get(name, 0)),
             )
 
 
@@ -148,4 +165,33 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls on every worker."""
     log_to_stderr()
     logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
-    return training.train(config.Pretrain.model_validate(settings), ray.train.torch.get_device())
+    cfg = config.Pretrain.model_validate(settings)
+    leave = threading.Event()
+    threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
+    return training.train(cfg, ray.train.torch.get_device(), leave.is_set)
+
+
+def _watch(workers: config.Workers, leave: threading.Event) -> None:
+    """Tell this worker to leave when a node of the group is to go, or, on rank 0, when there is room for more workers.
+
+    Beside the steps, because Ray answers all workers together. A resize of Ray's own would be no more than a kill.
+    """
+    context, started = ray.train.get_context(), time.monotonic()
+    n, first = context.get_world_size(), context.get_world_rank() == 0
+    while not leave.wait(LOOK_EVERY):
+        notice = ray.train.get_preemption_info()
+        if notice is not None:
+            if first:
+                when = f"in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else "soon"
+                log.warning("%d node(s) will go %s: saving, to go on elsewhere", len(notice.preempted_node_ids), when)
+            leave.set()
+        elif first and n < workers.n and time.monotonic() - started > workers.grow_after and (more := _room(workers)):
+            log.info("room for %d more worker(s): saving, to go on with up to %d", more, workers.n)
+            leave.set()
+
+
+def _room(workers: config.Workers) -> int:
+    """For how many more workers the nodes that stay have room now."""
+    need, going = _resources(workers), cluster_state.state.get_draining_nodes()
+    free = cluster_state.available_resources_per_node()
+    return sum(min(int(f.get(r, 0) // x) for r, x in need.items()) for node, f in free.items() if node not in going)

@@ -1,0 +1,233 @@
+"""A training run that loses workers, nodes, its controller, its driver: the same bits in the end.
+
+Each test submits nothing and mocks nothing: `python jobs/pretrain.py` runs against a cluster of several raylets, whose
+processes and nodes are killed, stopped or drained. What needs no cluster is in test_training.py and test_checkpoint.py.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import free_port, tiny_store
+
+from igpt_ray import checkpoint, metrics, storage
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, EVERY = 200, 8
+WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+Nodes = Any
+"""A `ray.cluster_utils.Cluster`."""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A head without CPUs and three nodes with one each: two workers need two of them. Lost ones are replaced."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
+    complete(cluster)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def complete_again(nodes: Nodes) -> None:
+    complete(nodes)
+
+
+def complete(nodes: Nodes) -> None:
+    while len(nodes.worker_nodes) < 3:
+        nodes.add_node(**NODE, dashboard_agent_listen_port=free_port())
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, palette: Palette, kind: Kind) -> str:
+    return tiny_store(str(tmp_path_factory.mktemp("tokens")), palette, kind).root
+
+
+class Training:
+    """A run in a process of its own, `jobs/pretrain.py`, and what the cluster holds of it."""
+
+    def __init__(self, nodes: Nodes, tokens: str, folder: Path, *words: str):
+        self.nodes, self.run, self.log = nodes, str(folder / "runs" / "run"), folder / "log"
+        self.command = [
+            *(sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", tokens),
+            *("--model.n-layer", "2", "--model.n-embd", "32", "--model.n-head", "2", "--model.n-px", "4"),
+            *("--model.n-vocab", "16", "--optim.batch-size", "9", "--optim.steps", str(STEPS)),
+            *("--optim.warmup-steps", "4", "--workers.n", "2", "--workers.micro-batch", "2"),
+            *("--run.root", str(folder / "runs"), "--run.name", "run"),
+            *("--run.checkpoint-every", str(EVERY), "--run.log-every", str(EVERY), *words),
+        ]
+
+    @contextmanager
+    def going(self) -> Iterator[subprocess.Popen[bytes]]:
+        env = {**os.environ, "RAY_ADDRESS": self.nodes.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+        with open(self.log, "ab") as log:
+            driver = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield driver
+        finally:
+            driver.kill()
+            driver.wait()
+
+    def ended(self, driver: subprocess.Popen[bytes]) -> dict[int, float]:
+        """The losses of a run that has ended well."""
+        assert driver.wait(200) == 0, self.said()[-3000:]
+        return {line["step"]: line["nats_per_token"] for line in metrics.read(self.run)}
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def committed(self) -> int:
+        return max(checkpoint.committed_steps(self.run), default=0)
+
+    def weights(self) -> bytes:
+        return storage.read(storage.join(self.run, "release", "model.safetensors"))
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Those of this cluster alone: other clusters may run on this machine."""
+        found = []
+        for node in [self.nodes.head_node, *self.nodes.worker_nodes]:
+            found += [child for child in children(node) if name in title(child)]
+        return found
+
+    def node_of_a_worker(self) -> Any:
+        return next(n for n in self.nodes.worker_nodes if any(WORKER in title(child) for child in children(n)))
+
+
+def children(node: Any) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+    return []
+
+
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def until(reached: Callable[[], Any], driver: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert driver.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Nodes, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[int, float]]:
+    """Weights and losses of a run on two workers."""
+    run = Training(nodes, tokens, tmp_path_factory.mktemp("undisturbed"))
+    with run.going() as driver:
+        losses = run.ended(driver)
+    assert list(losses) == list(range(EVERY, STEPS + 1, EVERY))
+    return run.weights(), losses
+
+
+@pytest.mark.parametrize("victim", [WORKER, pytest.param(CONTROLLER, marks=pytest.mark.slow)])
+def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]], victim: str
+) -> None:
+    """SIGKILL of a training worker, or of what watches over them; the run goes on from its last checkpoint."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        run.processes(victim)[-1].kill()
+        losses = run.ended(driver)
+    assert run.said().count("lost workers or controller, going on from the last checkpoint") == 1
+    assert (run.weights(), losses) == undisturbed
+
+
+def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """SIGKILL of a worker when a file of a checkpoint is there and its manifest is not."""
+    run = Training(nodes, tokens, tmp_path)
+    torn = Path(checkpoint.uri_of(run.run, 96))
+    with run.going() as driver:
+        until(lambda: list(torn.glob("*.distcp")), driver)
+        run.processes(WORKER)[0].kill()
+        assert not (torn / "manifest.json").exists()
+        losses = run.ended(driver)
+    assert (run.weights(), losses) == undisturbed
+
+
+def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """A raylet with all that runs on it, without notice."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
+        losses = run.ended(driver)
+    assert (run.weights(), losses) == undisturbed
+
+
+def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """Nothing that the driver knew may be needed, and its workers must not go on beside the next one's."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        driver.kill()
+    with run.going() as driver:
+        losses = run.ended(driver)
+    assert run.said().count("started from step 0") == 1
+    assert "resumed from step" in run.said()
+    assert (run.weights(), losses) == undisturbed
+
+
+def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """SIGSTOP: the process is there, its connections too, and the others wait."""
+    run = Training(nodes, tokens, tmp_path, "--workers.patience", "5")
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        stopped = run.processes(WORKER)[-1]
+        stopped.suspend()
+        losses = run.ended(driver)
+    assert not stopped.is_running()
+    assert (run.weights(), losses) == undisturbed
+
+
+def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """A spot instance called back: no step is done twice, and the node is empty before it goes."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        node = run.node_of_a_worker()
+        drain(nodes, node, 60)
+        losses = run.ended(driver)
+    assert "1 node(s) will go in 5" in run.said()
+    assert "lost workers" not in run.said()
+    resumed = int(run.said().split("resumed from step ")[1].split()[0])
+    assert resumed % EVERY  # at the step where the notice came, with a line of its own
+    assert losses.keys() == undisturbed[1].keys() | {resumed}
+    assert not [child for child in children(node) if WORKER in title(child)]
+    nodes.remove_node(node)
+    assert run.weights() == undisturbed[0]
+
+
+def drain(nodes: Nodes, node: Any, seconds: int) -> None:
+    """What an autoscaler does when a cloud announces that it takes a machine back."""
+    words = ["--address", nodes.address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    words += ["--reason-message", "called back", "--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(["ray", "drain-node", *words], check=True, capture_output=True)
