@@ -4,7 +4,10 @@ Each test submits nothing and mocks nothing: `python jobs/pretrain.py` runs agai
 processes and nodes are killed, stopped or drained. What needs no cluster is in test_training.py and test_checkpoint.py.
 """
 
+import itertools
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -66,7 +69,7 @@ class Training:
             *(sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", tokens),
             *("--model.n-layer", "2", "--model.n-embd", "32", "--model.n-head", "2", "--model.n-px", "4"),
             *("--model.n-vocab", "16", "--optim.batch-size", "9", "--optim.steps", str(STEPS)),
-            *("--optim.warmup-steps", "4", "--workers.n", "2", "--workers.micro-batch", "2"),
+            *("--optim.warmup-steps", "4", "--optim.lr", "3e-4", "--workers.n", "2", "--workers.micro-batch", "2"),
             *("--run.root", str(folder / "runs"), "--run.name", "run"),
             *("--run.checkpoint-every", str(EVERY), "--run.log-every", str(EVERY), *words),
         ]
@@ -216,14 +219,62 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
         node = run.node_of_a_worker()
         drain(nodes, node, 60)
         losses = run.ended(driver)
-    assert "1 node(s) will go in 5" in run.said()
+    assert re.search(r"1 node\(s\) will go in \d\d s: saving", run.said())
     assert "lost workers" not in run.said()
-    resumed = int(run.said().split("resumed from step ")[1].split()[0])
-    assert resumed % EVERY  # at the step where the notice came, with a line of its own
-    assert losses.keys() == undisturbed[1].keys() | {resumed}
+    (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
+    assert losses.keys() == undisturbed[1].keys() | {int(resumed)}  # saved where the notice came, which has a line
     assert not [child for child in children(node) if WORKER in title(child)]
     nodes.remove_node(node)
     assert run.weights() == undisturbed[0]
+
+
+def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """Three workers, two, three: the same images in every batch, so the same losses but for the order of sums."""
+    run = Training(nodes, tokens, tmp_path, "--workers.n", "3", "--workers.min-n", "1", "--workers.grow-after", "1")
+    with run.going() as driver:
+        until(lambda: run.committed() >= 24, driver)
+        nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
+        until(lambda: "on 2 worker(s)" in run.said(), driver)
+        complete(nodes)
+        losses = run.ended(driver)
+    assert re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", run.said()) == ["3", "2", "3"]
+    assert "room for 1 more worker(s): saving, to go on with 3" in run.said()
+    expected, elastic = summed(undisturbed[1]), summed(losses)
+    assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def summed(losses: dict[int, float]) -> dict[int, float]:
+    """Nats per token times steps, up to each line: a run that saves between two lines has one more."""
+    steps = [0, *losses]
+    sums = itertools.accumulate((b - a) * losses[b] for a, b in itertools.pairwise(steps))
+    return dict(zip(losses, sums, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_random_kills_leave_no_trace(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """A worker or the controller, at any moment of a step, a save or a start, again and again in one run.
+
+    Each kill waits for a new checkpoint, so that the run's patience of three failures in a row is never used up.
+    """
+    rng = random.Random(5)
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        reached = 0
+        for _ in range(20):
+            until(lambda reached=reached: run.committed() > reached, driver)
+            time.sleep(rng.uniform(0, 0.5))
+            victims = run.processes(rng.choice([WORKER, WORKER, CONTROLLER]))
+            reached = run.committed()
+            for victim in victims[-1:]:
+                victim.kill()
+        losses = run.ended(driver)
+    assert run.said().count("lost workers or controller") == 20
+    assert (run.weights(), losses) == undisturbed
 
 
 def drain(nodes: Nodes, node: Any, seconds: int) -> None:

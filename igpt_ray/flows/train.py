@@ -8,19 +8,20 @@ folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
 
 import json
 import logging
-import math
 import tempfile
 import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
-from ray._private import state as cluster_state
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from igpt_ray import checkpoint, config, storage, training
 from igpt_ray.errors import CheckpointError, SettingError
@@ -30,7 +31,9 @@ from igpt_ray.shards import TokenStore
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0
-"""Seconds between looks at what the cluster has to tell a worker."""
+"""Seconds between looks at what the cluster has to tell."""
+SETTLED = 5
+"""Looks without a change after which there is as much room as there is for now."""
 
 
 def pretrain(settings: config.Pretrain) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     while "left" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
-            report = _trainer(settings).fit().return_value
+            report = _trainer(settings, _n_that_fit(settings.workers)).fit().return_value
         except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
             if known := mendable(error):
                 raise known from error
@@ -56,27 +59,61 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _trainer(settings: config.Pretrain) -> TorchTrainer:
+def _trainer(settings: config.Pretrain, n: int) -> TorchTrainer:
     w = settings.workers
+    # Ray waits for the room of a worker that cannot start, for ever or, where fewer will do, until we look again.
+    limit = -1 if w.fewest == w.n else 0
     return TorchTrainer(
         train_worker,
         train_loop_config=settings.model_dump(mode="json"),
         torch_config=TorchConfig(timeout_s=w.patience),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(w.fewest, w.n) if w.fewest < w.n else w.n,
-            use_gpu=w.gpus > 0,
-            resources_per_worker=_resources(w),
-            elastic_resize_monitor_interval_s=math.inf,  # Ray would kill the workers to resize: see `_watch`
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A fresh name in a scratch folder: nothing is reported to Ray, so nothing of it needs to be kept or found.
         run_config=ray.train.RunConfig(
-            name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}", storage_path=tempfile.gettempdir() + "/igpt_ray-train"
+            name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=tempfile.gettempdir() + "/igpt_ray-train",
+            failure_config=ray.train.FailureConfig(controller_failure_limit=limit),
         ),
     )
 
 
 def _resources(workers: config.Workers) -> dict[str, float]:
     return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+
+
+def _n_that_fit(workers: config.Workers) -> int:
+    """With how many workers to start: all, or what there is room for once there is room for the fewest.
+
+    Ray's own elastic policy counts what nodes have, also of those that are busy or being drained, and up to three
+    minutes after a lost controller what that one had asked for. Seats are real.
+    """
+    if workers.fewest == workers.n:
+        return workers.n
+    _clear(workers)  # those of a worker that was killed while it held them
+    seats = [_seat(workers, i) for i in range(workers.n)]
+    n, looks = 0, 0
+    while n < workers.n and (n < workers.fewest or looks < SETTLED):
+        time.sleep(LOOK_EVERY)
+        before, n = n, sum(map(_free, seats))
+        looks = looks + 1 if n == before else 0
+    _clear(workers)
+    return n
+
+
+def _seat(workers: config.Workers, i: int) -> PlacementGroup:
+    """Room for one more worker: held where it is found; where it is not, an autoscaler makes it."""
+    return placement_group([_resources(workers)], name=f"seat-{i}")
+
+
+def _free(seat: PlacementGroup) -> bool:
+    return bool(placement_group_table(seat)["state"] == "CREATED")
+
+
+def _clear(workers: config.Workers) -> None:
+    """Give up all seats: they outlive the worker that asked for them, and end with the job."""
+    for i in range(workers.n):
+        with suppress(ValueError):  # there is none of that name
+            remove_placement_group(get_placement_group(f"seat-{i}"))
 
 
 def _say_if_short(workers: config.Workers) -> None:
@@ -175,9 +212,11 @@ def _watch(workers: config.Workers, leave: threading.Event) -> None:
     """Tell this worker to leave when a node of the group is to go, or, on rank 0, when there is room for more workers.
 
     Beside the steps, because Ray answers all workers together. A resize of Ray's own would be no more than a kill.
+    Seats are asked for here, when the workers have theirs.
     """
     context, started = ray.train.get_context(), time.monotonic()
     n, first = context.get_world_size(), context.get_world_rank() == 0
+    seats: list[PlacementGroup] = []
     while not leave.wait(LOOK_EVERY):
         notice = ray.train.get_preemption_info()
         if notice is not None:
@@ -185,13 +224,8 @@ def _watch(workers: config.Workers, leave: threading.Event) -> None:
                 when = f"in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else "soon"
                 log.warning("%d node(s) will go %s: saving, to go on elsewhere", len(notice.preempted_node_ids), when)
             leave.set()
-        elif first and n < workers.n and time.monotonic() - started > workers.grow_after and (more := _room(workers)):
-            log.info("room for %d more worker(s): saving, to go on with up to %d", more, workers.n)
-            leave.set()
-
-
-def _room(workers: config.Workers) -> int:
-    """For how many more workers the nodes that stay have room now."""
-    need, going = _resources(workers), cluster_state.state.get_draining_nodes()
-    free = cluster_state.available_resources_per_node()
-    return sum(min(int(f.get(r, 0) // x) for r, x in need.items()) for node, f in free.items() if node not in going)
+        elif first and time.monotonic() - started > workers.grow_after:
+            seats = seats or [_seat(workers, i) for i in range(workers.n - n)]
+            if free := sum(map(_free, seats)):
+                log.info("room for %d more worker(s): saving, to go on with %d", free, n + free)
+                leave.set()
