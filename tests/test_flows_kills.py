@@ -5,19 +5,25 @@ processes and nodes are killed, stopped or drained. What needs no cluster is in 
 """
 
 import itertools
+import json
 import os
 import random
 import re
+import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray._private.services
 from conftest import free_port, tiny_store
 
 from igpt_ray import checkpoint, metrics, storage
@@ -64,13 +70,15 @@ class Training:
     """A run in a process of its own, `jobs/pretrain.py`, and what the cluster holds of it."""
 
     def __init__(self, nodes: Nodes, tokens: str, folder: Path, *words: str):
-        self.nodes, self.run, self.log = nodes, str(folder / "runs" / "run"), folder / "log"
+        self.nodes, self.log = nodes, folder / "log"
+        self.name = f"killed-{secrets.token_hex(4)}"
+        self.run = str(folder / self.name)
         self.command = [
             *(sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", tokens),
             *("--model.n-layer", "2", "--model.n-embd", "32", "--model.n-head", "2", "--model.n-px", "4"),
             *("--model.n-vocab", "16", "--optim.batch-size", "9", "--optim.steps", str(STEPS)),
             *("--optim.warmup-steps", "4", "--optim.lr", "3e-4", "--workers.n", "2", "--workers.micro-batch", "2"),
-            *("--run.root", str(folder / "runs"), "--run.name", "run"),
+            *("--run.root", str(folder), "--run.name", self.name),
             *("--run.checkpoint-every", str(EVERY), "--run.log-every", str(EVERY), *words),
         ]
 
@@ -87,7 +95,7 @@ class Training:
 
     def ended(self, driver: subprocess.Popen[bytes]) -> dict[int, float]:
         """The losses of a run that has ended well."""
-        assert driver.wait(200) == 0, self.said()[-3000:]
+        assert driver.wait(500) == 0, self.said()[-3000:]
         return {line["step"]: line["nats_per_token"] for line in metrics.read(self.run)}
 
     def said(self) -> str:
@@ -122,7 +130,7 @@ def title(process: psutil.Process) -> str:
     return ""
 
 
-def until(reached: Callable[[], Any], driver: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def until(reached: Callable[[], Any], driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert driver.poll() is None, "the run ended before it could be disturbed"
@@ -183,11 +191,15 @@ def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
 def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
-    """Nothing that the driver knew may be needed, and its workers must not go on beside the next one's."""
+    """Nothing that the driver knew may be needed, nor what Ray Train knew, whose snapshots are torn as well."""
     run = Training(nodes, tokens, tmp_path)
     with run.going() as driver:
         until(lambda: run.committed() >= 48, driver)
         driver.kill()
+    books = list(Path(tempfile.gettempdir(), "igpt_ray-train").glob(f"{run.name}-*"))
+    assert books
+    for folder in books:
+        (folder / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
     with run.going() as driver:
         losses = run.ended(driver)
     assert run.said().count("started from step 0") == 1
@@ -282,3 +294,86 @@ def drain(nodes: Nodes, node: Any, seconds: int) -> None:
     words = ["--address", nodes.address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     words += ["--reason-message", "called back", "--deadline-remaining-seconds", str(seconds)]
     subprocess.run(["ray", "drain-node", *words], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------ an autoscaler
+
+
+HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""The node id under which the provider below knows the head."""
+
+
+@dataclass
+class Autoscaler:
+    address: str
+
+
+@pytest.fixture
+def autoscaler(tmp_path: Path) -> Iterator[Autoscaler]:
+    """A head without CPUs, and Ray's own autoscaler, whose "cloud" starts raylets of one CPU on this machine.
+
+    `ray.cluster_utils.AutoscalingCluster` lacks a file in the wheel, and would stop every Ray on the machine.
+    """
+    port, scratch = free_port(), tempfile.mkdtemp(prefix="igpt-")  # short: Ray puts Unix sockets below it
+    ip = ray._private.services.get_node_ip_address()
+    cloud = {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        **dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True),
+        **{"launch_multiple": True, "head_node_id": HEAD, "gcs_address": f"{ip}:{port}"},
+    }
+    types = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "cpu": {
+            "resources": {"CPU": 1, "object_store_memory": 100 << 20},
+            **{"node_config": {}, "min_workers": 0, "max_workers": 3},
+        },
+    }
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    settings = {
+        **{"cluster_name": "cloud", "max_workers": 3, "idle_timeout_minutes": 1, "provider": cloud},
+        **{"available_node_types": types, "head_node_type": "ray.head.default", "auth": {}, "docker": {}},
+        **{f"{name}_commands": [] for name in commands},
+        **{"file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": []},
+    }
+    file = tmp_path / "cloud.yaml"
+    file.write_text(json.dumps(settings))  # which is YAML too
+    env = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1"}
+    env |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
+    command = ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--temp-dir={scratch}"]
+    command += ["--include-dashboard=false", f"--autoscaling-config={file}", f"--object-store-memory={100 << 20}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    with open(tmp_path / "head.log", "w") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), head)
+        yield Autoscaler(f"{ip}:{port}")
+    finally:
+        started = [head, *psutil.Process(head.pid).children(recursive=True)]
+        for process in started:
+            with suppress(psutil.Error):
+                process.kill()
+        head.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
+    autoscaler: Autoscaler, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """From an empty cluster: two nodes come, one is killed, another comes."""
+    run = Training(autoscaler, tokens, tmp_path, "--workers.min-n", "1", "--workers.grow-after", "1")
+    with run.going() as driver:
+        until(lambda: run.committed() >= 48, driver)
+        raylets = [p for p in psutil.process_iter() if f"--gcs-address={autoscaler.address}" in title(p)]
+        victim = next(p for p in raylets if any(WORKER in title(child) for child in p.children()))
+        victim.kill()
+        losses = run.ended(driver)
+    said = run.said()
+    assert "1 worker(s) ask for 1 CPUs, the cluster has 0: waiting for it to grow" in said
+    workers = re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", said)
+    assert workers[-1] == "2"
+    assert said.count("lost workers or controller") == 1
+    expected, elastic = summed(undisturbed[1]), summed(losses)
+    assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)
