@@ -34,6 +34,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 200, 8
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
+LOST = "lost workers or controller, going on from the last checkpoint"
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 Nodes = Any
@@ -158,7 +159,7 @@ def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
         until(lambda: run.committed() >= 48, driver)
         run.processes(victim)[-1].kill()
         losses = run.ended(driver)
-    assert run.said().count("lost workers or controller, going on from the last checkpoint") == 1
+    assert run.said().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
@@ -173,6 +174,7 @@ def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
         run.processes(WORKER)[0].kill()
         assert not (torn / "manifest.json").exists()
         losses = run.ended(driver)
+    assert run.said().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
@@ -185,6 +187,7 @@ def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
         until(lambda: run.committed() >= 48, driver)
         nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
         losses = run.ended(driver)
+    assert run.said().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
@@ -217,6 +220,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
         stopped = run.processes(WORKER)[-1]
         stopped.suspend()
         losses = run.ended(driver)
+    assert run.said().count(LOST) == 1
     assert not stopped.is_running()
     assert (run.weights(), losses) == undisturbed
 
@@ -232,7 +236,7 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
         drain(nodes, node, 60)
         losses = run.ended(driver)
     assert re.search(r"1 node\(s\) will go in \d\d s: saving", run.said())
-    assert "lost workers" not in run.said()
+    assert LOST not in run.said()
     (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
     assert losses.keys() == undisturbed[1].keys() | {int(resumed)}  # saved where the notice came, which has a line
     assert not [child for child in children(node) if WORKER in title(child)]
@@ -285,7 +289,7 @@ def test_twenty_random_kills_leave_no_trace(
             for victim in victims[-1:]:
                 victim.kill()
         losses = run.ended(driver)
-    assert run.said().count("lost workers or controller") == 20
+    assert run.said().count(LOST) == 20
     assert (run.weights(), losses) == undisturbed
 
 
@@ -306,6 +310,8 @@ HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 @dataclass
 class Autoscaler:
     address: str
+    pid: int
+    """Of `ray start`, from which all its nodes descend."""
 
 
 @pytest.fixture
@@ -348,7 +354,7 @@ def autoscaler(tmp_path: Path) -> Iterator[Autoscaler]:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), head)
-        yield Autoscaler(f"{ip}:{port}")
+        yield Autoscaler(f"{ip}:{port}", head.pid)
     finally:
         started = [head, *psutil.Process(head.pid).children(recursive=True)]
         for process in started:
@@ -365,15 +371,14 @@ def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
     """From an empty cluster: two nodes come, one is killed, another comes."""
     run = Training(autoscaler, tokens, tmp_path, "--workers.min-n", "1", "--workers.grow-after", "1")
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
-        raylets = [p for p in psutil.process_iter() if f"--gcs-address={autoscaler.address}" in title(p)]
-        victim = next(p for p in raylets if any(WORKER in title(child) for child in p.children()))
-        victim.kill()
+        until(lambda: run.committed() >= EVERY, driver)
+        worker = next(p for p in psutil.Process(autoscaler.pid).children(recursive=True) if WORKER in title(p))
+        worker.parent().kill()  # the raylet: a node
         losses = run.ended(driver)
     said = run.said()
     assert "1 worker(s) ask for 1 CPUs, the cluster has 0: waiting for it to grow" in said
     workers = re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", said)
     assert workers[-1] == "2"
-    assert said.count("lost workers or controller") == 1
+    assert said.count(LOST) == 1
     expected, elastic = summed(undisturbed[1]), summed(losses)
     assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)

@@ -147,6 +147,23 @@ def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
     assert checkpoint.committed_steps(cfg.run.uri) == [4, 8, 12]
 
 
+def test_a_run_that_is_told_to_leave_saves_where_it_is_and_ends_with_the_same_bits(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """Steps lost since the checkpoint before, although there was time; told at its last step, a run just ends."""
+    undisturbed = settings_for(store, tmp_path, "undisturbed")
+    training.train(undisturbed, CPU)
+    cfg = settings_for(store, tmp_path)
+    for reached in (5, 11):
+        told = itertools.count(0 if reached == 5 else 5)
+        assert training.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"left": reached}
+        assert checkpoint.committed_steps(cfg.run.uri)[-1] == reached
+    report = training.train(cfg, CPU, lambda: True)
+    assert report["step"] == STEPS
+    assert weights_of(cfg.run.uri) == weights_of(undisturbed.run.uri)
+    assert [line["step"] for line in metrics.read(cfg.run.uri)] == [2, 4, 5, 6, 8, 10, 11, 12]
+
+
 def test_what_a_step_keeps_or_computes_again_changes_no_number(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
