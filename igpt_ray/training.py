@@ -131,7 +131,7 @@ def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> tuple[flo
     """
     assert isinstance(grad_norm, DTensor)
     nats = torch.stack(sums).double().sum()
-    told = torch.stack([nats, nats.new_tensor(float(leaving))])
+    told = torch.stack([nats, nats.new_full((), leaving)])
     dist.all_reduce(told)
     nats_sum, n_leaving, norm = torch.cat([told, grad_norm.full_tensor().double()[None]]).tolist()
     return nats_sum, norm, n_leaving > 0

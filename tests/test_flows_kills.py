@@ -1,7 +1,8 @@
 """A training run that loses workers, nodes, its controller, its driver: the same bits in the end.
 
-Each test submits nothing and mocks nothing: `python jobs/pretrain.py` runs against a cluster of several raylets, whose
-processes and nodes are killed, stopped or drained. What needs no cluster is in test_training.py and test_checkpoint.py.
+`python jobs/pretrain.py` runs against a cluster of several raylets, whose processes and nodes are killed, stopped,
+drained and added. What needs no cluster is in test_training.py, test_checkpoint.py, test_faults.py and
+test_full_disk.py.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from igpt_ray.shards import Kind
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, EVERY = 200, 8
+STEPS, EVERY = 200, 5
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
 LOST = "lost workers or controller, going on from the last checkpoint"
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -156,7 +157,7 @@ def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
     """SIGKILL of a training worker, or of what watches over them; the run goes on from its last checkpoint."""
     run = Training(nodes, tokens, tmp_path)
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
+        until(lambda: run.committed() >= 50, driver)
         run.processes(victim)[-1].kill()
         losses = run.ended(driver)
     assert run.said().count(LOST) == 1
@@ -168,7 +169,7 @@ def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
 ) -> None:
     """SIGKILL of a worker when a file of a checkpoint is there and its manifest is not."""
     run = Training(nodes, tokens, tmp_path)
-    torn = Path(checkpoint.uri_of(run.run, 96))
+    torn = Path(checkpoint.uri_of(run.run, 100))
     with run.going() as driver:
         until(lambda: list(torn.glob("*.distcp")), driver)
         run.processes(WORKER)[0].kill()
@@ -184,7 +185,7 @@ def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
     """A raylet with all that runs on it, without notice."""
     run = Training(nodes, tokens, tmp_path)
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
+        until(lambda: run.committed() >= 50, driver)
         nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
         losses = run.ended(driver)
     assert run.said().count(LOST) == 1
@@ -197,7 +198,7 @@ def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
     """Nothing that the driver knew may be needed, nor what Ray Train knew, whose snapshots are torn as well."""
     run = Training(nodes, tokens, tmp_path)
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
+        until(lambda: run.committed() >= 50, driver)
         driver.kill()
     books = list(Path(tempfile.gettempdir(), "igpt_ray-train").glob(f"{run.name}-*"))
     assert books
@@ -216,7 +217,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
     """SIGSTOP: the process is there, its connections too, and the others wait."""
     run = Training(nodes, tokens, tmp_path, "--workers.patience", "5")
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
+        until(lambda: run.committed() >= 50, driver)
         stopped = run.processes(WORKER)[-1]
         stopped.suspend()
         losses = run.ended(driver)
@@ -231,7 +232,7 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
     """A spot instance called back: no step is done twice, and the node is empty before it goes."""
     run = Training(nodes, tokens, tmp_path)
     with run.going() as driver:
-        until(lambda: run.committed() >= 48, driver)
+        until(lambda: run.committed() >= 50, driver)
         node = run.node_of_a_worker()
         drain(nodes, node, 60)
         losses = run.ended(driver)
@@ -250,7 +251,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     """Three workers, two, three: the same images in every batch, so the same losses but for the order of sums."""
     run = Training(nodes, tokens, tmp_path, "--workers.n", "3", "--workers.min-n", "1", "--workers.grow-after", "1")
     with run.going() as driver:
-        until(lambda: run.committed() >= 24, driver)
+        until(lambda: run.committed() >= 25, driver)
         nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
         until(lambda: "on 2 worker(s)" in run.said(), driver)
         complete(nodes)
@@ -273,9 +274,9 @@ def summed(losses: dict[int, float]) -> dict[int, float]:
 def test_twenty_random_kills_leave_no_trace(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
-    """A worker or the controller, at any moment of a step, a save or a start, again and again in one run.
+    """A worker or the controller, at any moment of a step or a save, again and again in one run.
 
-    Each kill waits for a new checkpoint, so that the run's patience of three failures in a row is never used up.
+    Each kill waits for a new checkpoint, and so three failures in a row never come together.
     """
     rng = random.Random(5)
     run = Training(nodes, tokens, tmp_path)
@@ -283,11 +284,10 @@ def test_twenty_random_kills_leave_no_trace(
         reached = 0
         for _ in range(20):
             until(lambda reached=reached: run.committed() > reached, driver)
-            time.sleep(rng.uniform(0, 0.5))
-            victims = run.processes(rng.choice([WORKER, WORKER, CONTROLLER]))
+            victim = run.processes(rng.choice([WORKER, WORKER, CONTROLLER]))[-1]
+            time.sleep(rng.uniform(0, 0.2))
             reached = run.committed()
-            for victim in victims[-1:]:
-                victim.kill()
+            victim.kill()
         losses = run.ended(driver)
     assert run.said().count(LOST) == 20
     assert (run.weights(), losses) == undisturbed
