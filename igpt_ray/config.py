@@ -133,6 +133,10 @@ class Workers(Section):
 
     n: Count = 1
     """Workers, each on a part of the batch."""
+    min_n: Annotated[int, Field(ge=0)] = 0
+    """Fewest workers to train on while there is no room for n; 0 waits for n. Batches and their order stay the same."""
+    grow_after: Annotated[float, Field(ge=0)] = 60
+    """Seconds that fewer workers than n train before they save and make way for more, where there is room by then."""
     shard: Annotated[int, Field(ge=0)] = 0
     """Workers that share weights, gradients and moments (FSDP2); 0 is all. With fewer there are several copies, and
     only gradients travel between them (HSDP): as many as a node has GPUs keeps the weights' traffic inside nodes."""
@@ -150,14 +154,23 @@ class Workers(Section):
     of one block instead of all."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
+    patience: Count = 1800
+    """Seconds that a worker may keep the others waiting before it is taken for hung, and all are started again.
+    Samples, and the download of a checkpoint, make them wait too."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a run may lose workers or their controller and go on from its last checkpoint."""
+    """How often a run may lose workers or their controller, without a new checkpoint in between, and go on."""
 
     @model_validator(mode="after")
-    def _shards_divide_workers(self) -> Self:
+    def _numbers_of_workers_agree(self) -> Self:
+        if self.min_n > self.n:
+            raise ValueError(f"min_n {self.min_n} is more than n {self.n}")
         if self.shard and self.n % self.shard:
             raise ValueError(f"n {self.n} is not a multiple of shard {self.shard}")
         return self
+
+    @property
+    def fewest(self) -> int:
+        return self.min_n or self.n
 
     @property
     def sharing(self) -> int:

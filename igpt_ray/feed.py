@@ -46,11 +46,8 @@ class Feed:
         return Feed(images, self.model, self.seed, self.micro_batch, self.device)
 
     def micros(self, batch: Batch) -> list[Micro]:
-        """All workers take as many passes, or their collectives would not meet."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        n = math.ceil(math.ceil(len(batch.rows) / world_size) / self.micro_batch)
-        mine = share(batch, rank, world_size)
-        parts = [share(mine, i, n) for i in range(n)]
+        """This worker's passes over its part of a batch."""
+        parts = passes(batch, dist.get_rank(), dist.get_world_size(), self.micro_batch)
         idle = Batch(batch.epochs[:1], batch.rows[:1])
         return [self._micro(part, 1) if len(part.rows) else self._micro(idle, 0) for part in parts]
 
@@ -60,6 +57,16 @@ class Feed:
             return Micro(batch, tokens, None, weight)
         masks = keep_masks(self.seed, batch, self.model.n_positions)
         return Micro(batch, tokens, masks.to(self.device, non_blocking=True), weight)
+
+
+def passes(batch: Batch, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
+    """A worker's contiguous part of a batch, which need not be divisible, in parts of at most `micro_batch` images.
+
+    All workers take as many passes, or their collectives would not meet: some may be empty.
+    """
+    n = math.ceil(math.ceil(len(batch.rows) / world_size) / micro_batch)
+    mine = share(batch, rank, world_size)
+    return [share(mine, i, n) for i in range(n)]
 
 
 def keep_masks(seed: int, batch: Batch, n_positions: int) -> Tensor:

@@ -7,6 +7,7 @@ is in `progress.py`.
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -31,9 +32,12 @@ NAMED = 8
 """Images that an error names."""
 
 
-def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
+def train(
+    cfg: config.Pretrain, device: torch.device, told_to_leave: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Train to the last step and write the release. Returns the last metrics and the release's URI, on all workers.
 
+    When any worker is told to leave, all of them save after the step they are at, and return `{"left": step}`.
     Raises `TrainingError` at a loss or a gradient that is not finite, before it reaches weights or optimiser.
     """
     run, n_steps = cfg.run, cfg.optim.steps
@@ -68,7 +72,7 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
             sums.append(nats.detach())
 
         grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
-        step_nats, step_norm = _measured(sums, grad_norm)
+        step_nats, step_norm, leaving = _measured(sums, grad_norm, told_to_leave())
         if not math.isfinite(step_nats + step_norm):
             saver.wait()
             raise TrainingError(_which_images(cfg, store, step, micros, sums, step_norm))
@@ -80,10 +84,11 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
         meter.add(step_nats)
 
         last = step == n_steps
-        saving, validating, sampling = (
-            bool(every) and (last or step % every == 0)
-            for every in (run.checkpoint_every, run.validate_every, run.sample_every)
+        leaving = leaving and not last
+        validating, sampling = (
+            bool(every) and (last or step % every == 0) for every in (run.validate_every, run.sample_every)
         )
+        saving = leaving or last or step % run.checkpoint_every == 0
         if saving or validating or step % run.log_every == 0:
             line = meter.line(step, lr, step_norm)
             if validating:
@@ -100,11 +105,17 @@ def train(cfg: config.Pretrain, device: torch.device) -> dict[str, Any]:
         if saving:
             with meter.spent("checkpoint_stall"):
                 about = {"world_size": world_size}
-                saver.save(step, model, optimizer, about, lines.flusher(), must=last or run.keeps(step))
+                must = leaving or last or run.keeps(step)
+                saver.save(step, model, optimizer, about, lines.flusher(), must=must)
+        if leaving:
+            break
 
     profiler.end()
     if tracker is not None:
         tracker.finish()
+    if step < n_steps:
+        saver.wait()
+        return {"left": step}
     saver.finish()
     release = _release(cfg, store, model, step, lines)
     return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
@@ -121,16 +132,18 @@ def build(cfg: config.Pretrain, device: torch.device) -> tuple[ImageGPT, Optimiz
 # ------------------------------------------------------------------------------------------------ is it finite
 
 
-def _measured(sums: list[Tensor], grad_norm: Tensor) -> tuple[float, float]:
-    """Nats of the step over all workers, and the gradient's norm: the one wait for the device in a step.
+def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> tuple[float, float, bool]:
+    """Nats of the step over all workers, the gradient's norm, and whether any worker is leaving: the one wait for the
+    device in a step.
 
     It ends with the backward pass; what must not be done with a bad gradient has not been asked for yet.
     """
     assert isinstance(grad_norm, DTensor)
     nats = torch.stack(sums).double().sum()
-    dist.all_reduce(nats)
-    nats_sum, norm = torch.stack([nats, grad_norm.full_tensor().double()]).tolist()
-    return nats_sum, norm
+    told = torch.stack([nats, nats.new_full((), leaving)])
+    dist.all_reduce(told)
+    nats_sum, n_leaving, norm = torch.cat([told, grad_norm.full_tensor().double()[None]]).tolist()
+    return nats_sum, norm, n_leaving > 0
 
 
 def _which_images(

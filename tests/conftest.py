@@ -188,13 +188,13 @@ def _new_bucket() -> str:
 # ------------------------------------------------------------------------------------------------ tiny real objects
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def palette() -> Palette:
     """16 random colours."""
     return Palette(np.random.default_rng(7).uniform(-1, 1, (16, 3)).astype(np.float32))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kind(palette: Palette) -> Kind:
     """What the tokens of `store` mean: 4 x 4 pixels of 16 colours."""
     return Kind(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-1")
@@ -203,7 +203,10 @@ def kind(palette: Palette) -> Kind:
 @pytest.fixture
 def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
     """A committed token store: two views of a training split in shards of 7 and 5 rows, and a test split of 3."""
-    root = str(tmp_path / "tokens")
+    return tiny_store(str(tmp_path / "tokens"), palette, kind)
+
+
+def tiny_store(root: str, palette: Palette, kind: Kind) -> TokenStore:
     rng = np.random.default_rng(11)
     palette.save(storage.join(root, "palette.npy"))
     listed = []

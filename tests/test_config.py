@@ -133,6 +133,8 @@ IMPOSSIBLE = [
     (Workers, {"gpus": 2}),
     (Workers, {"precision": "float16"}),
     (Workers, {"max_failures": -1}),
+    (Workers, {"n": 2, "min_n": 3}),
+    (Workers, {"patience": 0}),
     (Run, {"name": ""}),
     (Run, {"name": "a/b"}),
     (Run, {"name": ".."}),

@@ -4,19 +4,23 @@ Everything here runs in one process against a real S3 server behind a proxy of o
 cluster. Faults of disks are in test_full_disk.py, damage in test_damage.py, kills in test_kills.py.
 """
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import test_training
+import torch
 from botocore.retries.standard import ExponentialBackoff
 from conftest import Keyed
 from faults import ANYTHING, FaultProxy, one_by_one, running, seeded
 from test_layouts import LAYOUTS, everything, expected, tiny
 
-from igpt_ray import config, sources, storage
+from igpt_ray import checkpoint, config, sources, storage, training
 from igpt_ray.errors import StorageError
 from igpt_ray.flows import prepare
 from igpt_ray.palette import Palette
@@ -224,3 +228,45 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
             assert storage.read(f"{on_rclone}/tokens{entry.uri.removeprefix(undisturbed.root)}") == storage.read(
                 entry.uri
             )
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_checkpoint(
+    process_group: None,
+    through: Through,
+    on_rclone: str,
+    store: TokenStore,
+    tmp_path: Path,
+    seconds: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """503 from the first request of a checkpoint on: the steps do not wait, the next checkpoint is left out and said
+    to be, and the last one is worth the wait."""
+    if seconds == 60:
+        for scale in ("throttling_base_scale", "non_throttling_base_scale"):
+            monkeypatch.setitem(ExponentialBackoff._DEFAULT_BACKOFF_CONFIG, scale, 1.0)  # as in earnest
+    cfg = test_training.settings_for(store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": 0})
+    begun: list[float] = []
+
+    def each_step() -> bool:
+        begun.append(time.monotonic())
+        while (done := len(begun) - 1) in (2, 4) and done not in checkpoint.committed_steps(cfg.run.uri):
+            time.sleep(0.01)
+        if done == 4:
+            proxy.fail_next(["503"] * 100_000)
+            threading.Timer(seconds, proxy.fail_next, [[]]).start()
+        return False
+
+    with through([]) as proxy, caplog.at_level(logging.WARNING):
+        report = training.train(cfg, torch.device("cpu"), each_step)
+        ended = time.monotonic()
+    assert begun[-1] - begun[5] < 2 <= seconds <= ended - begun[5]
+    assert report["step"] == test_training.STEPS
+    assert checkpoint.committed_steps(cfg.run.uri)[-1] == test_training.STEPS
+    assert "no checkpoint at step 8: the one before is still being stored" in caplog.text
+    undisturbed = training.train(test_training.settings_for(store, tmp_path, "undisturbed"), torch.device("cpu"))
+    assert test_training.weights_of(report["run"]) == test_training.weights_of(undisturbed["run"])

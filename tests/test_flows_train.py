@@ -1,16 +1,14 @@
-"""Pretraining with Ray Train: through `ray job submit`, on any number of workers, killed and resumed."""
+"""Pretraining with Ray Train: through `ray job submit`, on any number of workers, and resumed.
+
+What kills it is in test_flows_kills.py.
+"""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 
@@ -77,36 +75,6 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
     assert list(losses) == list(range(4, STEPS + 1, 4))
     assert losses[4] > losses[STEPS]
     assert checkpoint.committed_steps(undisturbed["run"]) == list(range(4, STEPS + 1, 4))
-
-
-@pytest.mark.parametrize("victim", ["RayTrainWorker", pytest.param("TrainController", marks=pytest.mark.slow)])
-def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
-    undisturbed: dict[str, Any], prepared: str, victim: str
-) -> None:
-    """SIGKILL of a training worker, or of what watches over them; the run goes on from its last checkpoint."""
-    settings = settings_for(prepared, f"killed-{victim}")
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        while not killed and not finished.is_set():
-            if 8 in checkpoint.committed_steps(settings.run.uri):
-                running = psutil.process_iter(["cmdline"])  # `info` is None where a process has just ended
-                workers = [p.pid for p in running if victim in " ".join(p.info["cmdline"] or [])]
-                os.kill(workers[-1], signal.SIGKILL)
-                killed.append(workers[-1])
-            time.sleep(0.01)
-
-    finished = threading.Event()
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    try:
-        report = train.pretrain(settings)
-    finally:
-        finished.set()
-        killer.join()
-    assert killed
-    assert weights_of(report["run"]) == weights_of(undisturbed["run"])
-    assert losses_of(report["run"]) == losses_of(undisturbed["run"])
 
 
 def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str) -> None:

@@ -1,14 +1,19 @@
 """Disks that are full, for real: small file systems in memory, mounted for a test. Needs the right to mount."""
 
+import logging
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_training
+import torch
 from faults import one_by_one
 
-from igpt_ray import cache, config, images, storage
+from igpt_ray import cache, checkpoint, config, images, storage, training
 from igpt_ray.errors import StorageError
 from igpt_ray.flows import prepare
 from igpt_ray.loader import SplitCache
@@ -17,13 +22,13 @@ from igpt_ray.shards import TokenStore
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB."""
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of 256 KiB, or what the test asks for."""
+    size = getattr(request, "param", "256k")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mount = subprocess.run(command, capture_output=True, text=True, check=False)
     if mount.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
     yield folder
@@ -136,3 +141,37 @@ def test_a_disk_that_fills_while_the_cache_is_made_leaves_no_part_of_it(disk: Pa
     assert {p.name for p in disk.iterdir()} == {".ballast", "a.lock"}
     (disk / ".ballast").unlink()
     np.testing.assert_array_equal(cache.mapped(path, array.shape, lambda: iter([array])), array)
+
+
+@pytest.mark.parametrize("disk", ["2m"], indirect=True)
+def test_a_disk_that_fills_under_a_run_costs_a_checkpoint_and_no_step(
+    process_group: None,
+    disk: Path,
+    store: TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is torn stays unnoticed by the next save, and the one before stays whole."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    cfg = test_training.settings_for(store, disk, run={"log_every": 4})
+    steps = 0
+
+    def each_step() -> bool:
+        nonlocal steps
+        steps += 1
+        while steps == 5 and checkpoint.committed_steps(cfg.run.uri) != [4]:
+            time.sleep(0.01)
+        while steps == 9 and "no checkpoint at step 8" not in caplog.text:
+            time.sleep(0.01)
+        if steps == 5:
+            leave(disk, 3000)
+        if steps == 9:
+            assert checkpoint.committed_steps(cfg.run.uri) == [4]
+            (disk / ".ballast").unlink()
+        return False
+
+    with caplog.at_level(logging.WARNING):
+        report = training.train(cfg, torch.device("cpu"), each_step)
+    assert re.search(r"no checkpoint at step 8, training goes on: .*/step_00000008/\w+: its disk is full", caplog.text)
+    assert checkpoint.committed_steps(cfg.run.uri) == [4, 12]
+    assert report["step"] == 12

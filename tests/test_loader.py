@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from igpt_ray import loader, shards
 from igpt_ray.errors import TokenStoreError
+from igpt_ray.feed import passes
 from igpt_ray.loader import Batch, SplitCache, global_batch, permute, share
 from igpt_ray.shards import TokenStore
 
@@ -90,6 +91,33 @@ def test_any_number_of_workers_sees_the_same_batch(
     np.testing.assert_array_equal(np.concatenate([part.epochs for part in parts]), whole.epochs)
     sizes = [len(part.rows) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@quick
+@given(
+    st.integers(1, 300),
+    st.integers(1, 40),
+    seeds,
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=4),
+)
+@example(10, 8, 0, [(3, 2, 2), (1, 8, 1), (2, 3, 2)])
+@example(5, 2, 0, [(7, 1, 3)])
+def test_a_run_whose_workers_change_sees_the_same_batches_pass_by_pass(
+    n_rows: int, batch_size: int, seed: int, legs: list[tuple[int, int, int]]
+) -> None:
+    """Each leg is (workers, largest micro-batch, steps): a worker that skips what another has, a part counted twice,
+    one that takes fewer passes than the others and leaves them waiting in a collective."""
+    step = 0
+    for world_size, micro_batch, n_steps in legs:
+        for _ in range(n_steps):
+            whole = global_batch(seed, step, batch_size, n_rows)
+            taken = [passes(whole, rank, world_size, micro_batch) for rank in range(world_size)]
+            assert len({len(of_one) for of_one in taken}) == 1
+            parts = [part for of_one in taken for part in of_one]
+            assert max(len(part.rows) for part in parts) <= micro_batch
+            np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), whole.rows)
+            np.testing.assert_array_equal(np.concatenate([part.epochs for part in parts]), whole.epochs)
+            step += 1
 
 
 # ------------------------------------------------------------------------------------------------ the node's cache

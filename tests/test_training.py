@@ -1,5 +1,8 @@
 """The training loop without Ray: what is not finite goes no further, what stopped goes on, what is shown is true."""
 
+import itertools
+import re
+import secrets
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from igpt_ray import checkpoint, config, metrics, progress, shards, storage, tra
 from igpt_ray.errors import TrainingError
 from igpt_ray.evaluate import image_nats, masked_nats
 from igpt_ray.feed import keep_masks
+from igpt_ray.flows import serve
 from igpt_ray.loader import SplitCache, global_batch, share
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
@@ -143,6 +147,23 @@ def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
     assert checkpoint.committed_steps(cfg.run.uri) == [4, 8, 12]
 
 
+def test_a_run_that_is_told_to_leave_saves_where_it_is_and_ends_with_the_same_bits(
+    process_group: None, store: TokenStore, tmp_path: Path
+) -> None:
+    """Steps lost since the checkpoint before, although there was time; told at its last step, a run just ends."""
+    undisturbed = settings_for(store, tmp_path, "undisturbed")
+    training.train(undisturbed, CPU)
+    cfg = settings_for(store, tmp_path)
+    for reached in (5, 11):
+        told = itertools.count(0 if reached == 5 else 5)
+        assert training.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"left": reached}
+        assert checkpoint.committed_steps(cfg.run.uri)[-1] == reached
+    report = training.train(cfg, CPU, lambda: True)
+    assert report["step"] == STEPS
+    assert weights_of(cfg.run.uri) == weights_of(undisturbed.run.uri)
+    assert [line["step"] for line in metrics.read(cfg.run.uri)] == [2, 4, 5, 6, 8, 10, 11, 12]
+
+
 def test_what_a_step_keeps_or_computes_again_changes_no_number(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
@@ -176,12 +197,23 @@ def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
     assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
 
 
-def _work(rank: int, n: int, folder: str, settings: str, cache: str) -> None:
+def on_workers(n: int, folder: Path, cache: Path, cfg: config.Pretrain, leave_after: int = STEPS) -> None:
+    """Train on n workers, the last of which is told to leave as it takes this step of theirs."""
+    rendezvous = str(folder / secrets.token_hex(4))
+    arguments = (n, rendezvous, cfg.model_dump_json(), str(cache), leave_after)
+    torch.multiprocessing.spawn(_work, arguments, nprocs=n)
+
+
+def _work(rank: int, n: int, rendezvous: str, settings: str, cache: str, leave_after: int) -> None:
     """One of n workers."""
     torch.set_num_threads(1)
     storage.CACHE = Path(cache)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{n}", rank=rank, world_size=n)
-    training.train(config.Pretrain.model_validate_json(settings), CPU)
+    checkpoint.PAUSE = 0.1
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
+    steps = itertools.count(1)
+    training.train(
+        config.Pretrain.model_validate_json(settings), CPU, lambda: rank == n - 1 and next(steps) >= leave_after
+    )
     dist.destroy_process_group()
 
 
@@ -203,7 +235,7 @@ def test_any_number_of_workers_sees_and_says_the_same(
             workers={"n": n, "micro_batch": 1},
             run={"validate_every": 6, **more},
         )
-        torch.multiprocessing.spawn(_work, (n, str(tmp_path), cfg.model_dump_json(), str(cache)), nprocs=n)
+        on_workers(n, tmp_path, cache, cfg)
         held_out = [line.get("val_nats_per_token") for line in metrics.read(cfg.run.uri)]
         assert [held is not None for held in held_out] == [False, False, True, False, False, True]
         told.append(list(losses_of(cfg.run.uri).values()) + [held for held in held_out if held is not None])
@@ -212,6 +244,73 @@ def test_any_number_of_workers_sees_and_says_the_same(
             assert (Path(cfg.run.uri) / "samples/step_00000012.png").exists()
     assert told[1] == pytest.approx(told[0], rel=1e-5)
     assert told[2] == pytest.approx(told[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_change_on_the_way_sees_the_same_batches(
+    store: TokenStore, cache: Path, tmp_path: Path
+) -> None:
+    """Three workers leave after five steps, one after three more, and two finish: as one worker alone would.
+
+    What is left in the middle of the steps between two checkpoints is saved where it is left.
+    """
+    alone = settings_for(store, tmp_path, "alone", run={"log_every": 1})
+    on_workers(1, tmp_path, cache, alone)
+    changing = settings_for(store, tmp_path, "changing", run={"log_every": 1, "keep_every": 0})
+    for n, leave_after, reached in ((3, 5, 5), (1, 3, 8), (2, STEPS, STEPS)):
+        on_workers(n, tmp_path, cache, changing, leave_after)
+        assert checkpoint.committed_steps(changing.run.uri)[-1] == reached
+    assert losses_of(changing.run.uri) == pytest.approx(losses_of(alone.run.uri), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_upload_that_fails_on_one_worker_costs_a_checkpoint_and_starts_nobody_again(
+    store: TokenStore, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others would wait for its file, or commit without it. A folder stands where its file should."""
+    cfg = settings_for(store, tmp_path)
+    Path(checkpoint.uri_of(cfg.run.uri, 4), "__1_0.distcp").mkdir(parents=True)
+    on_workers(2, tmp_path, cache, cfg)
+    said = capfd.readouterr().err
+    assert said.count("trying again") == checkpoint.ATTEMPTS - 1
+    assert re.findall(r"no checkpoint at step (\d+), training goes on: .*__1_0.distcp: Is a directory", said) == ["4"]
+    assert checkpoint.committed_steps(cfg.run.uri) == [8, 12]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_workers_loads_on_one_and_three_and_its_release_everywhere(
+    store: TokenStore, cache: Path, tmp_path: Path
+) -> None:
+    """Weights and moments to the last bit, in shares of other sizes; what is served and judged are the same weights."""
+    cfg = settings_for(store, tmp_path)
+    on_workers(2, tmp_path, cache, cfg)
+    states = []
+    for n in (1, 2, 3):
+        file = tmp_path / f"state-{n}"
+        torch.multiprocessing.spawn(_load, (n, str(tmp_path / f"meet-{n}"), cfg.model_dump_json(), str(file)), nprocs=n)
+        states.append(torch.load(file))
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+    assert any(name.endswith("exp_avg_sq") for name in states[0])
+    release = storage.join(cfg.run.uri, "release")
+    for model in (weights.load_release(release).model, serve.Painter(release).release.model):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, states[0][name]), name
+
+
+def _load(rank: int, n: int, rendezvous: str, settings: str, file: str) -> None:
+    """One of n workers that load a run's newest checkpoint; the first writes what it holds, gathered, to `file`."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
+    cfg = config.Pretrain.model_validate_json(settings)
+    built = list(training.build(cfg, CPU))
+    loaded = checkpoint.load_newest(cfg.run.uri, *built)
+    assert loaded is not None
+    assert loaded.step == STEPS
+    state = state_of(built)
+    if rank == 0:
+        torch.save(state, file)
+    dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

@@ -1,23 +1,27 @@
 """Pretraining with Ray Train: the same code on one CPU and on many GPUs.
 
 `pretrain` runs on the driver: it checks everything that can be checked before workers start, lets Ray Train start
-them, and starts again from the newest verified checkpoint when they are lost. The loop is in `training.py`.
-State lives in the run's folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
+them, and starts again from the newest verified checkpoint when they are lost, or when they have saved and left: before
+the node of one goes, or because there is room for more of them. The loop is in `training.py`. State lives in the run's
+folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
 """
 
-import itertools
 import json
 import logging
 import tempfile
+import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from igpt_ray import checkpoint, config, storage, training
 from igpt_ray.errors import CheckpointError, SettingError
@@ -25,6 +29,11 @@ from igpt_ray.flows.job import log_to_stderr, mendable
 from igpt_ray.shards import TokenStore
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at what the cluster has to tell."""
+SETTLED = 5
+"""Looks without a change after which there is as much room as there is for now."""
 
 
 def pretrain(settings: config.Pretrain) -> dict[str, Any]:
@@ -35,41 +44,86 @@ def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _say_if_short(settings.workers)
-    for attempt in itertools.count(1):
+    failures, report = 0, {"left": 0}
+    while "left" in report:
+        before = checkpoint.committed_steps(settings.run.uri)
         try:
-            result = _trainer(settings).fit()
-            break
+            report = _trainer(settings, _n_that_fit(settings.workers)).fit().return_value
         except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
             if known := mendable(error):
                 raise known from error
-            if attempt > settings.workers.max_failures:
+            failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
+            if failures > settings.workers.max_failures:
                 raise
-            log.warning("attempt %d lost workers or controller, going on from the last checkpoint: %s", attempt, error)
-    return {**result.return_value, "seconds": round(time.perf_counter() - started, 2)}
+            log.warning("lost workers or controller, going on from the last checkpoint: %s", error)
+    return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _trainer(settings: config.Pretrain) -> TorchTrainer:
+def _trainer(settings: config.Pretrain, n: int) -> TorchTrainer:
     w = settings.workers
-    resources = {"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {})
+    # Ray waits for the room of a worker that cannot start, for ever or, where fewer will do, until we look again.
+    limit = -1 if w.fewest == w.n else 0
     return TorchTrainer(
         train_worker,
         train_loop_config=settings.model_dump(mode="json"),
-        scaling_config=ray.train.ScalingConfig(num_workers=w.n, use_gpu=w.gpus > 0, resources_per_worker=resources),
+        torch_config=TorchConfig(timeout_s=w.patience),
+        scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A fresh name in a scratch folder: nothing is reported to Ray, so nothing of it needs to be kept or found.
         run_config=ray.train.RunConfig(
-            name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}", storage_path=tempfile.gettempdir() + "/igpt_ray-train"
+            name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=tempfile.gettempdir() + "/igpt_ray-train",
+            failure_config=ray.train.FailureConfig(controller_failure_limit=limit),
         ),
     )
 
 
+def _resources(workers: config.Workers) -> dict[str, float]:
+    return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+
+
+def _n_that_fit(workers: config.Workers) -> int:
+    """With how many workers to start: all, or what there is room for once there is room for the fewest.
+
+    Ray's own elastic policy counts what nodes have, also of those that are busy or being drained, and up to three
+    minutes after a lost controller what that one had asked for. Seats are real.
+    """
+    if workers.fewest == workers.n:
+        return workers.n
+    _clear(workers)  # those of a worker that was killed while it held them
+    seats = [_seat(workers, i) for i in range(workers.n)]
+    n, looks = 0, 0
+    while n < workers.n and (n < workers.fewest or looks < SETTLED):
+        time.sleep(LOOK_EVERY)
+        before, n = n, sum(map(_free, seats))
+        looks = looks + 1 if n == before else 0
+    _clear(workers)
+    return n
+
+
+def _seat(workers: config.Workers, i: int) -> PlacementGroup:
+    """Room for one more worker: held where it is found; where it is not, an autoscaler makes it."""
+    return placement_group([_resources(workers)], name=f"seat-{i}")
+
+
+def _free(seat: PlacementGroup) -> bool:
+    return bool(placement_group_table(seat)["state"] == "CREATED")
+
+
+def _clear(workers: config.Workers) -> None:
+    """Give up all seats: they outlive the worker that asked for them, and end with the job."""
+    for i in range(workers.n):
+        with suppress(ValueError):  # there is none of that name
+            remove_placement_group(get_placement_group(f"seat-{i}"))
+
+
 def _say_if_short(workers: config.Workers) -> None:
     """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
-    there = ray.cluster_resources()
-    for name, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
-        if workers.n * each > there.get(name, 0):
+    there, n = ray.cluster_resources(), workers.fewest
+    for name, each in _resources(workers).items():
+        if n * each > there.get(name, 0):
             log.warning(
                 "%d worker(s) ask for %g %ss, the cluster has %g: waiting for it to grow",
-                *(workers.n, workers.n * each, name, there.get(name, 0)),
+                *(n, n * each, name, there.get(name, 0)),
             )
 
 
@@ -148,4 +202,30 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls on every worker."""
     log_to_stderr()
     logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
-    return training.train(config.Pretrain.model_validate(settings), ray.train.torch.get_device())
+    cfg = config.Pretrain.model_validate(settings)
+    leave = threading.Event()
+    threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
+    return training.train(cfg, ray.train.torch.get_device(), leave.is_set)
+
+
+def _watch(workers: config.Workers, leave: threading.Event) -> None:
+    """Tell this worker to leave when a node of the group is to go, or, on rank 0, when there is room for more workers.
+
+    Beside the steps, because Ray answers all workers together. A resize of Ray's own would be no more than a kill.
+    Seats are asked for here, when the workers have theirs.
+    """
+    context, started = ray.train.get_context(), time.monotonic()
+    n, first = context.get_world_size(), context.get_world_rank() == 0
+    seats: list[PlacementGroup] = []
+    while not leave.wait(LOOK_EVERY):
+        notice = ray.train.get_preemption_info()
+        if notice is not None:
+            if first:
+                when = f"in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else "soon"
+                log.warning("%d node(s) will go %s: saving, to go on elsewhere", len(notice.preempted_node_ids), when)
+            leave.set()
+        elif first and time.monotonic() - started > workers.grow_after:
+            seats = seats or [_seat(workers, i) for i in range(workers.n - n)]
+            if free := sum(map(_free, seats)):
+                log.info("room for %d more worker(s): saving, to go on with %d", free, n + free)
+                leave.set()
