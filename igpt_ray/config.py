@@ -645,8 +645,8 @@ class BenchData(Section):
     """URI of JPEG files on this machine; they are repeated to the numbers below."""
     n_px: Annotated[int, Field(gt=0, le=224)] = 32
     """Pixels a side."""
-    n: Count = 4000
-    """Images that each way works through in a round."""
+    n: Count = 16_000
+    """Images that each way works through in a round: enough for actors to be warm for most of them."""
     rounds: Count = 3
     """How often each way is tried."""
     whole: tuple[Count, ...] = (1000, 100_000)
