@@ -270,7 +270,7 @@ def summed(losses: dict[int, float]) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_twenty_random_kills_leave_no_trace(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
