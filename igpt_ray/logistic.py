@@ -69,6 +69,8 @@ def fit_lbfgs(
     standard = x[rows]
     standard -= mean
     standard /= deviation
+    if len(rows) <= CHUNK:  # few rows cost nothing in float64, and in float32 rounding would stall the line search
+        standard = standard.astype(np.float64)
     found = minimised(torch.from_numpy(standard).to(device), torch.from_numpy(y[rows]).to(device), n_classes, l2s)
     return {l2: Linear(mean, deviation, *weights) for l2, weights in found.items()}
 

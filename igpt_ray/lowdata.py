@@ -17,8 +17,8 @@ from igpt_ray.probe import Labelled, Rows, check_finite, judge
 
 SUBSETS = 5
 FOLDS = 4
-L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Penalties tried; few labels want a stronger one."""
+L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Penalties tried."""
 CHUNK = 1024
 """Test images whose distances to all labelled ones are held at once."""
 

@@ -17,7 +17,7 @@ from igpt_ray.errors import FeatureError
 from igpt_ray.features import Features, Labels
 from igpt_ray.logistic import Linear, fit_lbfgs, fit_sgd
 
-L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Penalties tried: l2 / 2 * |W|^2 beside the mean loss, on standardised features."""
 HELD_OUT = 5
 """One in this many fitting images chooses."""

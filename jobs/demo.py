@@ -68,7 +68,7 @@ def jobs(settings: Demo, data: str) -> dict[str, list[str]]:
         "prepare": ["jobs/prepare.py", *store, "--palette", palette, "--tokens", tokens, "--shard-images", "400"],
         "pretrain": ["jobs/pretrain.py", "tiny", *run, *steps, "--workers.n", str(settings.workers)],
         "evaluate": ["jobs/evaluate.py", *on, "--baselines", "train"],
-        "probe": ["jobs/probe.py", *on, "--out", f"{data}/probe", "--baselines", "--low-data", "4", "25"],
+        "probe": ["jobs/probe.py", *on, "--out", f"{data}/probe", "--baselines", "--low-data", "25"],
         "complete": ["jobs/complete.py", *on, "--out", f"{data}/completions"],
         "score": ["jobs/score.py", *on, "--out", f"{data}/scores"],
     }
