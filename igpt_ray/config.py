@@ -149,9 +149,9 @@ class Workers(Section):
     into memory by `estimate.py`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations inside the step; master weights, reductions and loss stay float32."""
-    recompute: Literal["none", "full"] = "none"
-    """What a block computes again on the way back instead of keeping it: full is a third more work, for activations
-    of one block instead of all."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What a block computes again on the way back instead of keeping it. selective: all but matrix products, for about
+    half of the activations; full: everything, a third more work, for activations of one block instead of all."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
     patience: Count = 1800

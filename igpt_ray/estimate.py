@@ -15,6 +15,9 @@ GB = 1e9
 SAVED_WIDTHS = 18
 """What a block keeps of each position for its backward pass, in widths C: what ln_1 gives (1), q, k, v (3), attention
 (1), what ln_2 gives (1), and three times 4C in the MLP."""
+PRODUCT_WIDTHS = 11
+"""What a block keeps of each position if it makes the rest again: what goes into it (1), and what products give: q, k
+and v (3), attention (1), its projection (1), and the MLP's two (4 and 1)."""
 SAVED_FLOAT32_WIDTHS = 4
 """And always in float32: what goes into each norm, and what it is before its gain."""
 
@@ -91,11 +94,12 @@ def block_bytes(model: config.Model, width: int) -> int:
 def activation_bytes(model: config.Model, images: int, width: int, recompute: str = "none") -> float:
     """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient.
 
-    With `recompute` full a block keeps what goes into it, and one block at a time the rest.
+    With `recompute` a block keeps what goes into it (full), and what products give (selective), and one block at a time
+    the rest.
     """
     block = block_bytes(model, width)
-    blocks = model.n_layer * block if recompute == "none" else model.n_layer * width + block
-    widths = blocks + width + 2 * 4
+    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[recompute]
+    widths = model.n_layer * kept + (0 if recompute == "none" else block) + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
 
 
@@ -245,7 +249,9 @@ def _muons(optim: config.Optim) -> str:
 def _blocks(model: config.Model, workers: config.Workers, width: int) -> str:
     """What `activation_bytes` takes for the blocks, in its letters."""
     block = block_bytes(model, width)
-    return f"{block} L d" if workers.recompute == "none" else f"{width} L d + {block} d"
+    if workers.recompute == "none":
+        return f"{block} L d"
+    return f"{width * (PRODUCT_WIDTHS if workers.recompute == 'selective' else 1)} L d + {block} d"
 
 
 def _computed(model: config.Model) -> str:
@@ -255,5 +261,5 @@ def _computed(model: config.Model) -> str:
 
 
 def _fits(found: dict[str, Any]) -> str:
-    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute full"
+    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute selective or full"
     return "fits" if found["fits"] else f"does NOT fit: {mend}"

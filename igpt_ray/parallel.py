@@ -2,14 +2,14 @@
 
 import math
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from igpt_ray import config
 from igpt_ray.model import ImageGPT
@@ -33,14 +33,32 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: config.Workers) -> ImageGP
     """
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, workers.precision), reduce_dtype=torch.float32)
     for block in model.blocks:
-        if workers.recompute == "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if workers.recompute != "none":
+            how: dict[str, Any] = {"use_reentrant": False}
+            if workers.recompute == "selective":
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, _products_kept)
+            block.forward = partial(checkpoint, block.forward, **how)  # type: ignore[method-assign]
         if workers.compile:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "joint")  # it too gathers the weights first
     return model
+
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+"""What costs too much to be done again."""
+
+
+def _products_kept(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """For torch's selective checkpoint: norms and activations are made again from what products give."""
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def reduce_gradients(model: ImageGPT, now: bool) -> None:

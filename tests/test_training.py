@@ -170,16 +170,24 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
     """Recomputing, and the micro-batch: how a step is done, not what it is."""
     plain = training.train(settings_for(store, tmp_path), CPU)
     expected = losses_of(plain["run"])
-    for name, workers in (("again", {"recompute": "full"}), ("fits", {"micro_batch": 0}), ("one", {"micro_batch": 1})):
+    for name, workers in (
+        ("again", {"recompute": "full"}),
+        ("half", {"recompute": "selective"}),
+        ("fits", {"micro_batch": 0}),
+        ("one", {"micro_batch": 1}),
+    ):
         other = training.train(settings_for(store, tmp_path, name, workers=workers), CPU)
         assert losses_of(other["run"]) == pytest.approx(expected, rel=1e-6), name
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(process_group: None, store: TokenStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_compiled_blocks_give_the_same_losses(
+    process_group: None, store: TokenStore, tmp_path: Path, recompute: str
+) -> None:
     """Compiled in place, under the names that checkpoints and releases know."""
     plain = training.train(settings_for(store, tmp_path), CPU)
-    workers = {"compile": True, "recompute": "full"}
+    workers = {"compile": True, "recompute": recompute}
     other = training.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
     assert losses_of(other["run"]) == pytest.approx(losses_of(plain["run"]), rel=1e-6)
     names = [weights.load_release(report["release"]).model.state_dict().keys() for report in (plain, other)]
