@@ -58,7 +58,7 @@ def probe_layers(settings: config.Probe) -> Report:
     """Accuracy of the best layer, and of what was asked for beside it: neighbours together, few labels, baselines."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
-    _check_splits(store, settings)
+    check_splits(store, settings)
     roots = _extracted(settings)
     layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).about.layers]
     tasks = [Choose(source, layer) for source in roots for layer in layers]
@@ -126,7 +126,7 @@ def _around(best: int, n: int, layers: list[int]) -> tuple[int, ...]:
     return tuple(layers[start : start + n])
 
 
-def _check_splits(store: TokenStore, settings: config.Probe) -> None:
+def check_splits(store: TokenStore, settings: config.Probe) -> None:
     """Before hours of features: the test images are others, every image has a label, every class as many as wanted."""
     if both := set(settings.fit_split.split("+")) & set(settings.split.split("+")):
         raise SettingError(f"the split {both.pop()} is in --fit-split and in --split: report on images not fitted on")
