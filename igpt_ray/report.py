@@ -182,7 +182,7 @@ def _probe(probe: Found) -> str:
         [text(SOURCES[source]), str(said.get("best_layer", "")), *_shares(said), f"{said['ece']:.3f}"]
         for source, said in sources.items()
     ]
-    header = ["", "layer", "accuracy", "top 5", "calibration error"]
+    header = ["", "layer", "accuracy", "top 5", "ECE"]
     parts = [told, "<h3>Accuracy on held-out images, by layer</h3>", line_plot(lines), table(header, body)]
     if probe.get("low_data"):
         parts += ["<h3>Few labels</h3>", _low_data(sources)]
@@ -380,16 +380,17 @@ h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; }
 p { margin: .5rem 0; }
 .place, figcaption, .keys, section > p { color: var(--faint); font-size: .875rem; }
 .place, figcaption { overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .5rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem; }
 .cards div { border: 1px solid var(--rule); border-radius: .5rem; padding: .5rem .75rem;
   display: flex; flex-direction: column; }
-.cards dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.cards dd { margin: 0; font-size: 1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .cards dt { color: var(--faint); font-size: .8rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
-th { font-weight: 600; color: var(--faint); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 6.5rem; }
+th { font-weight: 600; color: var(--faint); white-space: normal; vertical-align: bottom; }
+@media (max-width: 30rem) { table { font-size: .8rem; } th, td { padding: .3rem .35rem; } }
 .plot { display: block; width: 100%; max-width: 34rem; height: auto; margin: .5rem 0; }
 .plot text { font: 11px system-ui, sans-serif; fill: var(--faint); }
 .plot image { image-rendering: pixelated; }
