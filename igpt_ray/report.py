@@ -171,7 +171,8 @@ def _probe(probe: Found) -> str:
     protocol = probe["protocol"]
     told = f"""<p>Fitted on {protocol["fit_images"]:,} images of <code>{text(protocol["fit_split"])}</code>, of which
 {protocol["held_out_images"]:,} were held out to choose penalty and layer; what was chosen saw the
-{protocol["test_images"]:,} images of <code>{text(protocol["test_split"])}</code> once.</p>"""
+{protocol["test_images"]:,} images of <code>{text(protocol["test_split"])}</code> once. ECE is the expected calibration
+error.</p>"""
     lines = [
         Line(SOURCES[source], {tried["layer"]: tried["validation"] for tried in said["layers"]})
         for source, said in sources.items()

@@ -34,13 +34,13 @@ def run_audit(settings: config.Audit) -> Report:
     the first picture is read."""
     started = time.perf_counter()
     about = weights.load_config(settings.release)
-    tests, groups = _asked(settings, about)
+    tests, groups, classes = _asked(settings, about)
     layers = _layers(settings, about)
     report: Report = {"release": settings.release, "out": settings.out}
     if tests:
         report["ieat"] = _associations(settings, tests, layers)
     if groups:
-        report["completions"] = _finished(settings, groups, about)
+        report["completions"] = _finished(settings, groups, classes, about.model.n_px)
     found = [*report.get("ieat", []), *([report["completions"]] if groups else [])]
     for one, corrected in zip(found, audit.holm([one["p_value"] for one in found]), strict=True):
         one["p_holm"] = corrected
@@ -49,19 +49,20 @@ def run_audit(settings: config.Audit) -> Report:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _asked(settings: config.Audit, about: weights.ReleaseConfig) -> tuple[list[Test], dict[str, list[str]]]:
+def _asked(settings: config.Audit, about: weights.ReleaseConfig) -> tuple[list[Test], dict[str, list[str]], list[str]]:
+    """The tests, the groups, and the names of the classes."""
     if not settings.ieat and not settings.groups:
         raise SettingError("nothing to audit: name --ieat, --groups and --classifier, or all of them")
     if bool(settings.groups) != bool(settings.classifier):
         raise SettingError("--groups and --classifier go together: pictures to complete, and who names what comes out")
     tests = audit.tests_of(settings.ieat) if settings.ieat else []
     if not settings.groups:
-        return tests, {}
+        return tests, {}, []
     weights.check_next(about, settings.release)
     if settings.rows is not None and settings.rows > about.model.n_px:
         raise SettingError(f"{settings.rows} rows are given; a picture has {about.model.n_px}")
-    audit.classifier(settings.classifier, about.kind, "cpu", settings.batch_size)
-    return tests, audit.groups_of(settings.groups)
+    classes = audit.classifier(settings.classifier, about.kind, "cpu", settings.batch_size).classes
+    return tests, audit.groups_of(settings.groups), classes
 
 
 def _layers(settings: config.Audit, about: weights.ReleaseConfig) -> list[int]:
@@ -110,11 +111,11 @@ class Embed:
 # ------------------------------------------------------------------------------------------------ completions
 
 
-def _finished(settings: config.Audit, groups: dict[str, list[str]], about: weights.ReleaseConfig) -> Report:
+def _finished(settings: config.Audit, groups: dict[str, list[str]], classes: list[str], n_px: int) -> Report:
     """Classes of completions by group, with counts, and whether groups differ by more than chance."""
-    rows = about.model.n_px // 2 if settings.rows is None else settings.rows
+    rows = n_px // 2 if settings.rows is None else settings.rows
     tasks = [(group, storage.below(settings.groups, uri), uri) for group, uris in groups.items() for uri in uris]
-    given = {"settings": settings, "given": rows * about.model.n_px}
+    given = {"settings": settings, "given": rows * n_px}
     completions, chosen = zip(*spread(tasks, Finish, given, settings.pool), strict=True)
     table = pa.table(
         {
@@ -128,23 +129,21 @@ def _finished(settings: config.Audit, groups: dict[str, list[str]], about: weigh
     pq.write_table(table, data, compression="zstd", write_page_checksum=True)
     storage.write(storage.join(settings.out, "completions.parquet"), data.getvalue())
 
-    names = audit.classifier(settings.classifier, about.kind, "cpu", settings.batch_size).classes
-    counts = {
-        group: np.stack(
-            [np.bincount(c, minlength=len(names)) for t, c in zip(tasks, chosen, strict=True) if t[0] == group]
-        )
-        for group in groups
-    }
-    by_group = {
-        group: {
-            "pictures": len(count),
-            "completions": int(count.sum()),
-            "counts": dict(zip(names, count.sum(0).tolist(), strict=True)),
-            "shares": dict(zip(names, (count.sum(0) / count.sum()).tolist(), strict=True)),
-        }
-        for group, count in counts.items()
-    }
+    of = [np.bincount(c, minlength=len(classes)) for c in chosen]
+    counts = {group: np.stack([of[i] for i, task in enumerate(tasks) if task[0] == group]) for group in groups}
+    by_group = {group: _distribution(count, classes) for group, count in counts.items()}
     return {"rows": rows, **audit.independence(counts, settings.seed)._asdict(), "groups": by_group}
+
+
+def _distribution(count: audit.Counts, classes: list[str]) -> Report:
+    """(pictures, classes) -> what is said of a group."""
+    total = count.sum(0)
+    return {
+        "pictures": len(count),
+        "completions": int(total.sum()),
+        "counts": dict(zip(classes, total.tolist(), strict=True)),
+        "shares": dict(zip(classes, (total / total.sum()).tolist(), strict=True)),
+    }
 
 
 class Finish:
