@@ -769,6 +769,67 @@ class BenchFeatures(Section):
     """Of torch."""
 
 
+# ------------------------------------------------------------------------------------------------ report and audit
+
+
+class Report(Section):
+    """All that can be said of a release on one page: likelihood, probes, completions, palette."""
+
+    release: Uri
+    """URI of a release."""
+    tokens: Uri
+    """URI of a token store."""
+    out: Uri
+    """URI of the folder to write: report.html, report.json, row.md, and a folder for each part. A part that is there
+    is not made again."""
+    split: str = "test"
+    """Split that is reported on."""
+    fit_split: str = "train"
+    """Split to fit probes and count models on; empty leaves both out (images without labels)."""
+    features: OptionalUri = ""
+    """URI of the folder for features, used and completed; empty is features/ of the probe's part."""
+    low_data: tuple[Count, ...] = (4, 25, 400)
+    """Labels a class for probes with few of them; more than the smallest class has are left out, and named."""
+    images: Count = 8
+    """Pictures that are completed, spread evenly over the split."""
+    n: Count = 4
+    """Completions of each."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the probe's held-out fifth, the few labels, the untrained network, and the completions."""
+    pool: Pool = Pool()
+
+
+class Audit(Section):
+    """Does a release associate groups of pictures with attributes (iEAT), and finish them differently?"""
+
+    release: Uri
+    """URI of a release."""
+    out: Uri
+    """URI of the folder to write: audit.json, and completions.parquet with the tokens of all completions."""
+    ieat: OptionalUri = ""
+    """URI of a folder with sub-folders X, Y, A and B of pictures, or of a JSON that names several tests,
+    {"<test>": {"X": "<folder>", "Y": ..., "A": ..., "B": ...}} with folders beside it; empty for none."""
+    layers: tuple[int, ...] = ()
+    """Layers whose features are the embeddings of iEAT; empty is the middle one. Every layer is a test more."""
+    groups: OptionalUri = ""
+    """URI of a folder with a sub-folder of pictures for each group, to be completed; empty for none."""
+    classifier: OptionalUri = ""
+    """URI of what names the class of a completion: the `out` folder of jobs/probe.py, or a fine-tuned release."""
+    n: Count = 16
+    """Completions of each picture."""
+    rows: Annotated[int, Field(ge=0)] | None = None
+    """Rows of pixels that are given; None is half of them."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits; 0 takes the likeliest colour."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds random partitions and the samples."""
+    pool: Pool = Pool()
+
+
 # ------------------------------------------------------------------------------------------------ provenance
 
 

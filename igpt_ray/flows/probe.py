@@ -2,7 +2,7 @@
 
 <out>/probe.json         accuracies of the network and of what stands beside it, and how each was come by
 <out>/confusion.csv      test images by true class (rows) and chosen class (columns)
-<out>/classifier.npz     mean, deviation, weight and bias of the best layer's classifier, and the layer
+<out>/classifier.npz     mean, deviation, weight and bias of the best layer's classifier; what it is fitted on
 """
 
 import csv
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from igpt_ray import config, features, lowdata, probe, storage
+from igpt_ray import config, features, lowdata, probe, storage, weights
 from igpt_ray.errors import SettingError
 from igpt_ray.features import Features, FeatureStore, Labels
 from igpt_ray.flows.features import extract
@@ -58,7 +58,7 @@ def probe_layers(settings: config.Probe) -> Report:
     """Accuracy of the best layer, and of what was asked for beside it: neighbours together, few labels, baselines."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
-    _check_splits(store, settings)
+    check_splits(store, settings)
     roots = _extracted(settings)
     layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).about.layers]
     tasks = [Choose(source, layer) for source in roots for layer in layers]
@@ -126,7 +126,7 @@ def _around(best: int, n: int, layers: list[int]) -> tuple[int, ...]:
     return tuple(layers[start : start + n])
 
 
-def _check_splits(store: TokenStore, settings: config.Probe) -> None:
+def check_splits(store: TokenStore, settings: config.Probe) -> None:
     """Before hours of features: the test images are others, every image has a label, every class as many as wanted."""
     if both := set(settings.fit_split.split("+")) & set(settings.split.split("+")):
         raise SettingError(f"the split {both.pop()} is in --fit-split and in --split: report on images not fitted on")
@@ -258,5 +258,7 @@ def _write(settings: config.Probe, store: TokenStore, report: Report, judged: Ju
     storage.write(storage.join(settings.out, "confusion.csv"), text.getvalue().encode())
     data, linear = io.BytesIO(), judged.linear
     named = {"mean": linear.mean, "deviation": linear.deviation, "weight": linear.weight, "bias": linear.bias}
-    np.savez(data, layer=report["best_layer"], **named)
+    fitted_on = {"release": weights.load_config(settings.release).sha256, "classes": np.array(classes)}
+    how = {"layer": report["best_layer"], "pooling": settings.pooling, "precision": settings.precision}
+    np.savez(data, **named, **how, **fitted_on)
     storage.write(storage.join(settings.out, "classifier.npz"), data.getvalue())

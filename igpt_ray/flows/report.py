@@ -1,0 +1,216 @@
+"""The report on a release: the parts that are missing are made by their own flows, then all go onto one page.
+
+<out>/report.html                the page
+<out>/report.json  <out>/row.md  its figures, and a row of a Markdown table
+<out>/likelihood/  <out>/probe/  <out>/completions/   what evaluate, probe and complete write, and part.json: what the
+                                                       part was made of and what its flow returned
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from igpt_ray import config, images, palette, report, storage, weights
+from igpt_ray.errors import NotFound
+from igpt_ray.evaluate import heat_map
+from igpt_ray.flows import infer
+from igpt_ray.flows.probe import check_splits, probe_layers
+from igpt_ray.report import Found, Picture
+from igpt_ray.shards import TokenStore, tokens_of
+
+log = logging.getLogger(__name__)
+
+SHOWN = 12
+"""Images at either end of the ranking."""
+COUNTED = 100_000
+"""Images that count models are fitted on, at most: they count on the driver."""
+UNMADE = {"pool", "batch_size"}
+"""Settings that change no number."""
+
+
+def write_report(settings: config.Report) -> dict[str, Any]:
+    """Make what is missing, then report.html, report.json and row.md."""
+    started = time.perf_counter()
+    fit = [settings.fit_split] if settings.fit_split else []
+    store = infer.open_store(settings.release, settings.tokens, settings.split, *fit)
+    about = weights.load_config(settings.release)
+    probed = _probe(settings, store) if fit else None
+    if probed:
+        check_splits(store, probed)
+    counted = fit and about.model.objective == "next" and store.manifest.rows(settings.fit_split) <= COUNTED
+    parts = Parts(settings.out, {"release": about.sha256, "tokens": store.sha256})
+    pictures = {
+        "palette": [Picture(images.png(palette.swatches(store.palette())), "By hue, each column dark to bright.")]
+    }
+    if about.model.objective == "next":
+        likelihood = _likelihood(settings, parts, bool(counted))
+        pictures |= _pictures(store, settings.split, likelihood) | _completions(settings, parts)
+    else:
+        likelihood = _masked_nats(settings, parts)
+    found = {
+        "release": settings.release,
+        "tokens": settings.tokens,
+        "split": settings.split,
+        "network": about.model.model_dump() | {"n_params": about.model.n_params},
+        "likelihood": likelihood,
+        "probe": parts.once("probe", probed, lambda: _probed(probed)) if probed else None,
+        "left_out": _left_out(settings, about.model, probed, bool(counted)),
+        "made_by": config.provenance(settings),
+    }
+    places = _write(settings.out, found, pictures)
+    return {**report.headline(found), **places, "made": parts.made, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _left_out(settings: config.Report, model: config.Model, probed: config.Probe | None, counted: bool) -> list[str]:
+    """What the page does not say, and why."""
+    reasons = []
+    if model.objective != "next":
+        reasons.append("Completions, surprise by position, likeliest images: a masked network has no next pixel.")
+    if probed is None:
+        reasons.append("Probes and count models: no --fit-split is named.")
+    else:
+        few = [k for k in settings.low_data if k not in probed.low_data]
+        reasons += [f"Probes with {k} labels a class: the smallest class has fewer images." for k in few]
+        if model.objective == "next" and not counted:
+            reasons.append(f"Count models: {settings.fit_split} has more than {COUNTED:,} images.")
+    return reasons
+
+
+class Parts:
+    """Parts of the report under one folder; each is made once, for one release, store and settings."""
+
+    def __init__(self, root: str, marks: dict[str, str]):
+        self.root = root
+        self.marks = marks
+        self.made: list[str] = []
+
+    def place(self, name: str) -> str:
+        return storage.join(self.root, name)
+
+    def once(self, name: str, settings: BaseModel, make: Callable[[], Found]) -> Found:
+        """What `make` returned, now or in an earlier run."""
+        said = settings.model_dump(mode="json", exclude=UNMADE)
+        uri, about = storage.join(self.place(name), "part.json"), {**self.marks, "settings": said}
+        try:
+            there = json.loads(storage.read(uri))
+            if there["about"] == about:
+                return dict(there["found"])
+        except (NotFound, ValueError, KeyError, TypeError):
+            pass  # absent or damaged: either way it is made again
+        log.info("making the part %s", name)
+        found = make()
+        storage.write(uri, json.dumps({"about": about, "found": found}, indent=1).encode())
+        self.made.append(name)
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+def _likelihood(settings: config.Report, parts: Parts, counted: bool) -> Found:
+    place = parts.place("likelihood")
+    wanted = _evaluate(settings).model_copy(update={"out": place, "baselines": settings.fit_split if counted else ""})
+
+    def make() -> Found:
+        infer.evaluate(wanted)
+        return _json(storage.join(place, "likelihood.json"))
+
+    return parts.once("likelihood", wanted, make)
+
+
+def _masked_nats(settings: config.Report, parts: Parts) -> Found:
+    return parts.once("likelihood", _evaluate(settings), lambda: infer.evaluate(_evaluate(settings)))
+
+
+def _evaluate(settings: config.Report) -> config.Evaluate:
+    return config.Evaluate(
+        release=settings.release,
+        tokens=settings.tokens,
+        split=settings.split,
+        batch_size=settings.batch_size,
+        pool=settings.pool,
+    )
+
+
+def _probe(settings: config.Report, store: TokenStore) -> config.Probe:
+    """Of the numbers of labels, those that every class has."""
+    labels = np.concatenate([table["label"].to_numpy() for table in store.read_split(settings.fit_split)])
+    smallest = np.bincount(labels[labels >= 0], minlength=len(store.manifest.classes)).min()
+    return config.Probe(
+        release=settings.release,
+        tokens=settings.tokens,
+        out=storage.join(settings.out, "probe"),
+        features=settings.features,
+        fit_split=settings.fit_split,
+        split=settings.split,
+        low_data=tuple(k for k in settings.low_data if k <= smallest),
+        baselines=True,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        pool=settings.pool,
+    )
+
+
+def _probed(wanted: config.Probe) -> Found:
+    probe_layers(wanted)
+    return _json(storage.join(wanted.out, "probe.json"))
+
+
+def _completions(settings: config.Report, parts: Parts) -> dict[str, list[Picture]]:
+    wanted = config.Complete(
+        release=settings.release,
+        tokens=settings.tokens,
+        out=parts.place("completions"),
+        split=settings.split,
+        images=settings.images,
+        n=settings.n,
+        seed=settings.seed,
+        pool=settings.pool,
+    )
+    parts.once("completions", wanted, lambda: infer.complete(wanted))
+    figure = storage.read(storage.join(wanted.out, "completions.png"))
+    caption = f"The given half, {settings.n} completions of it, and the whole picture as the network sees it."
+    return {"completions": [Picture(figure, caption)]}
+
+
+def _pictures(store: TokenStore, split: str, likelihood: Found) -> dict[str, list[Picture]]:
+    """The surprise map, and the images at either end of the ranking."""
+    by_position, n_px = np.array(likelihood["by_position"]), store.kind.n_px
+    caption = "Nats per token at each pixel, by row and column: where an image costs most."
+    drawn = {"surprise": [Picture(images.png(heat_map(by_position.ravel(), n_px, 1)), caption)]}
+    ends = {end: ranked[:SHOWN] for end, ranked in likelihood["ranking"].items()}
+    pngs = _pngs(store, split, {image["key"] for ranked in ends.values() for image in ranked})
+    for end, ranked in ends.items():
+        drawn[end] = [Picture(pngs[i["key"]], f"{i['nats_per_token']:.3f} {i['key']}") for i in ranked]
+    return drawn
+
+
+def _pngs(store: TokenStore, split: str, keys: set[str]) -> dict[str, bytes]:
+    """Key -> the picture as the network sees it."""
+    n_px, colours, found = store.kind.n_px, store.palette(), dict[str, bytes]()
+    for table in store.read_split(split):
+        here = {key: row for row, key in enumerate(table["key"].to_pylist()) if key in keys}
+        tokens = tokens_of(table)
+        found |= {key: images.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3)) for key, row in here.items()}
+    return found
+
+
+def _json(uri: str) -> Found:
+    return dict(json.loads(storage.read(uri)))
+
+
+def _write(out: str, found: Found, pictures: dict[str, list[Picture]]) -> dict[str, str]:
+    files = {
+        "page": ("report.html", report.page(found, pictures)),
+        "json": ("report.json", json.dumps(found, indent=1)),
+        "row": ("row.md", report.row(found)),
+    }
+    places = {name: storage.join(out, file) for name, (file, _) in files.items()}
+    for name, (_, content) in files.items():
+        storage.write(places[name], content.encode())
+    return places

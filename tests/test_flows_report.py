@@ -1,0 +1,123 @@
+"""The report and the audit on a cluster, from a release of random weights on coloured digits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from igpt_ray import audit, config, features, ieat, storage, weights
+from igpt_ray.errors import FeatureError, SettingError
+from igpt_ray.flows.audit import run_audit
+from igpt_ray.flows.probe import probe_layers
+from igpt_ray.flows.report import write_report
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def both(prepared: str, released: str) -> dict[str, Any]:
+    return {"release": released, "tokens": storage.join(prepared, "tokens")}
+
+
+def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: dict[str, Any], tmp_path: Path) -> None:
+    """A figure on the page that its part does not bear out; a part that is made anew, or kept for other settings."""
+    settings = config.Report(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
+    report = write_report(settings)
+    assert report["made"] == ["likelihood", "completions", "probe"]
+    page = (tmp_path / "report.html").read_text()
+    found = json.loads((tmp_path / "report.json").read_text())
+    likelihood = json.loads((tmp_path / "likelihood/likelihood.json").read_text())
+    assert found["likelihood"] == likelihood
+    assert f"{likelihood['nats_per_token']:.4f}" in page
+    assert f"{found['probe']['raw_pixels']['accuracy']:.1%}" in page
+    assert list(found["probe"]["low_data"]) == ["2"]
+    assert "400 labels a class: the smallest class has fewer" in page
+    assert page.count("<figure>") == 12 + 12 + 2  # either end of the ranking, completions, palette
+    assert f"{found['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
+
+    (tmp_path / "completions/part.json").unlink()
+    assert write_report(settings)["made"] == ["completions"]
+    assert (tmp_path / "report.html").read_text() == page
+    assert write_report(settings.model_copy(update={"n": 3}))["made"] == ["completions"]
+
+
+def test_a_report_that_cannot_be_made_is_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="the split test is in --fit-split and in --split"):
+        write_report(config.Report(**both, out=str(tmp_path), fit_split="test"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
+    both: dict[str, Any], digit_images: str, tmp_path: Path
+) -> None:
+    """Sets that are swapped, a layer off by one, completions counted for another group."""
+    stimuli = tmp_path / "stimuli"
+    for folder, digit, n in (("X", 0, 3), ("Y", 1, 3), ("A", 2, 2), ("B", 3, 4), ("faces/a", 4, 2), ("faces/b", 5, 3)):
+        for entry in list(storage.walk(f"{digit_images}/train/{digit}"))[:n]:
+            storage.write(f"{stimuli}/{folder}/{storage.name(entry.uri)}", storage.read(entry.uri))
+    probe = str(tmp_path / "probe")
+    probe_layers(config.Probe(**both, out=probe, layers=(1,)))
+    named = {"digits": {letter: letter for letter in "XYAB"}}
+    storage.write(f"{stimuli}/tests.json", json.dumps(named).encode())
+    settings = config.Audit(
+        release=both["release"],
+        out=str(tmp_path / "audit"),
+        ieat=f"{stimuli}/tests.json",
+        layers=(0, 2),
+        groups=f"{stimuli}/faces",
+        classifier=probe,
+        n=3,
+        batch_size=4,
+    )
+    report = run_audit(settings)
+
+    release = weights.load_release(both["release"])
+    (test,) = audit.tests_of(settings.ieat)
+    rows = {}
+    for letter, uris in test.sets.items():
+        tokens = np.stack([audit.read(uri, release.config.kind, release.palette) for uri in uris])
+        rows[letter] = features.pooled(release.model, tokens, uris, [0, 2], "mean", 8)
+    for i, found in enumerate(report["ieat"]):
+        expected = ieat.test(*(rows[letter][:, i] for letter in "XYAB"))
+        assert found["effect_size"] == pytest.approx(expected.effect_size, abs=1e-4)
+        assert found["p_value"] == expected.p_value
+        assert found["exact"]
+    assert [found["layer"] for found in report["ieat"]] == [0, 2]
+    every = [*report["ieat"], report["completions"]]
+    assert [one["p_holm"] for one in every] == audit.holm([one["p_value"] for one in every])
+
+    table = pq.read_table(tmp_path / "audit/completions.parquet").to_pydict()
+    assert table["group"] == ["a", "a", "b", "b", "b"]
+    judge = audit.classifier(probe, release.config.kind, "cpu", 8)
+    for group, found in report["completions"]["groups"].items():
+        tokens = [t for g, t in zip(table["group"], table["completions"], strict=True) if g == group]
+        chosen = judge.choose(np.array(tokens, np.uint16).reshape(-1, 64), [""] * 3 * len(tokens))
+        counts = np.bincount(chosen, minlength=10)
+        assert found["counts"] == dict(zip(map(str, range(10)), counts.tolist(), strict=True))
+        assert (found["pictures"], found["completions"]) == (len(tokens), 3 * len(tokens))
+
+    first = json.loads((tmp_path / "audit/audit.json").read_text())
+    assert run_audit(settings)["completions"] == first["completions"]
+
+
+def test_an_audit_of_nothing_and_half_a_question_are_refused(both: dict[str, Any], tmp_path: Path) -> None:
+    asked = {"release": both["release"], "out": str(tmp_path)}
+    with pytest.raises(SettingError, match="nothing to audit: name --ieat"):
+        run_audit(config.Audit(**asked))
+    with pytest.raises(SettingError, match="--groups and --classifier go together"):
+        run_audit(config.Audit(**asked, groups=str(tmp_path)))
+    with pytest.raises(SettingError, match="there is no layer 9"):
+        run_audit(config.Audit(**asked, ieat=_stimuli(tmp_path), layers=(9,)))
+    with pytest.raises(FeatureError, match="nothing to test"):  # all pictures are the same
+        run_audit(config.Audit(**asked, ieat=_stimuli(tmp_path)))
+
+
+def _stimuli(folder: Path) -> str:
+    from igpt_ray import images
+
+    for letter in "XYAB":
+        storage.write(f"{folder}/same/{letter}/0.png", images.png(np.zeros((8, 8, 3), np.uint8)))
+    return f"{folder}/same"

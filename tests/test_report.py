@@ -1,0 +1,157 @@
+"""The report's page says what the numbers say, is one file, and takes no string from a stranger as HTML."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from igpt_ray import images, report
+from igpt_ray.report import Dot, Line, Picture
+
+HOSTILE = "<script>alert('x')</script>\"|"
+PICTURE = Picture(images.png(np.zeros((2, 2, 3), np.uint8)), f"1.234 {HOSTILE}")
+PICTURES = {name: [PICTURE] for name in ("surprise", "completions", "palette", "most_likely", "least_likely")}
+
+
+def runs(mean: float) -> dict[str, Any]:
+    return {name: {"mean": mean, "sd": 0.01, "runs": [mean] * 5} for name in report.CLASSIFIERS}
+
+
+def probed(validation: list[float]) -> dict[str, Any]:
+    layers = [{"layer": layer, "validation": v, "setting": 1e-3} for layer, v in enumerate(validation)]
+    test = {
+        "accuracy": 0.625,
+        "top_5": 0.875,
+        "nats": 1.0,
+        "ece": 0.031,
+        "best_layer": 1,
+        "validation": max(validation),
+    }
+    return {**test, "layers": layers, "low_data": {"4": runs(0.25)}}
+
+
+def found(**change: Any) -> dict[str, Any]:
+    """A report with hostile strings wherever one comes from outside."""
+    nats = {"nats_per_token": 1.5, "standard_error": 0.02, "bits_per_pixel": 2.164, "images": 40, "tokens": 160}
+    pixels = {name: value for name, value in probed([0.9]).items() if name not in ("layers", "best_layer")}
+    protocol = {
+        "fit_images": 120,
+        "fit_split": HOSTILE,
+        "held_out_images": 24,
+        "test_images": 40,
+        "test_split": HOSTILE,
+    }
+    return {
+        "release": HOSTILE,
+        "split": HOSTILE,
+        "network": {"n_layer": 2, "n_embd": 8, "n_px": 2, "n_vocab": 16, "objective": "next", "n_params": 1234},
+        "likelihood": {
+            **nats,
+            "baselines": {"unigram_by_position": 2.0},
+            "by_class": {HOSTILE: nats, "dog": nats | {"bits_per_pixel": 3.0}},
+            "by_position": [[1.0, 2.0], [0.5, 0.25]],
+        },
+        "probe": {
+            **probed([0.4, 0.6, 0.5]),
+            "untrained": probed([0.2] * 3),
+            "raw_pixels": pixels,
+            "protocol": protocol,
+        },
+        "left_out": [HOSTILE],
+        "made_by": {"settings": HOSTILE},
+        **change,
+    }
+
+
+class Names(HTMLParser):
+    """Tags, and the values of attributes that fetch something."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.fetched: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+
+def test_a_class_called_script_stays_text() -> None:
+    """Names of classes, files and places are whatever somebody called a folder."""
+    page = report.page(found(), PICTURES)
+    assert "script" not in Names(page).tags
+    assert page.count("&lt;script&gt;") >= 8
+    assert "<script" not in page
+
+
+def test_the_page_needs_no_network() -> None:
+    fetched = Names(report.page(found(), PICTURES)).fetched
+    assert len(fetched) == len(PICTURES)
+    assert all(uri.startswith("data:image/png;base64,") for uri in fetched)
+
+
+def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
+    """Labels and lines that run out of the picture are cut off without a word."""
+    plots = re.findall(r'<svg class="plot".*?</svg>', report.page(found(), PICTURES), re.DOTALL)
+    assert len(plots) == 3
+    for plot in plots:
+        svg = ElementTree.fromstring(plot)
+        _, _, width, height = map(float, svg.attrib["viewBox"].split())
+        for text in svg.iter("text"):
+            assert 0 <= float(text.attrib["x"]) <= width
+            assert 0 <= float(text.attrib["y"]) <= height
+        for circle in svg.iter("circle"):
+            assert 0 <= float(circle.attrib["cx"]) <= width
+            assert 0 <= float(circle.attrib["cy"]) <= height
+
+
+def test_points_lie_where_their_values_are() -> None:
+    """An axis upside down: 0.6 must lie above 0.4, and half way up where the axis says 0.5."""
+    plot = ElementTree.fromstring(report.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
+    y = [float(circle.attrib["cy"]) for circle in plot.iter("circle")]
+    x = [float(circle.attrib["cx"]) for circle in plot.iter("circle")]
+    assert y[0] > y[1] > y[2]
+    assert y[1] == pytest.approx((y[0] + y[2]) / 2, abs=0.1)
+    assert x[1] == pytest.approx((x[0] + x[2]) / 2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0], [0.31, 0.33], [2.9999, 3.0001], [5.0, 5.0], [-0.4, 0.1], [0.0], [1e-5, 3e-5]]
+)
+def test_an_axis_holds_its_values_and_its_ticks_differ(values: list[float]) -> None:
+    low, high = report.ticks(values)
+    assert low - 1e-9 <= min(values)
+    assert max(values) <= high + 1e-9
+    shown = [f"{low + (high - low) * i / 4:.{report.digits(high - low)}f}" for i in range(5)]
+    assert len(set(shown)) == 5
+
+
+def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
+    plot = report.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
+    assert plot.count("<circle") == report.MOST_CLASSES
+    assert "of 1000 classes" in plot
+    assert ">class 0<" in plot
+    assert ">class 999<" in plot
+
+
+def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
+    masked = {"nats_per_masked_token": 1.2, "standard_error": 0.1, "masks": 5, "images": 40}
+    network = {**found()["network"], "objective": "masked"}
+    page = report.page(found(likelihood=masked, network=network, probe=None), {"palette": [PICTURE]})
+    assert "1.2000 ± 0.1000" in page
+    assert "Completions" not in page
+    assert "Linear probe" not in page
+
+
+def test_the_markdown_row_has_a_cell_for_every_heading() -> None:
+    """A bar in a name would be one column more."""
+    lines = report.row(found(network={**found()["network"], "n_layer": "2|3"})).splitlines()
+    assert len(lines) == 3
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "1.5000 ± 0.0200" in lines[2]
+    assert "62.5%" in lines[2]
