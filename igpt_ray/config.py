@@ -506,7 +506,7 @@ class Convert(Section):
 
 
 class Evaluate(Section):
-    """Nats per token of a release on a split."""
+    """Nats per token of a release on a split; of a fine-tuned one its accuracy too."""
 
     release: Uri
     """URI of a release."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from igpt_ray import checkpoint, config, metrics, objectives, optim, shards, storage, training, weights
 from igpt_ray.augment import Augment, moved
 from igpt_ray.errors import TokenStoreError
+from igpt_ray.evaluate import class_logits
 from igpt_ray.loader import Batch, SplitCache, global_batch, share
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
@@ -83,7 +84,6 @@ def test_tokens_are_moved_as_pillow_moves_their_pixels(palette: Palette, mirrore
     whole = np.pad(np.asarray(ImageOps.mirror(picture) if mirrored else picture), ((3, 3), (3, 3), (0, 0)), "reflect")
     for down in range(-3, 4):
         for right in range(-3, 4):
-            shift = -right if mirrored else right  # the window moves over the picture, and is then mirrored with it
             seen = moved(tokens, 8, np.array([down]), np.array([right]), np.array([mirrored]))
             expected = whole[3 + down : 11 + down, 3 + right : 11 + right]
             np.testing.assert_array_equal(palette.decode(seen.reshape(8, 8)), expected)
@@ -211,3 +211,21 @@ def test_two_workers_see_and_say_what_one_does(classes: TokenStore, cache: Path,
         torch.multiprocessing.spawn(_work, (n, str(tmp_path), cfg.model_dump_json(), str(cache)), nprocs=n)
         told.append([value for line in lines_of(cfg.run.uri) for value in line.values()])
     assert told[1] == pytest.approx(told[0], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ what it knows
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) -> None:
+    """Masks that depend on the neighbours; one mask where five should vote."""
+    model = random_model(std=0.15, objective=objective, n_class=3)
+    tokens = np.random.default_rng(4).integers(0, 16, (7, 16)).astype(np.uint16)
+    keys = [f"{i}.png" for i in range(7)]
+    logits = class_logits(model, tokens, keys, batch_size=3)
+    assert logits.shape == ((7, 3) if objective == "next" else (7, 5, 3))
+    np.testing.assert_allclose(class_logits(model, tokens[4:], keys[4:], batch_size=7), logits[4:], rtol=1e-4)
+    x = torch.from_numpy(tokens[2:3].astype(np.int64))
+    keep = None if objective == "next" else objectives.keep_of_keys(["2.png"], 4, 16)
+    one = logits[2] if objective == "next" else logits[2, 4]
+    np.testing.assert_allclose(model.joint(x, keep)[1][0].numpy(), one, rtol=1e-4)
