@@ -73,7 +73,7 @@ def test_what_comes_out_is_evaluated_probed_and_served(
     assert len(probe_layers(config.Probe(**both, out=str(tmp_path / "probe")))["layers"]) == 3
     if objective == "next":
         assert serve.Painter(report["release"])
-    again = finetune(settings_for(tokens, report["release"], tmp_path, run={"name": "on", "validate_every": 4}))
+    again = finetune(settings_for(tokens, report["release"], tmp_path / "again"))
     assert again["n_params"] == report["n_params"]  # it goes on with the head that is there
 
 
