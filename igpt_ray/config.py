@@ -109,8 +109,9 @@ class Optim(Section):
     """Optimiser steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10_009
     """Steps of linear warm-up; the default is one ImageNet epoch of 128."""
-    cooldown: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Modern: stay at the peak, then fall in a straight line to zero over this share of the steps; None: cosine."""
+    cooldown: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Modern: stay at the peak, then fall in a straight line to zero over this share of the steps (0 stays for ever, as
+    in fine-tuning); None: cosine."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm; None does not clip."""
 
@@ -217,6 +218,10 @@ class Run(Section):
     def uri(self) -> str:
         return storage.join(self.root, self.name)
 
+    @property
+    def release(self) -> str:
+        return storage.join(self.uri, "release")
+
     def keeps(self, step: int) -> bool:
         """Whether the checkpoint of `step` is kept for ever."""
         return self.keep_every > 0 and step % self.keep_every == 0
@@ -232,6 +237,65 @@ class Pretrain(Section):
     run: Run = Run()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the weights and the order of the images."""
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+class Tune(Section):
+    """What is changed of the images, and when it is enough."""
+
+    pad: Annotated[int, Field(ge=0)] = 4
+    """Pixels by which an image is reflected beyond its edges before a part of its own size is cut out at random. The
+    paper's 4 is for CIFAR at 32x32; for ImageNet it is 0, with a store of several random views instead."""
+    flip: bool = True
+    """Mirror every other image, as the paper on CIFAR; not on ImageNet, and not what a mirror makes another thing."""
+    patience: Count = 10
+    """Looks at the held-out images without a new best after which to stop."""
+    scratch: bool = False
+    """Draw the weights anew instead: what pretraining was worth."""
+
+
+class Finetune(Section):
+    """Fine-tune all of a release, and a head that tells classes apart, on a labelled token store (paper, section 2.3).
+
+    The loss is generative + classification, 1:1; the rate stays where it is, and the weights that are best on held-out
+    images are kept. The defaults are for CIFAR; ImageNet's are `--tune.pad 0 --tune.no-flip`. The paper searches the
+    rate for each network and does not state it: 3e-4, the warm-up and the patience are chosen here.
+    """
+
+    release: Uri
+    """URI of the release to start from."""
+    tokens: Uri
+    """URI of a token store with labels."""
+    split: str = "train"
+    """Split to train on."""
+    val_split: str = "holdout"
+    """Split by whose accuracy to stop and choose; not the one to be reported on."""
+    val_images: Count = 10_000
+    """Largest number of its images, spread evenly over it."""
+    tune: Tune = Tune()
+    optim: Optim = Optim(lr=3e-4, steps=20_000, warmup_steps=500, cooldown=0)
+    workers: Workers = Workers()
+    run: Run = Run(name="finetuned", validate_every=400)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the order of the images and what is changed of them, masks, and weights that are drawn."""
+
+    def training(self, model: Model) -> "Tuning":
+        """The settings of the run, for the network of the release with its head."""
+        data = Data(tokens=self.tokens, split=self.split, val_split=self.val_split, val_images=self.val_images)
+        same = {name: getattr(self, name) for name in ("release", "tune", "optim", "workers", "run", "seed")}
+        return Tuning(model=model, data=data, **same)
+
+
+class Tuning(Pretrain):
+    """A run that fine-tunes: pretraining's settings, where it starts, and `Tune`."""
+
+    release: Uri
+    tune: Tune
+
+
+# ------------------------------------------------------------------------------------------------ estimates
 
 
 DeviceName = Literal["a100", "h100", "h200", "b200"]
@@ -455,7 +519,7 @@ class Convert(Section):
 
 
 class Evaluate(Section):
-    """Nats per token of a release on a split."""
+    """Nats per token of a release on a split; of a fine-tuned one its accuracy too."""
 
     release: Uri
     """URI of a release."""

@@ -4,7 +4,9 @@ Everything is a sum and a count until the last line. Bits per pixel are of the p
 cannot be compared with bits per dimension of 256-level channels.
 """
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from igpt_ray import objectives
 from igpt_ray.images import RGB
 from igpt_ray.model import ImageGPT
+from igpt_ray.probe import Judgement
 from igpt_ray.shards import Tokens
 
 Nats = NDArray[np.float64]
@@ -49,6 +52,23 @@ def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: in
             keep = objectives.keep_of_keys(keys[rows], mask, x.shape[1]).to(device)
             nats[rows] += objectives.masked_pixel(model(x, keep), x, keep).double().cpu().numpy()
     return nats / objectives.MASKS
+
+
+@torch.inference_mode()
+def class_logits(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> NDArray[np.float32]:
+    """What the head of a fine-tuned network makes of images: (N, T) -> (N, K); under MASKS masks (N, MASKS, K)."""
+    device = model.wpe.device
+    found = []
+    for start in range(0, len(tokens), batch_size):
+        rows = slice(start, start + batch_size)
+        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
+        if model.causal:
+            found.append(model.joint(x)[1])
+            continue
+        keeps = (objectives.keep_of_keys(keys[rows], mask, x.shape[1]) for mask in range(objectives.MASKS))
+        found.append(torch.stack([model.joint(x, keep.to(device))[1] for keep in keeps], dim=1))
+    logits: NDArray[np.float32] = torch.cat(found).float().cpu().numpy()
+    return logits
 
 
 @dataclass(frozen=True)
@@ -105,14 +125,18 @@ class Judged:
     """(N,)"""
     by_position: Nats
     """(T,), summed over images."""
+    classified: Judgement | None = None
+    """Of those with labels, by a network that tells their classes apart."""
 
     @classmethod
     def joined(cls, parts: list["Judged"]) -> "Judged":
+        classified = [part.classified for part in parts if part.classified is not None]
         return cls(
             [key for part in parts for key in part.keys],
             np.concatenate([part.labels for part in parts]),
             np.concatenate([part.nats for part in parts]),
             np.sum([part.by_position for part in parts], axis=0),
+            functools.reduce(operator.add, classified) if classified else None,
         )
 
     def by_class(self, classes: list[str]) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from igpt_ray import config, estimate, objectives
+from igpt_ray.augment import Augment
 from igpt_ray.loader import Batch, SplitCache, share
 from igpt_ray.sampling import seed_of
 
@@ -29,6 +30,7 @@ class Micro(NamedTuple):
     keep: Tensor | None  # (B, T) bool, for a masked network
     weight: int
     """1, or 0 for a pass that only keeps step with other workers, on an image that is not this one's."""
+    labels: Tensor | None = None  # (B,) int64, for fine-tuning
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Feed:
     seed: int
     micro_batch: int
     device: torch.device
+    augment: Augment | None = None
 
     def beside(self, images: SplitCache) -> "Feed":
-        """The same for another split."""
-        return Feed(images, self.model, self.seed, self.micro_batch, self.device)
+        """The same for another split, whose images are left as they are."""
+        return replace(self, images=images, augment=None)
 
     def micros(self, batch: Batch) -> list[Micro]:
         """This worker's passes over its part of a batch."""
@@ -52,11 +55,17 @@ class Feed:
         return [self._micro(part, 1) if len(part.rows) else self._micro(idle, 0) for part in parts]
 
     def _micro(self, batch: Batch, weight: int) -> Micro:
-        tokens = torch.from_numpy(self.images[batch].astype(np.int64)).to(self.device, non_blocking=True)
-        if self.model.objective == "next":
-            return Micro(batch, tokens, None, weight)
-        masks = keep_masks(self.seed, batch, self.model.n_positions)
-        return Micro(batch, tokens, masks.to(self.device, non_blocking=True), weight)
+        images = self.images[batch]
+        if self.augment is not None:
+            images = self.augment(images, self.seed, batch)
+        tokens = self._there(torch.from_numpy(images.astype(np.int64)))
+        masked, labelled = self.model.objective == "masked", self.model.n_class > 0
+        keep = self._there(keep_masks(self.seed, batch, self.model.n_positions)) if masked else None
+        labels = self._there(torch.from_numpy(self.images.labels_of(batch))) if labelled else None
+        return Micro(batch, tokens, keep, weight, labels)
+
+    def _there(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
 
 
 def passes(batch: Batch, rank: int, world_size: int, micro_batch: int) -> list[Batch]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from igpt_ray import cache, storage
+from igpt_ray.errors import TokenStoreError
 from igpt_ray.shards import Tokens, TokenStore, tokens_of
 
 Rows = NDArray[np.int64]
@@ -90,10 +92,11 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class SplitCache:
-    """A split's tokens on this node: one (rows, positions) uint16 memory map per view."""
+    """A split's tokens on this node: one (rows, positions) uint16 memory map per view. With `labelled`, its labels."""
 
-    def __init__(self, store: TokenStore, split: str, folder: Path | None = None):
+    def __init__(self, store: TokenStore, split: str, folder: Path | None = None, labelled: bool = False):
         self.views = [_map(store, split, v, folder or storage.CACHE) for v in range(store.manifest.views(split))]
+        self.labels = _labels(store, split, folder or storage.CACHE) if labelled else None
 
     def __len__(self) -> int:
         return len(self.views[0])
@@ -106,9 +109,31 @@ class SplitCache:
             tokens[here] = view[batch.rows[here]]
         return tokens
 
+    def labels_of(self, batch: Batch) -> Rows:
+        """(len(batch),): all views of an image have its label."""
+        assert self.labels is not None, "a split that was opened without its labels"
+        return self.labels[batch.rows].astype(np.int64)
+
 
 def _map(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
     """Every shard is verified on its way into the cache."""
     shape = (store.manifest.rows(split), store.kind.n_positions)
     path = folder / f"tokens-{store.sha256[:24]}-{split}-v{view}.u16"
     return cache.mapped(path, shape, lambda: (tokens_of(store.read(s)) for s in store.manifest.select(split, view)))
+
+
+def _labels(store: TokenStore, split: str, folder: Path) -> NDArray[np.uint16]:
+    """As the tokens are. Raises `TokenStoreError` if an image has none."""
+    path = folder / f"tokens-{store.sha256[:24]}-{split}-labels.u16"
+    tables = (store.read(shard) for shard in store.manifest.select(split))
+    return cache.mapped(path, (store.manifest.rows(split),), lambda: (labels_in(table, split) for table in tables))
+
+
+def labels_in(table: pa.Table, split: str) -> NDArray[np.uint16]:
+    """The labels of a shard. Raises `TokenStoreError` if an image has none."""
+    labels = table["label"].to_numpy()
+    if missing := int((labels < 0).sum()):
+        raise TokenStoreError(
+            f"{missing} images of {split} have no label: classes are learnt from splits whose images all have one"
+        )
+    return labels.astype(np.uint16)

@@ -3,6 +3,7 @@
 B batch   T positions   V colours
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,9 +59,14 @@ def joint(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None =
 
     In nats: the mean over the image's (masked) tokens, and of its label.
     """
+    return joint_parts(model, tokens, labels, keep)[0]
+
+
+def joint_parts(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
+    """That loss, the generative part of it, and whether the head is right, of every image: (3, B)."""
     logits, classes = model.joint(tokens, keep)
     nats = next_pixel(logits, tokens).mean(1) if keep is None else masked_pixel(logits, tokens, keep)
-    return nats + classification(classes, labels)
+    return torch.stack([nats + classification(classes, labels), nats, classes.argmax(1) == labels])
 
 
 def classification(logits: Tensor, labels: Tensor) -> Tensor:

@@ -127,9 +127,11 @@ def local(p: Tensor) -> Tensor:
 
 def lr_at(step: int, optim: config.Optim) -> float:
     """Learning rate of step 0 .. steps-1: linear warm-up to the peak, then cosine to zero (paper, section 3.3); or,
-    with a `cooldown`, constant, then linear to zero."""
+    with a `cooldown`, constant, then linear to zero, or constant to the end if that is 0."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.cooldown == 0:
+        return optim.lr
     if optim.cooldown is not None:
         return optim.lr * min(1.0, max(0.0, (optim.steps - step) / (optim.cooldown * optim.steps)))
     progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from igpt_ray import config, estimate, images, objectives, sampling, storage
 from igpt_ray.errors import StorageError
-from igpt_ray.feed import Feed
+from igpt_ray.feed import Feed, Micro
 from igpt_ray.loader import Batch, SplitCache
 from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
@@ -34,6 +35,23 @@ PICTURES, COMPLETIONS = 8, 3
 """On a sheet of samples: pictures, and how often each is finished."""
 
 
+def measured(model: config.Model) -> tuple[str, ...]:
+    """What lines say of the steps; the first is the loss."""
+    return ("loss", "nats_per_token", "accuracy") if model.n_class else ("nats_per_token",)
+
+
+def sums_of(model: ImageGPT, micro: Micro) -> Tensor:
+    """The sums of which what is `measured` are means: (1,), or (3,) with labels."""
+    if micro.labels is None:
+        return micro.weight * objectives.generative(model, micro.tokens, micro.keep)[None]
+    return micro.weight * objectives.joint_parts(model, micro.tokens, micro.labels, micro.keep).sum(1)
+
+
+def counted_per_image(model: config.Model) -> int:
+    """An image counts by its tokens where the loss is a mean over them all, and as one where it is over images."""
+    return 1 if model.objective == "masked" or model.n_class else model.n_positions
+
+
 class Meter:
     """Sums between two lines of metrics; a line is the same on all workers but for what is timed."""
 
@@ -41,18 +59,21 @@ class Meter:
         self.cfg, self.device, self.n_images = cfg, device, n_images
         batch_size = cfg.optim.batch_size
         self.tokens_per_step = batch_size * cfg.model.n_positions
-        self.counted_per_step = batch_size if cfg.model.objective == "masked" else self.tokens_per_step
+        self.counted_per_step = batch_size * counted_per_image(cfg.model)
         """What the loss is a mean over: images, or tokens."""
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak_flops = estimate.peak_flops(named)
         self._begin(step)
 
     def _begin(self, step: int) -> None:
-        self.since_step, self.since, self.nats_sum = step, time.perf_counter(), 0.0
+        self.since_step, self.since = step, time.perf_counter()
+        self.sums = dict.fromkeys(measured(self.cfg.model), 0.0)
         self.seconds = dict.fromkeys(SPENT, 0.0)
 
-    def add(self, nats: float) -> None:
-        self.nats_sum += nats
+    def add(self, sums: list[float]) -> None:
+        """Those of `sums_of`, over all workers."""
+        for name, more in zip(self.sums, sums, strict=True):
+            self.sums[name] += more
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -67,7 +88,7 @@ class Meter:
         line = {
             "step": step,
             "epoch": round(step * self.cfg.optim.batch_size / self.n_images, 4),
-            "nats_per_token": self.nats_sum / (n_steps * self.counted_per_step),
+            **{name: total / (n_steps * self.counted_per_step) for name, total in self.sums.items()},
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
@@ -84,6 +105,8 @@ class Meter:
     def say(self, line: dict[str, Any]) -> None:
         left = (self.cfg.optim.steps - line["step"]) * self.tokens_per_step / line["tokens_per_second"]
         held_out = f" ({line['val_nats_per_token']:.4f} held out)" if "val_nats_per_token" in line else ""
+        if "val_accuracy" in line:
+            held_out += f", {line['val_accuracy']:.1%} of held-out images right"
         log.info(
             "step %d of %d: %.4f nats per token%s, %.0f tokens/s, %.0f s left",
             *(line["step"], self.cfg.optim.steps, line["nats_per_token"], held_out, line["tokens_per_second"], left),
@@ -138,17 +161,21 @@ def spread_over(split: SplitCache, n: int) -> Batch:
 
 
 @torch.no_grad()
-def held_out_nats(model: ImageGPT, feed: Feed, n: int) -> float:
-    """The model's own objective on images that it does not train on; sums and counts over all workers."""
+def held_out(model: ImageGPT, feed: Feed, n: int) -> dict[str, float]:
+    """What is measured of a step, on images that the model does not train on; sums and counts over all workers.
+
+    Of a masked network under one mask an image, always the same.
+    """
     batch = spread_over(feed.images, n)
-    nats = torch.zeros((), dtype=torch.float64, device=feed.device)
+    names = measured(feed.model)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=feed.device)
     for micro in feed.micros(batch):
-        nats += micro.weight * objectives.generative(model, micro.tokens, micro.keep)
+        sums += sums_of(model, micro)
     assert isinstance(model, FSDPModule)
     model.reshard()  # no backward pass comes to do it
-    dist.all_reduce(nats)
-    per_image = 1 if feed.model.objective == "masked" else feed.model.n_positions
-    return float(nats) / (len(batch.rows) * per_image)
+    dist.all_reduce(sums)
+    counted = len(batch.rows) * counted_per_image(feed.model)
+    return {f"val_{name}": total / counted for name, total in zip(names, sums.tolist(), strict=True)}
 
 
 def draw_samples(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from igpt_ray import checkpoint, config, metrics, objectives, optim, parallel, progress, storage, trackers, weights
+from igpt_ray import checkpoint, config, finetuning, metrics, optim, parallel, progress, trackers, weights
 from igpt_ray.errors import TrainingError
 from igpt_ray.feed import Feed, Micro, micro_batch_that_fits
 from igpt_ray.loader import SplitCache, global_batch, keys_of
@@ -43,16 +43,20 @@ def train(
     run, n_steps = cfg.run, cfg.optim.steps
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = TokenStore.open(cfg.data.tokens)
-    images = SplitCache(store, cfg.data.split)
+    labelled = cfg.model.n_class > 0
+    images = SplitCache(store, cfg.data.split, labelled=labelled)
     micro_batch = cfg.workers.micro_batch or micro_batch_that_fits(cfg, device)
-    feed = Feed(images, cfg.model, cfg.seed, micro_batch, device)
-    held_out = feed.beside(SplitCache(store, cfg.data.val_split)) if cfg.data.val_split else feed
+    feed = Feed(images, cfg.model, cfg.seed, micro_batch, device, finetuning.augment_of(cfg))
+    held_out = feed.beside(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else feed
     model, optimizer = build(cfg, device)
 
     saver = checkpoint.Saver(run.uri, run.keep, run.keep_every)
     resumed = checkpoint.load_newest(run.uri, model, optimizer)
     step = resumed.step if resumed else 0
     lines = metrics.Metrics(run.uri, step, run.tensorboard)
+    best = finetuning.Best(cfg, lines)
+    if resumed is None:
+        finetuning.start(model, cfg)
     meter = progress.Meter(cfg, device, len(images), step)
     profiler = progress.Profiler(run, device)
     tracker = trackers.tracker_of(cfg) if rank == 0 else None
@@ -60,20 +64,21 @@ def train(
         log.info("%s from step %d on %d worker(s)", "resumed" if resumed else "started", step, world_size)
         lines.flush()
 
-    while step < n_steps:
+    while step < n_steps and not best.enough():
         profiler.before(step)
         with meter.spent("data_wait"):
             micros = feed.micros(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
         sums = []
         for i, micro in enumerate(micros):
             parallel.reduce_gradients(model, i == len(micros) - 1)
-            nats = micro.weight * objectives.generative(model, micro.tokens, micro.keep)
-            (nats * (world_size / meter.counted_per_step)).backward()  # FSDP averages over workers; the loss is a mean
-            sums.append(nats.detach())
+            summed = progress.sums_of(model, micro)
+            loss = summed[0] * (world_size / meter.counted_per_step)  # FSDP averages over workers; the loss is a mean
+            loss.backward()
+            sums.append(summed.detach())
 
         grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
-        step_nats, step_norm, leaving = _measured(sums, grad_norm, told_to_leave())
-        if not math.isfinite(step_nats + step_norm):
+        *step_sums, step_norm, leaving = _measured(sums, grad_norm, told_to_leave())
+        if not math.isfinite(step_sums[0] + step_norm):
             saver.wait()
             raise TrainingError(_which_images(cfg, store, step, micros, sums, step_norm))
         lr = optim.lr_at(step, cfg.optim)
@@ -81,20 +86,22 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        meter.add(step_nats)
+        meter.add(step_sums)
 
-        last = step == n_steps
-        leaving = leaving and not last
-        validating, sampling = (
-            bool(every) and (last or step % every == 0) for every in (run.validate_every, run.sample_every)
+        saving, validating, sampling = (
+            bool(every) and (step == n_steps or step % every == 0)
+            for every in (run.checkpoint_every, run.validate_every, run.sample_every)
         )
-        saving = leaving or last or step % run.checkpoint_every == 0
+        saving = saving or leaving > 0
         if saving or validating or step % run.log_every == 0:
             line = meter.line(step, lr, step_norm)
             if validating:
                 with meter.spent("evaluation"):
-                    line["val_nats_per_token"] = progress.held_out_nats(model, held_out, cfg.data.val_images)
+                    line |= progress.held_out(model, held_out, cfg.data.val_images)
             lines.add(line)
+            if validating and best.is_new():
+                with meter.spent("checkpoint_stall"):
+                    _release(cfg, store, model, step, lines)
             if rank == 0:
                 meter.say(line)
             if tracker is not None:
@@ -102,7 +109,8 @@ def train(
         if sampling:
             with meter.spent("evaluation"):
                 progress.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
-        if saving:
+        last = step == n_steps or best.enough()
+        if saving or last:
             with meter.spent("checkpoint_stall"):
                 about = {"world_size": world_size}
                 must = leaving or last or run.keeps(step)
@@ -113,12 +121,14 @@ def train(
     profiler.end()
     if tracker is not None:
         tracker.finish()
-    if step < n_steps:
+    if step < n_steps and not best.enough():
         saver.wait()
         return {"left": step}
     saver.finish()
-    release = _release(cfg, store, model, step, lines)
-    return {"run": run.uri, "release": release, "n_params": cfg.model.n_params, **lines.lines[-1]}
+    if best.line is None:  # in pretraining the last step is what counts
+        _release(cfg, store, model, step, lines)
+    report = {"run": run.uri, "release": run.release, "n_params": cfg.model.n_params, **lines.lines[-1]}
+    return report | (best.found() if best.line else {})
 
 
 def build(cfg: config.Pretrain, device: torch.device) -> tuple[ImageGPT, Optimizer]:
@@ -132,18 +142,18 @@ def build(cfg: config.Pretrain, device: torch.device) -> tuple[ImageGPT, Optimiz
 # ------------------------------------------------------------------------------------------------ is it finite
 
 
-def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> tuple[float, float, bool]:
-    """Nats of the step over all workers, the gradient's norm, and whether any worker is leaving: the one wait for the
-    device in a step.
+def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> list[float]:
+    """Sums of the step over all workers, then the gradient's norm and how many workers are leaving: the one wait for
+    the device in a step.
 
     It ends with the backward pass; what must not be done with a bad gradient has not been asked for yet.
     """
     assert isinstance(grad_norm, DTensor)
-    nats = torch.stack(sums).double().sum()
-    told = torch.stack([nats, nats.new_full((), leaving)])
+    total = torch.stack(sums).double().sum(0)
+    told = torch.cat([total, total.new_full((1,), leaving)])
     dist.all_reduce(told)
-    nats_sum, n_leaving, norm = torch.cat([told, grad_norm.full_tensor().double()[None]]).tolist()
-    return nats_sum, norm, n_leaving > 0
+    measured: list[float] = torch.cat([told[:-1], grad_norm.full_tensor().double()[None], told[-1:]]).tolist()
+    return measured
 
 
 def _which_images(
@@ -151,7 +161,7 @@ def _which_images(
 ) -> str:
     """What a user needs to find the images, the same on all workers: those of the forward passes that went wrong, or
     of the whole batch if only its gradient did."""
-    mine = [m.batch for m, nats in zip(micros, sums, strict=True) if m.weight and not torch.isfinite(nats)]
+    mine = [m.batch for m, summed in zip(micros, sums, strict=True) if m.weight and not torch.isfinite(summed[0])]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     bad = [batch for batches in everyone for batch in batches]
@@ -178,8 +188,7 @@ def _which_images(
 # ------------------------------------------------------------------------------------------------ what comes out
 
 
-def _release(cfg: config.Pretrain, store: TokenStore, model: ImageGPT, step: int, lines: metrics.Metrics) -> str:
-    release = storage.join(cfg.run.uri, "release")
+def _release(cfg: config.Pretrain, store: TokenStore, model: ImageGPT, step: int, lines: metrics.Metrics) -> None:
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         about = weights.ReleaseConfig(
@@ -190,5 +199,4 @@ def _release(cfg: config.Pretrain, store: TokenStore, model: ImageGPT, step: int
             classes=store.manifest.classes,
             trained={"steps": step, **lines.lines[-1], **config.provenance(cfg)},
         )
-        weights.save_release(release, cast("dict[str, Tensor]", full), store.palette(), about)
-    return release
+        weights.save_release(cfg.run.release, cast("dict[str, Tensor]", full), store.palette(), about)

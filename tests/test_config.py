@@ -126,7 +126,7 @@ IMPOSSIBLE = [
     (Optim, {"warmup_steps": -1}),
     (Optim, {"clip": 0}),
     (Optim, {"muon_lr": 0}),
-    (Optim, {"cooldown": 0}),
+    (Optim, {"cooldown": -0.1}),
     (Optim, {"cooldown": 1.1}),
     (Workers, {"n": 0}),
     (Workers, {"cpus": 0}),

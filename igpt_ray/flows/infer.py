@@ -18,8 +18,20 @@ import torch
 
 from igpt_ray import config, images, objectives, sampling, storage, weights
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import Judged, Likelihood, auroc, count_models, heat_map, image_nats, masked_nats, nats_both_ways
+from igpt_ray.evaluate import (
+    Judged,
+    Likelihood,
+    auroc,
+    class_logits,
+    count_models,
+    heat_map,
+    image_nats,
+    masked_nats,
+    nats_both_ways,
+)
+from igpt_ray.features import Labels
 from igpt_ray.flows.pool import spread
+from igpt_ray.probe import Judgement, judge_logits
 from igpt_ray.shards import Shard, Tokens, TokenStore, evenly, tokens_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +57,8 @@ def device() -> str:
 
 
 def evaluate(settings: config.Evaluate) -> dict[str, Any]:
-    """Nats per token of a split, and of count models if a split to fit them on is named.
+    """Nats per token of a split, and of count models if a split to fit them on is named. Of a fine-tuned network also
+    how many images it classifies rightly: if it is masked, by a vote of MASKS masks.
 
     For a masked network, nats per masked token under MASKS masks, which is no likelihood: nothing counts beside it.
     """
@@ -68,6 +81,8 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
             "images": found["images"],
         }
     report = {"release": settings.release, "split": settings.split, **found}
+    if judged.classified is not None:
+        report["classification"] = {"images": judged.classified.images, **judged.classified.report()}
     if settings.baselines:
         fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
         report["baselines"] = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
@@ -109,12 +124,14 @@ def _write_report(settings: config.Evaluate, store: TokenStore, report: dict[str
 
 
 class ShardNats:
-    """Shard -> its images and their nats; under a masked network, per masked token."""
+    """Shard -> its images and their nats; under a masked network, per masked token. Fine-tuned: and their classes."""
 
     def __init__(self, release: str, tokens: str, batch_size: int):
-        self.model = weights.load_release(release, device()).model
+        loaded = weights.load_release(release, device())
+        self.model = loaded.model
         self.store = TokenStore.open(tokens)
         self.batch_size = batch_size
+        self.knows = self.model.config.n_class > 0 and loaded.config.classes == self.store.manifest.classes
 
     def __call__(self, shard: Shard) -> Judged:
         table = self.store.read(shard)
@@ -124,7 +141,16 @@ class ShardNats:
         else:
             nats = masked_nats(self.model, tokens, keys, self.batch_size)
             by_position = np.zeros(tokens.shape[1])  # masks differ, so positions cannot be compared
-        return Judged(keys, table["label"].to_numpy().astype(np.int64), nats, by_position)
+        labels = table["label"].to_numpy().astype(np.int64)
+        return Judged(keys, labels, nats, by_position, self.classified(tokens, keys, labels))
+
+    def classified(self, tokens: Tokens, keys: list[str], labels: Labels) -> Judgement | None:
+        """None if the network has no head for the store's classes, or no image a label."""
+        rows = np.flatnonzero(labels >= 0)
+        if not self.knows or not len(rows):
+            return None
+        logits = class_logits(self.model, tokens[rows], [keys[row] for row in rows], self.batch_size)
+        return judge_logits(logits, labels[rows], self.model.config.n_class)
 
 
 def score(settings: config.Score) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pretraining with Ray Train: the same code on one CPU and on many GPUs.
+"""Training with Ray Train: the same code on one CPU and on many GPUs.
 
 `pretrain` runs on the driver: it checks everything that can be checked before workers start, lets Ray Train start
 them, and starts again from the newest verified checkpoint when they are lost, or when they have saved and left: before
@@ -38,9 +38,13 @@ SETTLED = 5
 
 def pretrain(settings: config.Pretrain) -> dict[str, Any]:
     """Train to the last step, write the release, return the last metrics. Resumes a run of the same name."""
+    return fit(settings, check(settings))
+
+
+def fit(settings: config.Pretrain, store: TokenStore, **identity: Any) -> dict[str, Any]:
+    """Train a run whose settings were checked; `identity` is what else makes it this one."""
     started = time.perf_counter()
-    store = _check(settings)
-    _claim(settings, store)
+    _claim(settings, store, identity)
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _say_if_short(settings.workers)
@@ -127,11 +131,11 @@ def _say_if_short(workers: config.Workers) -> None:
             )
 
 
-def _check(settings: config.Pretrain) -> TokenStore:
+def check(settings: config.Pretrain) -> TokenStore:
     """What would fail on the workers, found before they start."""
     if not settings.data.tokens:
         raise SettingError("--data.tokens is not set: give the token store that jobs/prepare.py wrote")
-    if settings.model.n_class:
+    if settings.model.n_class and not isinstance(settings, config.Tuning):
         raise SettingError("--model.n-class is for fine-tuning: pretraining reads no labels, leave it at 0")
     if settings.optim.batch_size < settings.workers.n:
         raise SettingError(f"batch_size {settings.optim.batch_size} is smaller than workers.n {settings.workers.n}")
@@ -154,7 +158,7 @@ def _check(settings: config.Pretrain) -> TokenStore:
     return store
 
 
-def _claim(settings: config.Pretrain, store: TokenStore) -> None:
+def _claim(settings: config.Pretrain, store: TokenStore, more: dict[str, Any] | None = None) -> None:
     """Write the run's config.json, or check that the run that is already there is this one.
 
     A run without a checkpoint has nothing to lose, so its settings may still be mended.
@@ -163,6 +167,7 @@ def _claim(settings: config.Pretrain, store: TokenStore) -> None:
         **settings.model_dump(mode="json", include={"model", "optim", "seed"}),
         "tokens": store.sha256,
         "split": settings.data.split,
+        **(more or {}),
     }
     committed = checkpoint.committed_steps(settings.run.uri)
     if settings.run.resume == "never" and committed:
@@ -202,7 +207,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls on every worker."""
     log_to_stderr()
     logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
-    cfg = config.Pretrain.model_validate(settings)
+    kind = config.Tuning if "tune" in settings else config.Pretrain
+    cfg = kind.model_validate(settings)
     leave = threading.Event()
     threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
     return training.train(cfg, ray.train.torch.get_device(), leave.is_set)

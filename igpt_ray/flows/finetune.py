@@ -1,0 +1,73 @@
+"""Fine-tuning on a labelled token store: what is checked before, and then the run of `train.py`."""
+
+from typing import Any
+
+import numpy as np
+
+from igpt_ray import config, weights
+from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
+from igpt_ray.flows import train
+from igpt_ray.loader import labels_in
+from igpt_ray.shards import TokenStore
+from igpt_ray.weights import ReleaseConfig
+
+
+def finetune(settings: config.Finetune) -> dict[str, Any]:
+    """Train until the held-out accuracy no longer grows, return the last metrics; the best weights are the release."""
+    about = weights.load_config(settings.release)
+    store = TokenStore.open(settings.tokens)
+    weights.check_kind(about, store.kind, settings.tokens)
+    check_head(about, settings.release, store)
+    run = settings.training(about.model.model_copy(update={"n_class": len(store.manifest.classes)}))
+    _check_settings(run)
+    train.check(run)
+    _check_labels(store, settings)
+    looks = {"val_split": settings.val_split, "val_images": settings.val_images}
+    looks |= {"validate_every": settings.run.validate_every}
+    return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **looks)
+
+
+def check_head(about: ReleaseConfig, release: str, store: TokenStore) -> None:
+    """Raises `CheckpointError` if the release has a head already, for other classes than the store's."""
+    ours, theirs = about.classes, store.manifest.classes
+    if about.model.n_class and ours != theirs:
+        raise CheckpointError(
+            f"{release} tells {len(ours)} classes apart ({_some(ours)}), but {store.root} has {len(theirs)}"
+            f" ({_some(theirs)}): start from the release that it was fine-tuned from"
+        )
+
+
+def _some(classes: list[str]) -> str:
+    return ", ".join(classes[:3]) + (" ..." if len(classes) > 3 else "")
+
+
+def _check_settings(run: config.Tuning) -> None:
+    data, n_px = run.data, run.model.n_px
+    if not run.run.validate_every:
+        raise SettingError("--run.validate-every is 0: fine-tuning stops by its looks at held-out images, so set it")
+    if run.run.validate_every > run.optim.steps:
+        raise SettingError(
+            f"--run.validate-every {run.run.validate_every} is more than --optim.steps {run.optim.steps}: no look would"
+            " come before the end"
+        )
+    if not data.val_split or set(data.val_split.split("+")) & set(data.split.split("+")):
+        raise SettingError(
+            f"--val-split {data.val_split!r} with --split {data.split!r}: images that are trained on cannot say when to"
+            " stop; prepare the store with --holdout 0.1, say, and leave both at their defaults"
+        )
+    if run.tune.pad >= n_px:
+        raise SettingError(f"--tune.pad {run.tune.pad}: pictures of {n_px} pixels reflect at most {n_px - 1}")
+
+
+def _check_labels(store: TokenStore, settings: config.Finetune) -> None:
+    """A shard at a time. Raises `TokenStoreError` if an image has no label, or all those to train on have the same."""
+    counts = np.zeros(len(store.manifest.classes), np.int64)
+    for table in store.read_split(settings.split):
+        counts += np.bincount(labels_in(table, settings.split), minlength=len(counts))
+    for table in store.read_split(settings.val_split):
+        labels_in(table, settings.val_split)
+    if (counts > 0).sum() < 2:
+        raise TokenStoreError(
+            f"all images of {settings.split} are of one class: a head needs two or more to tell apart, and where they"
+            " come from the folders, a folder each"
+        )
