@@ -30,8 +30,8 @@ Report = dict[str, Any]
 
 
 def run_audit(settings: config.Audit) -> Report:
-    """What was asked for of the two, with p-values corrected for the number of all tests. What can be refused is refused
-    before the first picture is read."""
+    """What was asked for of the two, with p-values corrected for the number of all tests. What can be refused by names
+    and counts is refused before the first picture is read."""
     started = time.perf_counter()
     about = weights.load_config(settings.release)
     tests, groups, classes = _asked(settings, about)
