@@ -31,10 +31,8 @@ SHUFFLES = 9_999
 Counts = NDArray[np.int64]
 
 
-class Test(NamedTuple):
+class Stimuli(NamedTuple):
     """One iEAT: the URIs of its pictures."""
-
-    __test__ = False  # not one of pytest's
 
     name: str
     sets: dict[str, list[str]]
@@ -43,7 +41,7 @@ class Test(NamedTuple):
 # ------------------------------------------------------------------------------------------------ which pictures
 
 
-def tests_of(uri: str) -> list[Test]:
+def tests_of(uri: str) -> list[Stimuli]:
     """The tests of a folder with X, Y, A and B in it, or of a JSON that names folders beside it.
 
     Raises `SourceError` if a set is missing or empty, or X and Y are not as many.
@@ -100,7 +98,7 @@ def _named(uri: str) -> dict[str, dict[str, str]]:
     return said
 
 
-def _test(name: str, folders: dict[str, str], where: str) -> Test:
+def _test(name: str, folders: dict[str, str], where: str) -> Stimuli:
     sets = {}
     for letter, folder in folders.items():
         sets[letter] = [e.uri for e in storage.walk(folder) if e.uri.lower().endswith(PICTURES)]
@@ -113,7 +111,7 @@ def _test(name: str, folders: dict[str, str], where: str) -> Test:
             f"the test {name!r} of {where} has {len(sets['X'])} pictures in X and {len(sets['Y'])} in Y: the partitions"
             " of iEAT want as many of both; leave some of the larger group out"
         )
-    return Test(name, sets)
+    return Stimuli(name, sets)
 
 
 def read(uri: str, kind: Kind, palette: Palette) -> Tokens:
