@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,10 +31,8 @@ SHUFFLES = 9_999
 Counts = NDArray[np.int64]
 
 
-class Test(NamedTuple):
+class Stimuli(NamedTuple):
     """One iEAT: the URIs of its pictures."""
-
-    __test__ = False  # not one of pytest's
 
     name: str
     sets: dict[str, list[str]]
@@ -42,7 +41,7 @@ class Test(NamedTuple):
 # ------------------------------------------------------------------------------------------------ which pictures
 
 
-def tests_of(uri: str) -> list[Test]:
+def tests_of(uri: str) -> list[Stimuli]:
     """The tests of a folder with X, Y, A and B in it, or of a JSON that names folders beside it.
 
     Raises `SourceError` if a set is missing or empty, or X and Y are not as many.
@@ -78,9 +77,11 @@ def groups_of(uri: str) -> dict[str, list[str]]:
 def _named(uri: str) -> dict[str, dict[str, str]]:
     expected = '{"<test>": {"X": "<folder>", "Y": "<folder>", "A": "<folder>", "B": "<folder>"}}'
     try:
-        said = json.loads(storage.read(uri))
+        data = storage.read(uri)
     except NotFound as error:
         raise SourceError(f"no tests at {uri}: expected {expected} ({error})") from error
+    try:
+        said = json.loads(data)
     except ValueError as error:
         raise SourceError(f"{uri} is not JSON: expected {expected} ({error})") from error
     if not isinstance(said, dict) or not said:
@@ -97,7 +98,7 @@ def _named(uri: str) -> dict[str, dict[str, str]]:
     return said
 
 
-def _test(name: str, folders: dict[str, str], where: str) -> Test:
+def _test(name: str, folders: dict[str, str], where: str) -> Stimuli:
     sets = {}
     for letter, folder in folders.items():
         sets[letter] = [e.uri for e in storage.walk(folder) if e.uri.lower().endswith(PICTURES)]
@@ -110,7 +111,7 @@ def _test(name: str, folders: dict[str, str], where: str) -> Test:
             f"the test {name!r} of {where} has {len(sets['X'])} pictures in X and {len(sets['Y'])} in Y: the partitions"
             " of iEAT want as many of both; leave some of the larger group out"
         )
-    return Test(name, sets)
+    return Stimuli(name, sets)
 
 
 def read(uri: str, kind: Kind, palette: Palette) -> Tokens:
@@ -160,15 +161,16 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
 
 def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
     """The head, on features of the release that probe.json names; it must still be the one the head was fitted on."""
-    release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
+    said, data = (storage.read(storage.join(uri, name)) for name in ("probe.json", "classifier.npz"))
     try:
-        with np.load(io.BytesIO(storage.read(storage.join(uri, "classifier.npz"))), allow_pickle=False) as kept:
+        release = json.loads(said)["release"]
+        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
             head = Linear(kept["mean"], kept["deviation"], kept["weight"], kept["bias"])
             layer, pooling, precision = int(kept["layer"]), str(kept["pooling"]), str(kept["precision"])
             classes, fitted_on = kept["classes"].tolist(), str(kept["release"])
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise FeatureError(
-            f"{uri}/classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"
+            f"{uri}/probe.json or classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"
         ) from error
     about = weights.load_config(release)
     weights.check_kind(about, kind, "the release that is audited")

@@ -113,7 +113,7 @@ def train(
         if saving or last:
             with meter.spent("checkpoint_stall"):
                 about = {"world_size": world_size}
-                must = leaving or last or run.keeps(step)
+                must = leaving > 0 or last or run.keeps(step)
                 saver.save(step, model, optimizer, about, lines.flusher(), must=must)
         if leaving:
             break

@@ -131,6 +131,11 @@ def test_what_names_no_classes_is_refused(tmp_path: Path, kind: Kind, palette: P
     np.savez(probe / "classifier.npz", **head)
     with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version: repeat jobs/probe.py"):
         audit.classifier(str(probe), kind, "cpu", 8)
+    whole = (probe / "classifier.npz").read_bytes()
+    for damaged in (whole[:100], whole[:-30], b"", b"text"):
+        (probe / "classifier.npz").write_bytes(damaged)
+        with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version"):
+            audit.classifier(str(probe), kind, "cpu", 8)
     how = {"layer": 1, "pooling": "mean", "precision": "float32", "classes": ["cat", "dog"]}
     np.savez(probe / "classifier.npz", **head, **how, release="another")
     with pytest.raises(FeatureError, match=r"is not the release that .* was fitted on"):

@@ -38,8 +38,9 @@ def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: d
     assert page.count("<figure>") == 12 + 12 + 2  # either end of the ranking, completions, palette
     assert f"{found['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
 
-    (tmp_path / "completions/part.json").unlink()
-    assert write_report(settings)["made"] == ["completions"]
+    (tmp_path / "completions/completions.png").unlink()
+    (tmp_path / "likelihood/part.json").write_text("{")
+    assert write_report(settings)["made"] == ["likelihood", "completions"]
     assert (tmp_path / "report.html").read_text() == page
     assert write_report(settings.model_copy(update={"n": 3}))["made"] == ["completions"]
 

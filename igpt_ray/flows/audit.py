@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from igpt_ray import audit, config, features, ieat, sampling, storage, weights
-from igpt_ray.audit import Test
+from igpt_ray.audit import Stimuli
 from igpt_ray.errors import SettingError
 from igpt_ray.features import Features
 from igpt_ray.flows.infer import device
@@ -30,8 +30,8 @@ Report = dict[str, Any]
 
 
 def run_audit(settings: config.Audit) -> Report:
-    """What was asked for of the two, with p-values corrected for the number of all tests; everything is refused before
-    the first picture is read."""
+    """What was asked for of the two, with p-values corrected for the number of all tests. What can be refused by names
+    and counts is refused before the first picture is read."""
     started = time.perf_counter()
     about = weights.load_config(settings.release)
     tests, groups, classes = _asked(settings, about)
@@ -49,7 +49,9 @@ def run_audit(settings: config.Audit) -> Report:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _asked(settings: config.Audit, about: weights.ReleaseConfig) -> tuple[list[Test], dict[str, list[str]], list[str]]:
+def _asked(
+    settings: config.Audit, about: weights.ReleaseConfig
+) -> tuple[list[Stimuli], dict[str, list[str]], list[str]]:
     """The tests, the groups, and the names of the classes."""
     if not settings.ieat and not settings.groups:
         raise SettingError("nothing to audit: name --ieat, --groups and --classifier, or all of them")
@@ -73,7 +75,7 @@ def _layers(settings: config.Audit, about: weights.ReleaseConfig) -> list[int]:
 # ------------------------------------------------------------------------------------------------ iEAT
 
 
-def _associations(settings: config.Audit, tests: list[Test], layers: list[int]) -> list[Report]:
+def _associations(settings: config.Audit, tests: list[Stimuli], layers: list[int]) -> list[Report]:
     """One row for each test and layer; a picture that is in several tests is looked at once."""
     uris = sorted({uri for test in tests for pictures in test.sets.values() for uri in pictures})
     batches = [uris[start : start + settings.batch_size] for start in range(0, len(uris), settings.batch_size)]
@@ -86,7 +88,8 @@ def _associations(settings: config.Audit, tests: list[Test], layers: list[int]) 
         chosen = {letter: embedded[[at[uri] for uri in pictures]] for letter, pictures in test.sets.items()}
         n = len(test.sets["X"])
         for i, layer in enumerate(layers):
-            found = ieat.test(*(chosen[letter][:, i] for letter in audit.SETS), seed=settings.seed)
+            X, Y, A, B = (chosen[letter][:, i] for letter in audit.SETS)
+            found = ieat.test(X, Y, A, B, settings.seed)
             exact = math.comb(2 * n, n) <= ieat.MOST_PARTITIONS
             sizes = {letter: len(pictures) for letter, pictures in test.sets.items()}
             rows.append({"test": test.name, "layer": layer, "pictures": sizes, **found._asdict(), "exact": exact})

@@ -257,8 +257,16 @@ def _write(settings: config.Probe, store: TokenStore, report: Report, judged: Ju
     csv.writer(text).writerows([["true \\ chosen", *classes], *rows])
     storage.write(storage.join(settings.out, "confusion.csv"), text.getvalue().encode())
     data, linear = io.BytesIO(), judged.linear
-    named = {"mean": linear.mean, "deviation": linear.deviation, "weight": linear.weight, "bias": linear.bias}
-    fitted_on = {"release": weights.load_config(settings.release).sha256, "classes": np.array(classes)}
-    how = {"layer": report["best_layer"], "pooling": settings.pooling, "precision": settings.precision}
-    np.savez(data, **named, **how, **fitted_on)
+    np.savez(
+        data,
+        mean=linear.mean,
+        deviation=linear.deviation,
+        weight=linear.weight,
+        bias=linear.bias,
+        layer=report["best_layer"],
+        pooling=settings.pooling,
+        precision=settings.precision,
+        release=weights.load_config(settings.release).sha256,
+        classes=np.array(classes),
+    )
     storage.write(storage.join(settings.out, "classifier.npz"), data.getvalue())

@@ -92,15 +92,15 @@ class Parts:
     def place(self, name: str) -> str:
         return storage.join(self.root, name)
 
-    def once(self, name: str, settings: BaseModel, make: Callable[[], Found]) -> Found:
-        """What `make` returned, now or in an earlier run."""
+    def once(self, name: str, settings: BaseModel, make: Callable[[], Found], file: str = "part.json") -> Found:
+        """What `make` returned, now or in an earlier run that left `file`."""
         said = settings.model_dump(mode="json", exclude=UNMADE)
         uri, about = storage.join(self.place(name), "part.json"), {**self.marks, "settings": said}
         try:
             there = json.loads(storage.read(uri))
-            if there["about"] == about:
+            if there["about"] == about and storage.exists(storage.join(self.place(name), file)):
                 return dict(there["found"])
-        except (NotFound, ValueError, KeyError, TypeError):
+        except (NotFound, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             pass  # absent or damaged: either way it is made again
         log.info("making the part %s", name)
         found = make()
@@ -172,7 +172,7 @@ def _completions(settings: config.Report, parts: Parts) -> dict[str, list[Pictur
         seed=settings.seed,
         pool=settings.pool,
     )
-    parts.once("completions", wanted, lambda: infer.complete(wanted))
+    parts.once("completions", wanted, lambda: infer.complete(wanted), "completions.png")
     figure = storage.read(storage.join(wanted.out, "completions.png"))
     caption = f"The given half, {settings.n} completions of it, and the whole picture as the network sees it."
     return {"completions": [Picture(figure, caption)]}
