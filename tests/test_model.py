@@ -3,6 +3,7 @@
 import cmath
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -193,7 +194,8 @@ def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
     for i in range(sum(name.endswith("ln_1.weight") for name in state)):
         qkv = F.linear(norm(h, f"h.{i}.ln_1.weight"), state[f"h.{i}.attn.c_attn.weight"])
         q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
+        whole = partial(F.scaled_dot_product_attention, is_causal=True)
+        y = (whole if q.dtype == torch.float32 else partial(attended, causal=True))(q, k, v)
         h = h + F.linear(y.transpose(1, 2).reshape(B, T, C), state[f"h.{i}.attn.c_proj.weight"])
         m = F.linear(norm(h, f"h.{i}.ln_2.weight"), state[f"h.{i}.mlp.c_fc.weight"])
         h = h + F.linear(m * torch.sigmoid(1.702 * m), state[f"h.{i}.mlp.c_proj.weight"])
