@@ -54,7 +54,7 @@ def test_the_minimum_on_real_features_is_scikit_learns(real: tuple[Features, Lab
 
 def test_a_path_of_penalties_ends_where_single_fits_do(real: tuple[Features, Labels]) -> None:
     """A warm start that keeps something of the penalty before."""
-    x, y = (torch.from_numpy(part) for part in real)
+    x, y = torch.from_numpy(real[0]).double(), torch.from_numpy(real[1])  # as `fit_lbfgs` has so few rows
     path = minimised(x, y, 10, L2)
     assert set(path) == set(L2)
     for l2 in L2:
