@@ -9,14 +9,14 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from igpt_ray import features, images, storage, weights
+from igpt_ray import evaluate, features, images, storage, weights
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
 from igpt_ray.logistic import Linear
 from igpt_ray.palette import Palette
@@ -149,11 +149,8 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
         )
     model = weights.load_release(uri, device).model
 
-    @torch.inference_mode()
     def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        parts = (tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size))
-        chosen = [model.joint(torch.from_numpy(x.astype(np.int64)).to(device))[1].argmax(1).cpu() for x in parts]
-        return torch.cat(chosen).numpy()
+        return _likeliest(evaluate.class_logits(model, tokens, keys, batch_size))
 
     named = about.classes if len(about.classes) == about.model.n_class else map(str, range(about.model.n_class))
     return Classifier(list(named), choose)
@@ -166,7 +163,8 @@ def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
         release = json.loads(said)["release"]
         with np.load(io.BytesIO(data), allow_pickle=False) as kept:
             head = Linear(kept["mean"], kept["deviation"], kept["weight"], kept["bias"])
-            layer, pooling, precision = int(kept["layer"]), str(kept["pooling"]), str(kept["precision"])
+            layer, precision = int(kept["layer"]), str(kept["precision"])
+            pooling = cast(features.Pooling, str(kept["pooling"]))
             classes, fitted_on = kept["classes"].tolist(), str(kept["release"])
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise FeatureError(
@@ -181,11 +179,15 @@ def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
     model = features.network(release, device, None, precision)
 
     def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        found = features.pooled(model, tokens, keys, [layer], pooling, batch_size)[..., 0, :]  # type: ignore[arg-type]
-        p = torch.from_numpy(head.logits(found)).double().softmax(-1).numpy()
-        return (votes(p) if p.ndim == 3 else p).argmax(1)
+        return _likeliest(head.logits(features.pooled(model, tokens, keys, [layer], pooling, batch_size)[..., 0, :]))
 
     return Classifier(classes, choose)
+
+
+def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(N, K), or (N, masks, K) of which the masks vote -> (N,)."""
+    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+    return (votes(p) if p.ndim == 3 else p).argmax(1)
 
 
 # ------------------------------------------------------------------------------------------------ what can be said

@@ -112,7 +112,7 @@ def network(release: str, device: str, untrained: int | None, precision: str, co
     model.to(getattr(torch, precision))
     if compiled:
         for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.compile()
     return model
 
 

@@ -87,7 +87,7 @@ def step(settings: config.Estimate) -> dict[str, Any]:
     model, optim, workers = settings.model, settings.optim, settings.workers
     there = Topology.of(workers, settings.cluster)
     flops_per_second = DEVICES[settings.cluster.device].tflops * 1e12 * settings.cluster.mfu
-    images, passes = images_per_pass(settings)
+    _, passes = images_per_pass(settings)
     share = math.ceil(optim.batch_size / workers.n) / passes  # on average: passes differ by an image at most
     block_params = 12 * model.n_embd**2 + 2 * model.n_embd
     other_params = model.n_params - model.n_layer * block_params
@@ -128,9 +128,6 @@ def step(settings: config.Estimate) -> dict[str, Any]:
         end = device.do(end, muon_flops(model) / flops_per_second / workers.n)
     return {
         "workers": workers.n,
-        "nodes": there.everyone.nodes,
-        "images_per_pass": images,
-        "passes_per_step": passes,
         "step_seconds": end,
         "devices": device.busy / end,
         "node_links": sharing.busy / end if inside else 0.0,

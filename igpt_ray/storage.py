@@ -246,15 +246,25 @@ def _sync(path: Path) -> None:
 
 
 def _walk_local(uri: str) -> Iterator[Entry]:
-    """Depth first; a folder sorts as its name with a slash, so the order equals that of a bucket's keys."""
-    if not os.path.isdir(uri):
+    """Depth first; a folder sorts as its name with a slash, so the order equals that of a bucket's keys.
+
+    What is removed meanwhile is passed over; a link to nothing is an error.
+    """
+    try:
+        entries = [e for e in os.scandir(uri) if not e.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
         return
-    entries = [e for e in os.scandir(uri) if not e.name.startswith(".")]
     for entry in sorted(entries, key=lambda e: e.name + "/" if e.is_dir() else e.name):
         if entry.is_dir():
             yield from _walk_local(entry.path)
-        else:
-            yield Entry(entry.path, entry.stat().st_size)
+            continue
+        try:
+            size = entry.stat().st_size
+        except FileNotFoundError:
+            if entry.is_symlink():
+                raise
+            continue
+        yield Entry(entry.path, size)
 
 
 # ------------------------------------------------------------------------------------------------ buckets

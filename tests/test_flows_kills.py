@@ -34,7 +34,7 @@ from igpt_ray.shards import Kind
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 200, 5
-WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
+WORKER, CONTROLLER, CLEANER = "RayTrainWorker", "TrainController", "PlacementGroupCleaner"
 LOST = "lost workers or controller, going on from the last checkpoint"
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
@@ -159,6 +159,21 @@ def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
     with run.going() as driver:
         until(lambda: run.committed() >= 50, driver)
         run.processes(victim)[-1].kill()
+        losses = run.ended(driver)
+    assert run.said().count(LOST) == 1
+    assert (run.weights(), losses) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_lost_with_its_cleaner_leaves_no_room_taken(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
+) -> None:
+    """Two of three CPUs are its workers': nobody else would ever give them back, and the run would wait for them."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 50, driver)
+        for name in (CLEANER, CONTROLLER):
+            run.processes(name)[-1].kill()
         losses = run.ended(driver)
     assert run.said().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed

@@ -131,6 +131,25 @@ def test_walk_has_the_same_order_everywhere(place: str) -> None:
     assert [storage.read(e.uri).decode() for e in found] == sorted(names)
 
 
+def test_what_is_removed_while_it_is_walked_over_is_passed_over(tmp_path: Path) -> None:
+    """A run lists its checkpoints while a worker removes old ones: that must end neither of them."""
+    place = str(tmp_path)
+    for name in ("a/1", "a/2", "b/1", "c"):
+        storage.write(storage.join(place, name), b"1")
+    walk = storage.walk(place)
+    assert storage.below(place, next(walk).uri) == "a/1"
+    for name in ("a/2", "b/1"):
+        storage.delete(storage.join(place, name))
+    (tmp_path / "b").rmdir()
+    assert [storage.below(place, entry.uri) for entry in walk] == ["c"]
+
+
+def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
+    """A picture whose disk is not mounted would be left out of a token store without a word."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "link" in complaint(lambda: list(storage.walk(str(tmp_path))), NotFound)
+
+
 def test_a_file_of_several_parts_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
     """Above 8 MiB boto3 uploads in parts: parts in the wrong order, or a server that wants other checksums."""
     original, copy = tmp_path / "original", tmp_path / "new" / "folder" / "copy"

@@ -16,7 +16,10 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+import ray._private.state
 import ray.train
+from ray import PlacementGroupID
+from ray.core.generated import gcs_pb2
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -60,6 +63,7 @@ def fit(settings: config.Pretrain, store: TokenStore, **identity: Any) -> dict[s
             if failures > settings.workers.max_failures:
                 raise
             log.warning("lost workers or controller, going on from the last checkpoint: %s", error)
+            _clear_after_controllers()
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -118,6 +122,19 @@ def _clear(workers: config.Workers) -> None:
     for i in range(workers.n):
         with suppress(ValueError):  # there is none of that name
             remove_placement_group(get_placement_group(f"seat-{i}"))
+
+
+def _clear_after_controllers() -> None:
+    """Give up the room of workers whose controller was lost, or the next ones would wait for it until the job ends.
+
+    Ray Train's own cleaner does not know it while the workers are being started, and may be lost too.
+    """
+    job, state = ray.get_runtime_context().get_job_id(), ray._private.state
+    for data in state.state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(data)
+        made_by = state.actors(group.creator_actor_id.hex()).get("ActorClassName")
+        if made_by == "TrainController" and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def _say_if_short(workers: config.Workers) -> None:

@@ -8,6 +8,7 @@ Train in turn, on the same settings; its own metrics say how fast it was, and ho
 import os
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ def sharded_or_not(settings: config.BenchOverheads, model: config.Model) -> Repo
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for i in range(settings.steps + 1):
         for way, (network, optimizer) in ways.items():
-            took = timed(lambda n=network, o=optimizer: _step(n, o, tokens), "cpu")  # type: ignore[misc]
+            took = timed(partial(_step, network, optimizer, tokens), "cpu")
             if i:
                 seconds[way].append(took)
     dist.destroy_process_group()
