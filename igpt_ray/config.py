@@ -256,20 +256,10 @@ class Tune(Section):
     """Draw the weights anew instead: what pretraining was worth."""
 
 
-class Finetune(Section):
-    """Fine-tune all of a release, and a head that tells classes apart, on a labelled token store (paper, section 2.3).
+class Finetuning(Section):
+    """How a release is fine-tuned. The paper searches the rate for each network and does not state it: 3e-4, the
+    warm-up and the patience are chosen here."""
 
-    The loss is generative + classification, 1:1; the rate stays where it is, and the weights that are best on held-out
-    images are kept. The defaults are for CIFAR; ImageNet's are `--tune.pad 0 --tune.no-flip`. The paper searches the
-    rate for each network and does not state it: 3e-4, the warm-up and the patience are chosen here.
-    """
-
-    release: Uri
-    """URI of the release to start from."""
-    tokens: Uri
-    """URI of a token store with labels."""
-    split: str = "train"
-    """Split to train on."""
     val_split: str = "holdout"
     """Split by whose accuracy to stop and choose; not the one to be reported on."""
     val_images: Count = 10_000
@@ -280,6 +270,21 @@ class Finetune(Section):
     run: Run = Run(name="finetuned", validate_every=400)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the order of the images and what is changed of them, masks, and weights that are drawn."""
+
+
+class Finetune(Finetuning):
+    """Fine-tune all of a release, and a head that tells classes apart, on a labelled token store (paper, section 2.3).
+
+    The loss is generative + classification, 1:1; the rate stays where it is, and the weights that are best on held-out
+    images are kept. The defaults are for CIFAR; ImageNet's are `--tune.pad 0 --tune.no-flip`.
+    """
+
+    release: Uri
+    """URI of the release to start from."""
+    tokens: Uri
+    """URI of a token store with labels."""
+    split: str = "train"
+    """Split to train on."""
 
     def training(self, model: Model) -> "Tuning":
         """The settings of the run, for the network of the release with its head."""
@@ -837,7 +842,7 @@ class BenchFeatures(Section):
 
 
 class Report(Section):
-    """All that can be said of a release on one page: likelihood, probes, completions, palette."""
+    """All that can be said of a release on one page: likelihood, probes, fine-tuning, completions, palette."""
 
     release: Uri
     """URI of a release."""
@@ -854,6 +859,10 @@ class Report(Section):
     """URI of the folder for features, used and completed; empty is features/ of the probe's part."""
     low_data: tuple[Count, ...] = (4, 25, 400)
     """Labels a class for probes with few of them; more than the smallest class has are left out, and named."""
+    finetune: bool = False
+    """Also fine-tune the network and, in the same way, one from scratch, on `fit_split`."""
+    finetuning: Finetuning = Finetuning()
+    """How. The folder of these runs is finetuning/ in `out`, and one of them is from scratch, whatever is said here."""
     images: Count = 8
     """Pictures that are completed, spread evenly over the split."""
     n: Count = 4

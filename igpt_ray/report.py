@@ -47,6 +47,7 @@ LOSS_FIGURES = {
     "context_2d": "counts: given the pixels to the left and above",
 }
 SOURCES = {"network": "this release", "untrained": "the same network untrained", "raw_pixels": "raw pixels"}
+TUNED = {"network": "fine-tuned", "scratch": "trained from scratch"}
 CLASSIFIERS = {"linear": "probe", "nearest_neighbour": "nearest neighbour", "nearest_centroid": "nearest centroid"}
 
 
@@ -65,6 +66,7 @@ def page(found: Found, pictures: dict[str, list[Picture]]) -> str:
         _likelihood(found, pictures),
         _ranked(pictures),
         _probe(found["probe"]) if found["probe"] else "",
+        _finetuned(found) if found["finetuned"] else "",
         _completions(pictures),
         _section("Palette", f"<p>{network['n_vocab']} colours.</p>" + _figures(pictures.get("palette", []), "whole")),
         _left_out(found["left_out"]),
@@ -112,7 +114,7 @@ def _cards(found: Found) -> str:
 def headline(found: Found) -> dict[str, str]:
     """Name -> figure, as the cards and the Markdown row give it."""
     likelihood, probe = found["likelihood"], found["probe"]
-    nats = "nats_per_token" if "nats_per_token" in likelihood else "nats_per_masked_token"
+    nats = nats_of(likelihood)
     said = {nats.replace("_", " "): f"{likelihood[nats]:.4f} ± {likelihood['standard_error']:.4f}"}
     if "bits_per_pixel" in likelihood:
         said["bits per pixel"] = f"{likelihood['bits_per_pixel']:.3f}"
@@ -120,6 +122,8 @@ def headline(found: Found) -> dict[str, str]:
         said["probe"] = f"{probe['accuracy']:.1%}"
         said["best layer"] = str(probe["best_layer"])
         said |= {SOURCES[s]: f"{probe[s]['accuracy']:.1%}" for s in ("untrained", "raw_pixels")}
+    said |= {TUNED[start]: f"{tuned['accuracy']:.1%}" for start, tuned in found["finetuned"].items()}
+    if probe:
         for k, runs in probe.get("low_data", {}).items():
             said[f"probe, {k} labels a class"] = f"{runs['linear']['mean']:.1%} ± {runs['linear']['sd']:.1%}"
     return said
@@ -188,6 +192,31 @@ error.</p>"""
     if probe.get("low_data"):
         parts += ["<h3>Few labels</h3>", _low_data(sources)]
     return _section("Linear probe", *parts)
+
+
+def _finetuned(found: Found) -> str:
+    """All of the network with a class head, beside what needs less training."""
+    tuned, probe = found["finetuned"], found["probe"]
+    told = """<p>All of the network, with a head for the classes, trained on the classes and on the next pixel together,
+until its accuracy on images that were held out no longer grew. From scratch is the same, begun with random weights.
+Nats are of the pictures, after that.</p>"""
+    body = [
+        [text(TUNED[start]), *_shares(said), f"{said['ece']:.3f}", _nats(said), str(said["best_step"])]
+        for start, said in tuned.items()
+    ]
+    for source in SOURCES:
+        said = probe if source == "network" else probe[source]
+        body.append([text(f"linear probe, {SOURCES[source]}"), *_shares(said), f"{said['ece']:.3f}", "", ""])
+    return _section("Fine-tuning", told, table(["", "accuracy", "top 5", "ECE", "nats per token", "step"], body))
+
+
+def _nats(said: Found) -> str:
+    return f"{said[nats_of(said)]:.4f}"
+
+
+def nats_of(likelihood: Found) -> str:
+    """Which nats a network has: those of a masked one are no likelihood."""
+    return "nats_per_token" if "nats_per_token" in likelihood else "nats_per_masked_token"
 
 
 def _shares(said: Found) -> list[str]:

@@ -1,5 +1,6 @@
 """Fine-tuning with Ray: what comes out is known to the other jobs; what cannot work is refused before it starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from igpt_ray.evaluate import class_logits
 from igpt_ray.flows import infer, serve
 from igpt_ray.flows.finetune import finetune
 from igpt_ray.flows.probe import probe_layers
+from igpt_ray.flows.report import write_report
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
 
@@ -128,3 +130,27 @@ def test_a_store_of_another_kind_is_refused(
     release = released(tmp_path, TokenStore.open(ours))
     with pytest.raises(CheckpointError, match=complaint):
         finetune(settings_for(tokens, release, tmp_path))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_report_s_accuracies_are_those_of_its_releases(
+    cluster: str, tmp_path: Path, palette: Palette, kind: Kind
+) -> None:
+    """Accuracy of images that were held out, or of the run from scratch under the other's name."""
+    tokens = labelled(tmp_path / "tokens", palette, kind, {split: labels * 3 for split, labels in GOOD.items()})
+    release = released(tmp_path, TokenStore.open(tokens))
+    how = settings_for(tokens, release, tmp_path).model_dump(include=set(config.Finetuning.model_fields))
+    settings = config.Report.model_validate(
+        {"release": release, "tokens": tokens, "out": str(tmp_path / "report"), "images": 2, "low_data": ()}
+        | {"finetune": True, "finetuning": how}
+    )
+    assert write_report(settings)["made"][-2:] == ["finetuning/run", "finetuning/run-scratch"]
+    found = json.loads((tmp_path / "report/report.json").read_text())["finetuned"]
+    begun = {start: weights.load_config(said["release"]).trained["settings"]["tune"] for start, said in found.items()}
+    assert {start: tune["scratch"] for start, tune in begun.items()} == {"network": False, "scratch": True}
+    for said in found.values():
+        asked = infer.evaluate(config.Evaluate(release=said["release"], tokens=tokens))
+        assert said["accuracy"] == asked["classification"]["accuracy"]
+        assert said["nats_per_token"] == asked["nats_per_token"]
+    assert write_report(settings)["made"] == []

@@ -37,6 +37,7 @@ def found(**change: Any) -> dict[str, Any]:
     """A report with hostile strings wherever one comes from outside."""
     nats = {"nats_per_token": 1.5, "standard_error": 0.02, "bits_per_pixel": 2.164, "images": 40, "tokens": 160}
     pixels = {name: value for name, value in probed([0.9]).items() if name not in ("layers", "best_layer")}
+    tuned = {"accuracy": 0.75, "top_5": 1.0, "ece": 0.02, "best_step": 300}
     protocol = {
         "fit_images": 120,
         "fit_split": HOSTILE,
@@ -60,6 +61,7 @@ def found(**change: Any) -> dict[str, Any]:
             "raw_pixels": pixels,
             "protocol": protocol,
         },
+        "finetuned": {start: {**nats, **tuned} for start in report.TUNED},
         "left_out": [HOSTILE],
         "made_by": {"settings": HOSTILE},
         **change,
@@ -142,7 +144,7 @@ def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
 def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
     masked = {"nats_per_masked_token": 1.2, "standard_error": 0.1, "masks": 5, "images": 40}
     network = {**found()["network"], "objective": "masked"}
-    page = report.page(found(likelihood=masked, network=network, probe=None), {"palette": [PICTURE]})
+    page = report.page(found(likelihood=masked, network=network, probe=None, finetuned={}), {"palette": [PICTURE]})
     assert "1.2000 ± 0.1000" in page
     assert "Completions" not in page
     assert "Linear probe" not in page

@@ -14,6 +14,14 @@ from igpt_ray.weights import ReleaseConfig
 
 def finetune(settings: config.Finetune) -> dict[str, Any]:
     """Train until the held-out accuracy no longer grows, return the last metrics; the best weights are the release."""
+    run, store, about = check(settings)
+    looks = {"val_split": settings.val_split, "val_images": settings.val_images}
+    looks |= {"validate_every": settings.run.validate_every}
+    return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **looks)
+
+
+def check(settings: config.Finetune) -> tuple[config.Tuning, TokenStore, ReleaseConfig]:
+    """The run, what it trains on and what it starts from; what would fail on the workers is refused."""
     about = weights.load_config(settings.release)
     store = TokenStore.open(settings.tokens)
     weights.check_kind(about, store.kind, settings.tokens)
@@ -22,9 +30,7 @@ def finetune(settings: config.Finetune) -> dict[str, Any]:
     _check_settings(run)
     train.check(run)
     _check_labels(store, settings)
-    looks = {"val_split": settings.val_split, "val_images": settings.val_images}
-    looks |= {"validate_every": settings.run.validate_every}
-    return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **looks)
+    return run, store, about
 
 
 def check_head(about: ReleaseConfig, release: str, store: TokenStore) -> None:

@@ -2,8 +2,9 @@
 
 <out>/report.html                the page
 <out>/report.json  <out>/row.md  its figures, and a row of a Markdown table
-<out>/likelihood/  <out>/probe/  <out>/completions/   what evaluate, probe and complete write, and part.json: what the
-                                                       part was made of and what its flow returned
+<out>/likelihood/  <out>/probe/  <out>/completions/  <out>/finetuning/<run>/
+                                 what evaluate, probe, complete and finetune write, and part.json: what the part was
+                                 made of and what its flow returned
 """
 
 import json
@@ -16,9 +17,9 @@ import numpy as np
 from pydantic import BaseModel
 
 from igpt_ray import config, images, palette, report, storage, weights
-from igpt_ray.errors import NotFound
+from igpt_ray.errors import NotFound, SettingError
 from igpt_ray.evaluate import heat_map
-from igpt_ray.flows import infer
+from igpt_ray.flows import finetune, infer
 from igpt_ray.flows.probe import check_splits, probe_layers
 from igpt_ray.report import Found, Picture
 from igpt_ray.shards import TokenStore, tokens_of
@@ -29,7 +30,7 @@ SHOWN = 12
 """Images at either end of the ranking."""
 COUNTED = 100_000
 """Images that count models are fitted on, at most: they count on the driver."""
-UNMADE = {"pool", "batch_size"}
+UNMADE = {"pool", "batch_size", "workers"}
 """Settings that change no number."""
 
 
@@ -42,6 +43,11 @@ def write_report(settings: config.Report) -> dict[str, Any]:
     probed = _probe(settings, store) if fit else None
     if probed:
         check_splits(store, probed)
+    if settings.finetune and not fit:
+        raise SettingError("--finetune trains on --fit-split, which is empty: name a split with labels")
+    tuned = {start: _finetune(settings, start == "scratch") for start in report.TUNED if settings.finetune}
+    for wanted in tuned.values():
+        finetune.check(wanted)
     counted = fit and about.model.objective == "next" and store.manifest.rows(settings.fit_split) <= COUNTED
     parts = Parts(settings.out, {"release": about.sha256, "tokens": store.sha256})
     pictures = {
@@ -59,6 +65,7 @@ def write_report(settings: config.Report) -> dict[str, Any]:
         "network": about.model.model_dump() | {"n_params": about.model.n_params},
         "likelihood": likelihood,
         "probe": parts.once("probe", probed, lambda: _probed(probed)) if probed else None,
+        "finetuned": {name: _finetuned(settings, parts, wanted) for name, wanted in tuned.items()},
         "left_out": _left_out(settings, about.model, probed, bool(counted)),
         "made_by": config.provenance(settings),
     }
@@ -72,8 +79,10 @@ def _left_out(settings: config.Report, model: config.Model, probed: config.Probe
     if model.objective != "next":
         reasons.append("Completions, surprise by position, likeliest images: a masked network has no next pixel.")
     if probed is None:
-        reasons.append("Probes and count models: no --fit-split is named.")
+        reasons.append("Probes, fine-tuning and count models: no --fit-split is named.")
     else:
+        if not settings.finetune:
+            reasons.append("Fine-tuning: --finetune is not set.")
         few = [k for k in settings.low_data if k not in probed.low_data]
         reasons += [f"Probes with {k} labels a class: the smallest class has fewer images." for k in few]
         if model.objective == "next" and not counted:
@@ -159,6 +168,25 @@ def _probe(settings: config.Report, store: TokenStore) -> config.Probe:
 def _probed(wanted: config.Probe) -> Found:
     probe_layers(wanted)
     return _json(storage.join(wanted.out, "probe.json"))
+
+
+def _finetune(settings: config.Report, scratch: bool) -> config.Finetune:
+    how = settings.finetuning
+    name = f"{how.run.name}-scratch" if scratch else how.run.name
+    run = how.run.model_copy(update={"root": storage.join(settings.out, "finetuning"), "name": name})
+    changed = {"run": run, "tune": how.tune.model_copy(update={"scratch": scratch})}
+    same = {name: getattr(how, name) for name in type(how).model_fields}
+    where = {"release": settings.release, "tokens": settings.tokens, "split": settings.fit_split}
+    return config.Finetune(**(same | changed | where))
+
+
+def _finetuned(settings: config.Report, parts: Parts, wanted: config.Finetune) -> Found:
+    def make() -> Found:
+        trained = finetune.finetune(wanted)
+        judged = infer.evaluate(_evaluate(settings).model_copy(update={"release": wanted.run.release}))
+        return {**judged, **judged["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
+
+    return parts.once(storage.below(settings.out, wanted.run.uri), wanted, make)
 
 
 def _completions(settings: config.Report, parts: Parts) -> dict[str, list[Picture]]:
