@@ -573,8 +573,8 @@ class Features(Section):
     """Splits; empty is all. Of views, the first."""
     layers: tuple[int, ...] = ()
     """Layers, block l's ln_1 output, or ln_f's at the number of blocks; empty is all. No block behind them is run."""
-    pooling: Literal["mean", "last", "max"] = "mean"
-    """Over positions: the paper's mean, the last one, or the maximum."""
+    pooling: Literal["mean", "last", "max", "attention"] = "mean"
+    """Over positions: the paper's mean, the last one, the maximum, or what the last one attends to."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network; what is stored is float32."""
     compile: bool = False
@@ -614,8 +614,8 @@ class Probe(Section):
     """Split whose accuracy is reported, once."""
     layers: tuple[int, ...] = ()
     """Layers to try; empty is all."""
-    pooling: Literal["mean", "last", "max"] = "mean"
-    """Over positions: the paper's mean, the last one, or the maximum."""
+    pooling: Literal["mean", "last", "max", "attention"] = "mean"
+    """Over positions: the paper's mean, the last one, the maximum, or what the last one attends to."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network."""
     method: Literal["lbfgs", "sgd"] = "lbfgs"

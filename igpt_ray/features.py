@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
@@ -38,12 +39,20 @@ ROWS_AT_ONCE = 256
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
-Pooling = Literal["mean", "last", "max"]
+Pooling = Literal["mean", "last", "max", "attention"]
+
+
+def attention_of_the_last(h: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C), in float32: all positions, weighted by how the last one's dot product attends to them."""
+    h = h.float()
+    return F.scaled_dot_product_attention(h[:, -1:], h, h)[:, 0]
+
 
 POOLINGS: dict[Pooling, Callable[[Tensor], Tensor]] = {
     "mean": mean_over_positions,
     "last": lambda h: h[:, -1].float(),
     "max": lambda h: h.amax(1).float(),
+    "attention": attention_of_the_last,
 }
 
 

@@ -80,7 +80,7 @@ def test_features_are_those_of_transformers_at_every_layer(shape: dict[str, int]
         assert np.abs(found[:, layer]).max() > 0.01  # not a comparison of zeros
 
 
-def test_last_and_max_pooling_are_what_they_say() -> None:
+def test_other_poolings_are_what_they_say() -> None:
     """A maximum over the width, or the last position of another layer."""
     model = random_model()
     x = random_tokens(model, 3)
@@ -91,6 +91,10 @@ def test_last_and_max_pooling_are_what_they_say() -> None:
     highest = features.pooled(model, tokens, keys, [1], "max", 3)
     np.testing.assert_allclose(last[:, 0], normed[:, -1], atol=1e-6)
     np.testing.assert_allclose(highest[:, 0], normed.max(1), atol=1e-6)
+    scores = np.einsum("btc,bc->bt", normed, normed[:, -1]) / np.sqrt(normed.shape[2])
+    shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    attended = features.pooled(model, tokens, keys, [1], "attention", 3)
+    np.testing.assert_allclose(attended[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
 
 
 def test_nothing_behind_the_last_layer_wanted_is_run() -> None:
