@@ -122,11 +122,9 @@ def headline(found: Found) -> dict[str, str]:
         said["probe"] = f"{probe['accuracy']:.1%}"
         said["best layer"] = str(probe["best_layer"])
         said |= {SOURCES[s]: f"{probe[s]['accuracy']:.1%}" for s in ("untrained", "raw_pixels")}
-    said |= {TUNED[start]: f"{tuned['accuracy']:.1%}" for start, tuned in found["finetuned"].items()}
-    if probe:
         for k, runs in probe.get("low_data", {}).items():
             said[f"probe, {k} labels a class"] = f"{runs['linear']['mean']:.1%} ± {runs['linear']['sd']:.1%}"
-    return said
+    return said | {TUNED[start]: f"{tuned['accuracy']:.1%}" for start, tuned in found["finetuned"].items()}
 
 
 def row(found: Found) -> str:
@@ -197,7 +195,7 @@ error.</p>"""
 def _finetuned(found: Found) -> str:
     """All of the network with a class head, beside what needs less training."""
     tuned, probe = found["finetuned"], found["probe"]
-    told = """<p>All of the network, with a head for the classes, trained on the classes and on the next pixel together,
+    told = """<p>All of the network, with a head for the classes, trained on the classes and on the pixels together,
 until its accuracy on images that were held out no longer grew. From scratch is the same, begun with random weights.
 Nats are of the pictures, after that.</p>"""
     body = [
