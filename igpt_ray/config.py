@@ -5,13 +5,15 @@ section it needs (`Optim`, not `Pretrain`). Derived values are properties.
 """
 
 import difflib
+import ipaddress
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from igpt_ray import storage
 
@@ -29,6 +31,30 @@ def _palette(uri: str) -> str:
 
 
 PaletteUri = Annotated[str, AfterValidator(_palette)]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _named(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Each `name=URI`. A bare URI is called after its last folder that tells something: release/ of a run does not."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, uri = entry.partition("=")
+        if not equals or "/" in name:
+            name, uri = "", entry
+            parts = [part for part in storage.absolute(uri).split("/") if part and part != "release"]
+            name = parts[-1] if parts else ""
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{entry!r} has no name for requests to use: write name={uri}, of letters, digits, . _ -")
+        if name in found:
+            raise ValueError(f"two are called {name!r}: write name=URI with different names")
+        found[name] = storage.absolute(uri)
+    return tuple(f"{name}={uri}" for name, uri in found.items())
+
+
+Named = Annotated[
+    tuple[str, ...], AfterValidator(_named), BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)
+]
 
 
 class Section(BaseModel):
@@ -656,20 +682,60 @@ class Complete(Section):
 
 
 class Serve(Section):
-    """Serve a release over HTTP."""
+    """Serve releases over HTTP."""
 
-    release: Uri
-    """URI of a release."""
+    release: Named = ()
+    """Releases, each a URI or name=URI; the name is what requests call it by. The first answers who names none."""
+    heads: Named = ()
+    """Probes that POST /v1/classify offers, each the `out` folder of jobs/probe.py or name=URI. They go to the release
+    they were fitted on; a fine-tuned release brings its own."""
+    keys: str = ""
+    """Who may ask: env:NAME or the URI of a file, with a line for each key, its sha256 and a name."""
+    open: bool = False
+    """Ask for no key. Only on a loopback address."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication yet: keep it on loopback or behind a gateway."""
+    """Address to listen on."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
     """Port to listen on."""
     replicas: Count = 1
-    """Copies of the model."""
+    """Copies of each model."""
+    lanes: Count = 32
+    """Pictures that a copy paints at once; a request for n of them takes n."""
+    queue: Count = 256
+    """Requests that may wait or be worked on; the next is answered 429."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per replica."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per replica."""
+    check: OptionalUri = ""
+    """A file for `serve deploy` to check instead: every key, and what it serves. Nothing is started."""
+
+    @model_validator(mode="after")
+    def _someone_may_ask(self) -> Self:
+        if self.check:
+            return self
+        if not self.release:
+            raise ValueError("no release to serve: name one with --release")
+        if self.open == bool(self.keys):
+            raise ValueError("say who may ask: --keys env:NAME or a file of hashed keys, or --open for a loopback address")
+        if self.open and not is_loopback(self.host):
+            raise ValueError(f"--open asks nobody for a key, so --host {self.host} must be a loopback address: give --keys")
+        return self
+
+    @property
+    def releases(self) -> dict[str, str]:
+        return dict(named.split("=", 1) for named in self.release)
+
+    @property
+    def probes(self) -> dict[str, str]:
+        return dict(named.split("=", 1) for named in self.heads)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Demo(Section):
