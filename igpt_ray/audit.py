@@ -5,12 +5,10 @@ completions asks whether halves of pictures of different groups are finished as 
 one audit are several chances to find something by accident: `holm` corrects p-values for their number.
 """
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from igpt_ray import features, images, storage, weights
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
-from igpt_ray.logistic import Linear
+from igpt_ray.heads import load_head
 from igpt_ray.palette import Palette
 from igpt_ray.probe import votes
 from igpt_ray.shards import Kind, Tokens
@@ -161,31 +159,26 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
 
 def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
     """The head, on features of the release that probe.json names; it must still be the one the head was fitted on."""
-    said, data = (storage.read(storage.join(uri, name)) for name in ("probe.json", "classifier.npz"))
     try:
-        release = json.loads(said)["release"]
-        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-            head = Linear(kept["mean"], kept["deviation"], kept["weight"], kept["bias"])
-            layer, pooling, precision = int(kept["layer"]), str(kept["pooling"]), str(kept["precision"])
-            classes, fitted_on = kept["classes"].tolist(), str(kept["release"])
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
+    except (ValueError, KeyError) as error:
         raise FeatureError(
-            f"{uri}/probe.json or classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"
+            f"{uri}/probe.json is damaged or of another version: repeat jobs/probe.py ({error})"
         ) from error
+    head = load_head(uri)
     about = weights.load_config(release)
     weights.check_kind(about, kind, "the release that is audited")
-    if about.sha256 != fitted_on:
+    if about.sha256 != head.release:
         raise FeatureError(
             f"{release} is not the release that {uri}/classifier.npz was fitted on: repeat jobs/probe.py"
         )
-    model = features.network(release, device, None, precision)
+    model = features.network(release, device, None, head.precision)
 
     def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        found = features.pooled(model, tokens, keys, [layer], pooling, batch_size)[..., 0, :]  # type: ignore[arg-type]
-        p = torch.from_numpy(head.logits(found)).double().softmax(-1).numpy()
+        p = head.probabilities(model, tokens, keys, batch_size)
         return (votes(p) if p.ndim == 3 else p).argmax(1)
 
-    return Classifier(classes, choose)
+    return Classifier(head.classes, choose)
 
 
 # ------------------------------------------------------------------------------------------------ what can be said

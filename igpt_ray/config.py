@@ -717,9 +717,13 @@ class Serve(Section):
         if not self.release:
             raise ValueError("no release to serve: name one with --release")
         if self.open == bool(self.keys):
-            raise ValueError("say who may ask: --keys env:NAME or a file of hashed keys, or --open for a loopback address")
+            raise ValueError(
+                "say who may ask: --keys env:NAME or a file of hashed keys, or --open for a loopback address"
+            )
         if self.open and not is_loopback(self.host):
-            raise ValueError(f"--open asks nobody for a key, so --host {self.host} must be a loopback address: give --keys")
+            raise ValueError(
+                f"--open asks nobody for a key, so --host {self.host} must be a loopback address: give --keys"
+            )
         return self
 
     @property
