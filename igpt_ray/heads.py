@@ -50,4 +50,4 @@ def load_head(uri: str) -> Head:
         ) from error
     if pooling not in POOLINGS or precision not in ("float32", "bfloat16"):
         raise FeatureError(f"{uri}/classifier.npz is of another version ({pooling}, {precision}): repeat jobs/probe.py")
-    return Head(linear, layer, pooling, precision, classes, release)  # type: ignore[arg-type]
+    return Head(linear, layer, pooling, precision, classes, release)

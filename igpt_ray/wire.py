@@ -175,13 +175,13 @@ class Reader:
             raise SettingError(f"rows is {rows}; a picture has {n_px}")
         return np.arange(n_px * n_px) < rows * n_px
 
-    def shown(self, tokens: Tokens, form: str) -> dict[str, Any]:
+    def shown(self, tokens: NDArray[np.integer], form: str) -> dict[str, Any]:
         """A picture, or some rows of one, as a response says it."""
         if form == "tokens":
             return {"tokens": tokens.tolist()}
         return {"b64_png": base64.b64encode(self.png(tokens)).decode()}
 
-    def png(self, tokens: Tokens) -> bytes:
+    def png(self, tokens: NDArray[np.integer]) -> bytes:
         return images.png(self.palette.decode(tokens).reshape(-1, self.n_px, 3))
 
     def _encoded(self, image: str) -> Tokens:
