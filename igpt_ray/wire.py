@@ -143,6 +143,7 @@ class Reader:
         self.about = about
         self.palette = palette
         self.n_px = about.model.n_px
+        palette.encode(np.zeros((1, 3), np.uint8))  # its table is made before anyone waits for it
 
     def pictures(self, asked: Asked) -> Tokens:
         """(N, T). Raises `ImageError` or `SettingError` for what cannot be read."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import uvicorn
+from conftest import free_port
 
 from igpt_ray import config, engine, images, weights
 from igpt_ray.flows.serve.api import Served, application
@@ -23,7 +24,6 @@ from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Tokens
 from igpt_ray.wire import Reader
-from conftest import free_port
 
 KEY = "a key that only its owner knows"
 
@@ -165,3 +165,10 @@ def picture(seed: int = 0, n: int = 40) -> bytes:
 
 def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def until(condition: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

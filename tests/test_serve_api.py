@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import KEY, Place, base64_of, events, picture, probe_head, serving, tiny_release
+from serving import KEY, Place, base64_of, events, picture, probe_head, serving, tiny_release, until
 
 from igpt_ray import features, images, sampling, weights, wire
 from igpt_ray.evaluate import image_nats
@@ -430,10 +430,9 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
     slow = tiny_release(str(tmp_path), n_px=32, n_layer=4, n_embd=128)
     with serving({"slow": slow}, lanes=2) as place:
         engine = place.replica.easel.engine
-        body = json.dumps({"image": PICTURE, "rows": 0, "n": 2}).encode()
         for stream in (True, False):
             words = json.dumps({"image": PICTURE, "rows": 0, "n": 2, "stream": stream}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(words)}\r\n\r\n"
+            head = POST.replace("score", "completions").replace("\n", "\r\n") + f"Content-Length: {len(words)}\r\n\r\n"
             clients = [socket.create_connection((place.host, place.port)) for _ in range(2)]
             for client in clients:
                 client.sendall(head.encode() + words)
@@ -444,14 +443,6 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
             clients[0].close()
             until(lambda: engine.lanes_in_use == 0)
             assert engine.painted - before < 200  # of 2048: it was not painted to its end
-        del body
-
-
-def until(condition: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_an_engine_that_fails_answers_500_and_says_so_to_serve(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
