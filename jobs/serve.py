@@ -12,6 +12,6 @@ from igpt_ray.flows import job, serve
 if __name__ == "__main__":
     settings = tyro.cli(Serve)
     if settings.check:
-        job.finish(serve.check, settings, cluster=False)
+        job.finish(serve.check_only, settings, cluster=False)
     else:
         job.finish(serve.run, settings)

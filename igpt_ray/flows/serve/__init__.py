@@ -142,7 +142,7 @@ def run(settings: config.Serve) -> dict[str, Any]:
         serve.shutdown()
 
 
-def check(settings: config.Serve) -> dict[str, Any]:
+def check_only(settings: config.Serve) -> dict[str, Any]:
     """A file for `serve deploy`, key by key, without a cluster."""
     return check_file(settings.check)
 
