@@ -1,24 +1,24 @@
-"""Continuous batching: requests for finished pictures, painted a position at a time in a fixed number of lanes.
+"""Continuous batching: requests for finished pictures, painted side by side, a position at a time.
 
-A lane holds the keys and values of one sample and stands at a position of its own. Requests join and leave between
-steps. What is given before the first pixel to paint goes through the network in one pass, for all samples of a request;
-pixels given later are forced as they come. A sample depends on its request and its seed alone: every product is over
-all lanes, used or not, and attention over a lane by itself, so that nothing is computed in another way beside others.
+Requests join and leave between steps. Of a request, what is given before the first pixel to paint goes through the
+network in one pass, for all its samples; pixels given later are forced as they come. A sample is a function of its
+request and its seed alone: `lanes.py` sees to the arithmetic, and its random numbers are its own.
 """
 
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt_ray import sampling
 from igpt_ray.errors import SettingError
-from igpt_ray.model import Attention, ImageGPT, turned
+from igpt_ray.lanes import Lanes, Precision
+from igpt_ray.model import ImageGPT
 from igpt_ray.shards import Tokens
 
 
@@ -53,39 +53,41 @@ class Ticket:
         self.cancelled = False
 
 
+class Sample(NamedTuple):
+    """What a lane holds."""
+
+    ticket: Ticket
+    number: int
+    """Among those of the ticket."""
+    uniforms: Tensor
+    """(T,) one for each pixel."""
+
+
 class Engine:
     """`lanes` samples at a time. `submit` and `cancel` are for any thread, `step` for one."""
 
-    def __init__(self, model: ImageGPT, lanes: int):
+    def __init__(self, model: ImageGPT, lanes: int, precision: Precision = "float32"):
         """Raises `SettingError` for a masked network: it has no next pixel."""
-        if not model.causal:
-            raise SettingError("a masked network has no next pixel: completions need one with the objective next")
-        c, like = model.config, model.wpe
-        self.model = model
         self.lanes = lanes
-        self.kv = torch.zeros(
-            (c.n_layer, 2, lanes, c.n_head, c.n_positions, c.head_width), dtype=like.dtype, device=like.device
-        )
-        self.turns = model.rotation(0, c.n_positions)
         self.painted = 0
-        """Tokens made since the start."""
+        """Pixels drawn since the start, of all samples."""
+        self._shape = model.config
+        self._network = Lanes(model, lanes, precision)
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
-        self._held: list[tuple[Ticket, int] | None] = [None] * lanes
-        """Of each lane, the ticket and which of its samples."""
-        self._uniforms = torch.zeros(lanes, c.n_positions, dtype=torch.float64)
+        self._held: list[Sample | None] = [None] * lanes
 
     @property
     def lanes_in_use(self) -> int:
-        return sum(held is not None and not held[0].cancelled for held in self._held)
+        return sum(held is not None and not held.ticket.cancelled for held in self._held)
 
     @property
     def waiting(self) -> int:
-        """Requests that no lane was free for yet."""
+        """Requests for which there were not enough lanes yet."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> Ticket:
-        """Queue a request. One with nothing to paint comes back finished, and no step will return it.
+        """Queue a request. One with nothing to paint comes back finished, and no step returns it.
 
         Raises `SettingError` if it is malformed.
         """
@@ -97,122 +99,105 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Its lanes are free before the next step. Does nothing to a ticket that is finished."""
+        """Its lanes are free before the next step, and no step returns it. A finished one stays finished."""
         with self._lock:
             ticket.cancelled = not ticket.finished
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
 
-    @torch.inference_mode()
     def step(self) -> list[Ticket]:
-        """One position for every lane in use, after admitting who waits, in order. Returns who has finished."""
+        """One position for every lane in use, after admitting who waits. Returns who has finished."""
         with self._lock:
-            self._held = [None if held and held[0].cancelled else held for held in self._held]
+            self._release()
             admitted = self._admit()
         for ticket in admitted:
-            self._prefill(ticket)
-        if not any(self._held):
+            self._begin(ticket)
+        lanes = [lane for lane, held in enumerate(self._held) if held is not None]
+        if not lanes:
             return []
-        logits = self._forward()
-        for lane, held in enumerate(self._held):
-            if held is not None:
-                self._paint(*held, logits[lane], self._uniforms[lane])
-        done = []
+        self._paint(lanes, [held for held in self._held if held is not None])
         with self._lock:
-            for ticket in dict.fromkeys(held[0] for held in self._held if held):
-                ticket.position += 1
-                if ticket.position == ticket.end:
-                    ticket.position = len(ticket.request.given)
-                    if not ticket.cancelled:
-                        ticket.finished = True
-                        done.append(ticket)
-            self._held = [None if held and held[0].finished else held for held in self._held]
-        return done
+            finished = self._advance()
+            self._release()
+        return finished
 
     def _check(self, request: Request) -> None:
-        T, V = self.model.config.n_positions, self.model.config.n_vocab
+        T, V = self._shape.n_positions, self._shape.n_vocab
         if request.tokens.shape != (T,) or request.given.shape != (T,):
-            raise SettingError(f"tokens {request.tokens.shape} and given {request.given.shape} are to be ({T},) each")
-        if request.given.dtype != np.bool_ or not np.issubdtype(request.tokens.dtype, np.integer):
+            raise SettingError(
+                f"tokens are {request.tokens.shape} and given {request.given.shape}, expected ({T},) of both"
+            )
+        if not np.issubdtype(request.tokens.dtype, np.integer) or request.given.dtype != np.bool_:
             raise SettingError(
                 f"tokens are {request.tokens.dtype} and given {request.given.dtype}, expected integers and booleans"
             )
-        forced = request.tokens[request.given]
-        if len(forced) and not 0 <= forced.min() <= forced.max() < V:
-            raise SettingError(f"a given colour is {forced.min()} or {forced.max()}: there are colours 0 to {V - 1}")
-        if not 0 < len(request.seeds) <= self.lanes:
+        for colour in request.tokens[request.given]:
+            if not 0 <= colour < V:
+                raise SettingError(f"a given pixel has the colour {colour}, expected 0 to {V - 1}")
+        if not 1 <= len(request.seeds) <= self.lanes:
             raise SettingError(
-                f"{len(request.seeds)} samples of a picture: at least 1 and at most {self.lanes} go at once"
+                f"{len(request.seeds)} samples are wanted, expected 1 to {self.lanes}: send several requests"
             )
-        if min(request.seeds) < 0 or max(request.seeds) >= 2**128:
-            raise SettingError("a seed is negative or beyond 2^128")
+        for seed in request.seeds:
+            if not 0 <= seed < 2**128:
+                raise SettingError(f"a seed is {seed}, expected 0 to 2^128 - 1")
         if not 0 <= request.temperature < float("inf"):
-            raise SettingError(f"temperature is {request.temperature}, expected 0 or more")
+            raise SettingError(f"temperature is {request.temperature}, expected 0 (the likeliest colour) or more")
         if request.top_k < 0:
             raise SettingError(f"top_k is {request.top_k}, expected 0 (all colours) or more")
         if not 0 < request.top_p <= 1:
-            raise SettingError(f"top_p is {request.top_p}, expected more than 0 and at most 1")
+            raise SettingError(f"top_p is {request.top_p}, expected more than 0 and at most 1 (all colours)")
+
+    def _release(self) -> None:
+        """Free the lanes of what is over."""
+        for lane, held in enumerate(self._held):
+            if held is not None and (held.ticket.cancelled or held.ticket.finished):
+                self._held[lane] = None
 
     def _admit(self) -> list[Ticket]:
-        """Give lanes to who waits, in order: who does not fit is not overtaken."""
-        admitted = []
+        """Give lanes to who waits, in order: who does not fit yet is not overtaken, or many samples would starve."""
         free = [lane for lane, held in enumerate(self._held) if held is None]
+        admitted = []
         while self._waiting and len(self._waiting[0].request.seeds) <= len(free):
             ticket = self._waiting.popleft()
-            for sample in range(len(ticket.request.seeds)):
-                self._held[free.pop(0)] = (ticket, sample)
             admitted.append(ticket)
+            uniforms = sampling.uniforms(list(ticket.request.seeds), self._shape.n_positions)
+            for number, stream in enumerate(uniforms):
+                self._held[free.pop(0)] = Sample(ticket, number, stream)
         return admitted
 
-    def _prefill(self, ticket: Ticket) -> None:
-        """The positions before the first pixel to be painted, in one pass; all samples get a copy."""
-        mine = [lane for lane, held in enumerate(self._held) if held is not None and held[0] is ticket]
-        self._uniforms[mine] = sampling.uniforms(list(ticket.request.seeds), self.model.config.n_positions)
-        S = ticket.position
-        if not S:
-            return
-        first, model = mine[0], self.model
-        tokens = torch.from_numpy(ticket.tokens[:1, :S].astype(np.int64)).to(self.kv.device)
-        h, turn = model.embed(tokens), model.rotation(0, S)
-        for block, kv in zip(model.h, self.kv, strict=True):
-            h = block(h, turn, kv[:, first : first + 1])
-        for lane in mine[1:]:
-            self.kv[:, :, lane, :, :S] = self.kv[:, :, first, :, :S]
+    def _begin(self, ticket: Ticket) -> None:
+        """Fill its lanes with what is given before the first pixel to paint."""
+        if ticket.position:
+            lanes = [lane for lane, held in enumerate(self._held) if held is not None and held.ticket is ticket]
+            self._network.fill(lanes, torch.from_numpy(ticket.tokens[0, : ticket.position].astype(np.int64)))
 
-    def _forward(self) -> Tensor:
-        """The logits of the pixel each lane stands at: (lanes, V)."""
-        model, device = self.model, self.kv.device
-        at = torch.tensor([held[0].position if held else 0 for held in self._held], device=device)
-        before = [
-            int(held[0].tokens[held[1], held[0].position - 1]) if held and held[0].position else 0
-            for held in self._held
-        ]
-        h = torch.where(at[:, None] > 0, model.wte(torch.tensor(before, device=device)), model.sos) + model.wpe[at]
-        turn = None if self.turns is None else self.turns[:, at, None, None]  # (2, lanes, 1, 1, D / 2)
-        for block, kv in zip(model.blocks, self.kv, strict=True):
-            h = h + self._attend(block.attn, block.ln_1(h), turn, kv, at)
-            h = h + block.mlp(block.ln_2(h))
-        return model.wtet(model.ln_f(h))
+    def _paint(self, lanes: list[int], samples: list[Sample]) -> None:
+        """Draw the colour of every sample's next pixel. A given one was there before: only its keys were wanted."""
+        at = [sample.ticket.position for sample in samples]
+        before = [int(s.ticket.tokens[s.number, max(t, 1) - 1]) for s, t in zip(samples, at, strict=True)]
+        logits = self._network.logits(lanes, at, before)  # (lanes, V)
+        asked = [sample.ticket.request for sample in samples]
+        colours = sampling.pick(
+            logits,
+            torch.stack([sample.uniforms[t] for sample, t in zip(samples, at, strict=True)]).to(logits.device),
+            torch.tensor([request.temperature for request in asked], dtype=torch.float64),
+            torch.tensor([request.top_k for request in asked]),
+            torch.tensor([request.top_p for request in asked], dtype=torch.float64),
+        ).tolist()
+        for sample, t, colour in zip(samples, at, colours, strict=True):
+            if not sample.ticket.request.given[t]:
+                sample.ticket.tokens[sample.number, t] = colour
+                self.painted += 1
 
-    def _attend(self, attn: Attention, x: Tensor, turn: Tensor | None, kv: Tensor, at: Tensor) -> Tensor:
-        """(lanes, C) -> (lanes, C), every lane over its own positions."""
-        q, k, v = attn.c_attn(x).view(len(x), 3, attn.n_head, 1, -1).unbind(1)  # each (lanes, N, 1, D)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        if turn is not None:
-            q, k = turned(q, turn), turned(k, turn)
-        y = torch.zeros_like(q)
-        for lane, held in enumerate(self._held):
-            if held is None:
-                continue
-            t, one = held[0].position, slice(lane, lane + 1)
-            kv[:, lane, :, t] = torch.stack([k[lane, :, 0], v[lane, :, 0]])
-            y[one] = F.scaled_dot_product_attention(q[one], kv[0, one, :, : t + 1], kv[1, one, :, : t + 1])
-        return attn.c_proj(y.reshape(len(x), -1))
-
-    def _paint(self, ticket: Ticket, sample: int, logits: Tensor, uniforms: Tensor) -> None:
-        request, t = ticket.request, ticket.position
-        if request.given[t]:
-            return
-        u = uniforms[t : t + 1].to(logits.device)
-        ticket.tokens[sample, t] = int(sampling.pick(logits[None], u, request.temperature, request.top_k))
-        self.painted += 1
+    def _advance(self) -> list[Ticket]:
+        """Move every ticket on by a position; returns those that have come to their end."""
+        finished = []
+        for ticket in dict.fromkeys(held.ticket for held in self._held if held is not None):
+            ticket.position += 1
+            if ticket.position == ticket.end:
+                ticket.position = len(ticket.request.given)
+                if not ticket.cancelled:
+                    ticket.finished = True
+                    finished.append(ticket)
+        return finished
