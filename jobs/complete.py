@@ -5,7 +5,7 @@ python jobs/complete.py --release s3://bucket/runs/s1/release --tokens s3://buck
 
 from igpt_ray.config import Complete
 from igpt_ray.flows import job
-from igpt_ray.flows.infer import complete
+from igpt_ray.flows.batch import complete
 
 if __name__ == "__main__":
     job.run(complete, Complete)

@@ -5,7 +5,7 @@ python jobs/score.py --release s3://bucket/runs/s1/release --tokens s3://bucket/
 
 from igpt_ray.config import Score
 from igpt_ray.flows import job
-from igpt_ray.flows.infer import score
+from igpt_ray.flows.batch import score
 
 if __name__ == "__main__":
     job.run(score, Score)

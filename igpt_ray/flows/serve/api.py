@@ -91,6 +91,7 @@ class Served:
             "max_n": min(self.lanes, MAX_SAMPLES),
             "pipeline": about.kind.pipeline,
             "sha256": about.sha256,
+            "palette_sha256": about.kind.palette,
             "heads": [{"id": name, "classes": classes} for name, classes in self.heads.items()],
             "palette": self.colours(),
         }
