@@ -172,3 +172,45 @@ def until(condition: Any, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+# ------------------------------------------------------------------------------------------------ on Ray Serve
+
+
+class Client:
+    """Asks an application on Ray Serve with the key."""
+
+    def __init__(self, port: int):
+        self.port = port
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> Answer:
+        return ask("127.0.0.1", self.port, path, body, KEY, **headers)
+
+    def complete(self, **words: Any) -> Any:
+        body = {"image": base64_of(picture()), "response_format": "tokens", **words}
+        answer = self.ask("/v1/completions", body)
+        assert answer.status == 200, answer
+        return events(answer.body)[-1][1]["data"] if words.get("stream") else answer.body["data"]
+
+
+@contextmanager
+def on_ray(settings: config.Serve) -> Iterator[Client]:
+    import ray.serve
+
+    from igpt_ray.flows.serve import build
+
+    port = free_port()
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    ray.serve.run(build(settings), name="igpt")
+    client = Client(port)
+    until(lambda: client.ask("/readyz").status == 200, 120)
+    yield client
+    ray.serve.shutdown()
+
+
+def processes(deployment: str) -> dict[str, int]:
+    """Actor name -> process id of the replicas of a deployment."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    return {actor.name: actor.pid for actor in actors if f"#{deployment}#" in (actor.name or "")}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import KEY, Answer, ask, base64_of, events, free_port, picture, serving, tiny_release, until
+from serving import KEY, Client, ask, base64_of, free_port, on_ray, picture, processes, serving, tiny_release, until
 
 from igpt_ray import config
 from igpt_ray.errors import CheckpointError, SettingError
@@ -26,19 +26,6 @@ pytestmark = pytest.mark.ray
 LANES = 4
 CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
 PICTURE = base64_of(picture())
-
-
-class Client:
-    def __init__(self, port: int):
-        self.port = port
-
-    def ask(self, path: str, body: Any = None, **headers: str) -> Answer:
-        return ask("127.0.0.1", self.port, path, body, KEY, **headers)
-
-    def complete(self, **words: Any) -> Any:
-        answer = self.ask("/v1/completions", {"image": PICTURE, "response_format": "tokens", **words})
-        assert answer.status == 200, answer
-        return events(answer.body)[-1][1]["data"] if words.get("stream") else answer.body["data"]
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +48,8 @@ def settings(release: str, keys: str) -> config.Serve:
 
 @pytest.fixture(scope="module")
 def client(cluster: str, settings: config.Serve) -> Iterator[Client]:
-    import ray.serve
-
-    port = free_port()
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray.serve.run(serve.build(settings), name="igpt")
-    client = Client(port)
-    until(lambda: client.ask("/readyz").status == 200, 60)
-    yield client
-    ray.serve.shutdown()
-
-
-def replicas() -> dict[str, int]:
-    """Actor name -> process id of the model's replicas."""
-    from ray.util.state import list_actors
-
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return {actor.name: actor.pid for actor in actors if "release-slow" in (actor.name or "")}
+    with on_ray(settings) as client:
+        yield client
 
 
 def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Client, release: str) -> None:
@@ -141,14 +113,14 @@ def test_a_replica_that_dies_while_it_paints_costs_time_and_no_answer(client: Cl
     """Streams go on where they were: another replica paints the same."""
     words = {"rows": 0, "n": 2, "seed": 3}
     expected = client.complete(**words)
-    before = replicas()
+    before = processes("release-slow")
     assert len(before) == 2
     with ThreadPoolExecutor(4) as pool:
         mine = [pool.submit(client.complete, **words, stream=bool(i % 2)) for i in range(4)]
         time.sleep(0.5)
         os.kill(next(iter(before.values())), signal.SIGKILL)
         assert all(done.result() == expected for done in mine)
-    until(lambda: len(replicas()) == 2, 60)
+    until(lambda: len(processes("release-slow")) == 2, 60)
 
 
 def test_every_error_behind_ray_s_proxy_is_json_too(client: Client) -> None:

@@ -425,6 +425,16 @@ def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: s
         assert place.ask("/v1/completions", words).body["data"] == painted[0]
 
 
+def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many large ones would fill the memory, each within its limit; what was refused is forgotten."""
+    monkeypatch.setattr(gate, "MAX_HELD", 100_000)
+    large = b'{"image": "' + bytes(200_000).replace(b"\0", b"A") + b'"}'
+    assert place.ask("/v1/score", large).code == "overloaded"
+    monkeypatch.setattr(gate, "MAX_HELD", 300_000)
+    for _ in range(3):
+        assert place.ask("/v1/score", large).code == "invalid_image"
+
+
 def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path) -> None:
     """While rows come, and while nothing has been answered yet; also who still waits for a lane."""
     slow = tiny_release(str(tmp_path), n_px=32, n_layer=4, n_embd=128)

@@ -327,7 +327,8 @@ class CompleteUnit:
 
     def draw(self, table: pa.Table, place: str) -> None:
         if len(table):
-            storage.write(f"{place.removesuffix('.parquet')}.png", _figure(self.settings, self.asked, table))
+            figure = _figure(_palette(self.settings, self.client), self.rows, table[:DRAWN])
+            storage.write(f"{place.removesuffix('.parquet')}.png", figure)
 
 
 def _given_rows(settings: config.Complete, kind: Kind) -> int:
@@ -357,29 +358,29 @@ def _seeds(settings: config.Complete, picture: int | str) -> list[int]:
 
 
 def _write_few(settings: config.Complete, asked: Asked, table: pa.Table) -> str:
-    given = _given_rows(settings, asked.kind) * asked.kind.n_px
-    said = {"igpt_ray": json.dumps({"given": given, **config.provenance(settings)})}
+    rows = _given_rows(settings, asked.kind)
+    said = {"igpt_ray": json.dumps({"given": rows * asked.kind.n_px, **config.provenance(settings)})}
     table = table.drop_columns("label").replace_schema_metadata(said)
     storage.write(storage.join(settings.out, "completions.parquet"), _parquet(table))
     picture = storage.join(settings.out, "completions.png")
-    storage.write(picture, _figure(settings, asked, table, len(table)))
+    palette = _palette(settings, _client(settings) if settings.endpoint else None)
+    storage.write(picture, _figure(palette, rows, table))
     return picture
 
 
-def _figure(settings: config.Complete, asked: Asked, table: pa.Table, most: int = DRAWN) -> bytes:
-    originals, done = (
-        np.asarray(table[name].combine_chunks().to_numpy_ndarray())[:most] for name in ("original", "completions")
-    )
-    return images.png(sampling.figure(_palette(settings), originals, done, _given_rows(settings, asked.kind)))
+def _figure(palette: Palette, rows: int, table: pa.Table) -> bytes:
+    originals, done = (table[name].combine_chunks().to_numpy_ndarray() for name in ("original", "completions"))
+    return images.png(sampling.figure(palette, originals, done, rows))
 
 
-def _palette(settings: config.Complete) -> Palette:
+def _palette(settings: config.Complete, client: Client | None) -> Palette:
     """Of the release, or else the store; a server tells its colours as they are shown, which is enough to draw."""
     if settings.release:
         return Palette.load(storage.join(settings.release, "palette.npy"))
     if settings.tokens:
         return TokenStore.open(settings.tokens).palette()
-    shown = _client(settings).about()["palette"]
+    assert client is not None
+    shown = client.about()["palette"]
     rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in shown])
     return Palette((rgb / 127.5 - 1).astype(np.float32))
 

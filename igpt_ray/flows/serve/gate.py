@@ -26,6 +26,8 @@ from igpt_ray.wire import MAX_BODY
 
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 """Answered without a key: they say nothing about models or pictures."""
+MAX_HELD = 512 << 20
+"""Bytes of all bodies at once."""
 BODY_SECONDS = 30
 """For all of a body to arrive."""
 RETRY_AFTER_S = 5
@@ -84,6 +86,8 @@ class Gate:
         self.keys = keys
         self.queue = queue
         self.busy = 0
+        self.held = 0
+        """Bytes of bodies whose requests are at work."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +97,11 @@ class Gate:
         try:
             self._check_who(scope, Headers(scope=scope))
             with self._room(scope):
-                await self._answer(scope, await self._body(scope, receive), receive, send)
+                body = await self._body(scope, receive)
+                try:
+                    await self._answer(scope, body, receive, send)
+                finally:
+                    self.held -= len(body)
         except Refused as refused:
             await refused.response(scope, receive, send)
         except _HungUp:
@@ -117,9 +125,7 @@ class Gate:
             yield
             return
         if self.busy >= self.queue:
-            raise Refused(
-                429, "overloaded", f"{self.queue} requests are at work: try again", Retry_After=str(RETRY_AFTER_S)
-            )
+            raise _overloaded(f"{self.queue} requests are at work")
         self.busy += 1
         try:
             yield
@@ -141,14 +147,19 @@ class Gate:
                         raise _HungUp
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self.held += len(parts[-1])
                     if size > MAX_BODY:
                         raise too_large
+                    if self.held > MAX_HELD:
+                        raise _overloaded("the requests at work are large")
                     if not message.get("more_body", False):
                         return b"".join(parts)
-        except TimeoutError:
-            raise Refused(
-                408, "slow_body", f"the body took longer than {BODY_SECONDS:g} s", Connection="close"
-            ) from None
+        except BaseException as error:
+            self.held -= size
+            if isinstance(error, TimeoutError):
+                slow = f"the body took longer than {BODY_SECONDS:g} s"
+                raise Refused(408, "slow_body", slow, Connection="close") from None
+            raise
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """The rest of the application, ended as soon as nobody listens any more."""
@@ -177,6 +188,10 @@ class Gate:
                 answer.cancel()
             with suppress(asyncio.CancelledError):
                 await answer
+
+
+def _overloaded(why: str) -> Refused:
+    return Refused(429, "overloaded", f"{why}: try again", Retry_After=str(RETRY_AFTER_S))
 
 
 class _HungUp(Exception):
