@@ -173,8 +173,8 @@ def bytes_of_step(model: ImageGPT, batch: int, position: int, precision: Precisi
 
 
 def quality(model: ImageGPT) -> dict[str, Any]:
-    """What fewer bits do to predictions: nats lost a pixel (the mean divergence from the float32 network), and how often
-    the likeliest colour is the same, over two random pictures."""
+    """What fewer bits do to predictions: nats lost a pixel (the mean divergence from the float32 network), how often
+    the likeliest colour is the same; over two random pictures."""
     x = torch.from_numpy(pictures(model, 2)).to(model.wpe.device)
     with torch.inference_mode():
         exact = model(x).double().log_softmax(-1)
