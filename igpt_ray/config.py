@@ -923,6 +923,37 @@ class BenchFeatures(Section):
     """Of torch."""
 
 
+class BenchServe(Section):
+    """Finish pictures beside transformers and without a cache, and under load with continuous and fixed batches."""
+
+    n_layer: Count = 24
+    """Blocks of the network."""
+    n_embd: Count = 512
+    """Its width."""
+    n_head: Count = 8
+    """Its attention heads."""
+    n_px: Count = 32
+    """Pixels a side; the upper half of a picture is given."""
+    pixels: Annotated[int, Field(ge=2)] = 512
+    """Of the lower half, the first so many are drawn. All of them, unless time is short."""
+    batches: tuple[Count, ...] = (1, 8, 32)
+    """Pictures at once."""
+    rounds: Count = 1
+    """How often each way takes its turn; figures are medians."""
+    threads: Count = 2
+    """Of torch, on the CPU."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    lanes: Count = 8
+    """Of the engine under load."""
+    precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Of the engine under load."""
+    requests: Count = 40
+    """That come under load, of one sample each."""
+    load: Annotated[float, Field(gt=0)] = 0.6
+    """How fast they come, as a share of what the engine finishes with all lanes in use."""
+
+
 # ------------------------------------------------------------------------------------------------ report and audit
 
 
