@@ -721,6 +721,8 @@ class Serve(Section):
     """Copies of each model."""
     lanes: Count = 32
     """Pictures that a copy paints at once; a request for n of them takes n."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of the weights that paint; scores, features and classes stay float32, as evaluation is."""
     queue: Count = 256
     """Requests that may wait or be worked on; the next is answered 429."""
     cpus: Annotated[float, Field(gt=0)] = 1

@@ -107,7 +107,7 @@ def build(settings: config.Serve) -> serve.Application:
             graceful_shutdown_timeout_s=REQUEST_SECONDS,
             health_check_period_s=5,
         )(Replica)
-        handles[name] = deployment.bind(name, uri, fitting, settings.lanes)
+        handles[name] = deployment.bind(name, uri, fitting, settings.lanes, settings.precision)
     if heads:
         raise FeatureError(f"no release served is the one that the head {next(iter(heads))} was fitted on")
     api = serve.deployment(

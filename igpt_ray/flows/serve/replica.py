@@ -21,6 +21,7 @@ from igpt_ray.engine import Engine, Request, Ticket
 from igpt_ray.evaluate import Nats, class_logits, pixel_nats
 from igpt_ray.features import Features, Pooling
 from igpt_ray.heads import Head, load_head
+from igpt_ray.lanes import Precision
 from igpt_ray.shards import Tokens
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ TOLD_EVERY_S = 0.5
 
 
 class Replica:
-    def __init__(self, name: str, release: str, heads: dict[str, str], lanes: int):
+    def __init__(self, name: str, release: str, heads: dict[str, str], lanes: int, precision: Precision = "float32"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.about = weights.load_config(release)
         weights.check_next(self.about, release)
@@ -46,7 +47,7 @@ class Replica:
             if head.precision != "float32"
         }
         self.turn = asyncio.Lock()
-        self.easel = Easel(Engine(self.model, lanes), self.about.model.n_px, Gauges(name))
+        self.easel = Easel(Engine(self.model, lanes, precision), self.about.model.n_px, Gauges(name))
 
     async def complete(self, request: Request) -> AsyncIterator[tuple[int, Tokens]]:
         """(row, (samples, n_px)) of every row in which something is painted, as soon as all samples have it.
