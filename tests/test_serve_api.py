@@ -425,6 +425,14 @@ def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: s
         assert place.ask("/v1/completions", words).body["data"] == painted[0]
 
 
+def test_a_request_of_one_pixel_is_never_forgotten(place: Place) -> None:
+    """It may be finished in the step that runs while it is submitted, before anyone waits to be woken."""
+    mask = [[1] * 8] * 7 + [[1] * 7 + [0]]
+    body = {"image": PICTURE, "mask": mask}
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: place.ask("/v1/completions", body).status, range(400))) == {200}
+
+
 def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many large ones would fill the memory, each within its limit; what was refused is forgotten."""
     monkeypatch.setattr(gate, "MAX_HELD", 100_000)

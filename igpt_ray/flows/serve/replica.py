@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,15 @@ class Replica:
             return await asyncio.to_thread(work, *words)
 
 
+@dataclass
+class Waiting:
+    """Who waits for the rows of a ticket."""
+
+    row: int
+    """The last that they were woken for."""
+    wake: Callable[[], object]
+
+
 class Easel:
     """The engine and the thread it runs in."""
 
@@ -109,7 +119,7 @@ class Easel:
         self.gauges = gauges
         self.failure: Exception | None = None
         self._work = threading.Event()
-        self._waiting: dict[Ticket, Callable[[], object]] = {}
+        self._waiting: dict[Ticket, Waiting] = {}
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     async def rows(self, request: Request) -> AsyncIterator[tuple[int, Tokens]]:
@@ -117,21 +127,21 @@ class Easel:
         loop, moved = asyncio.get_running_loop(), asyncio.Event()
         to_paint = np.flatnonzero(~request.given) // n_px
         ticket = self.engine.submit(request)
-        self._waiting[ticket] = lambda: loop.call_soon_threadsafe(moved.set)
+        # Its row is noted before the coroutine looks for the first time: what moves later wakes it.
+        self._waiting[ticket] = Waiting(ticket.position // n_px, lambda: loop.call_soon_threadsafe(moved.set))
         self._work.set()
-        row = told = 0
+        row = 0
         try:
             while row < n_px:
                 if self.failure is not None:
                     raise self.failure
                 finished = ticket.position // n_px
-                for row in range(row, finished):  # noqa: B020
+                while row < finished:
                     if row in to_paint:
-                        told += 1
-                        if told == 1:
+                        if row == to_paint[0]:
                             self.gauges.first_row.observe(time.perf_counter() - started, self.gauges.of)
                         yield row, ticket.tokens[:, row * n_px : (row + 1) * n_px].copy()
-                row = finished
+                    row += 1
                 if row < n_px:
                     await moved.wait()
                     moved.clear()
@@ -151,17 +161,17 @@ class Easel:
         except Exception as error:
             log.exception("the engine has ended")
             self.failure = error
-            for wake in tuple(self._waiting.values()):
-                wake()
+            for waiting in tuple(self._waiting.values()):
+                waiting.wake()
 
     def _step(self) -> None:
-        waiting = tuple(self._waiting.items())
-        before = [ticket.position // self.n_px for ticket, _ in waiting]
         self.engine.step()
-        for (ticket, wake), row in zip(waiting, before, strict=True):
-            if ticket.position // self.n_px != row:
+        for ticket, waiting in tuple(self._waiting.items()):
+            row = ticket.position // self.n_px
+            if row != waiting.row:
+                waiting.row = row
                 with suppress(RuntimeError):  # its event loop is gone, and so is whoever waited
-                    wake()
+                    waiting.wake()
         self.gauges.tell(self.engine)
 
 
