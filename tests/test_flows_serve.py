@@ -14,10 +14,23 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import KEY, Client, ask, base64_of, free_port, on_ray, picture, processes, serving, tiny_release, until
+from serving import (
+    KEY,
+    Client,
+    ask,
+    base64_of,
+    free_port,
+    on_ray,
+    picture,
+    probe_head,
+    processes,
+    serving,
+    tiny_release,
+    until,
+)
 
 from igpt_ray import config
-from igpt_ray.errors import CheckpointError, SettingError
+from igpt_ray.errors import CheckpointError, FeatureError, SettingError
 from igpt_ray.flows import serve
 from igpt_ray.flows.serve import check
 
@@ -166,6 +179,11 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
         serve.run(config.Serve(release=str(tmp_path / "none"), open=True))
     with pytest.raises(SettingError, match="expected a line for each key"):
         serve.run(config.Serve(release=release, keys="env:IGPT_NO_SUCH_KEYS"))
+    head = f"pets={probe_head(str(tmp_path / 'pets'), release, ['cat', 'dog'])}"
+    other = tiny_release(str(tmp_path / "other"), seed=1)
+    assert serve.build(config.Serve(release=(f"a={release}", f"b={release}", other), heads=head, open=True))
+    with pytest.raises(FeatureError, match="no release served is the one that the head pets was fitted on"):
+        serve.build(config.Serve(release=other, heads=head, open=True))
     for wrong in ({}, {"open": True, "keys": keys}, {"open": True, "host": "0.0.0.0"}):
         with pytest.raises(ValueError, match=r"say who may ask|must be a loopback address"):
             config.Serve(release=release, **wrong)  # type: ignore[arg-type]

@@ -94,11 +94,12 @@ def build(settings: config.Serve) -> serve.Application:
     """The application; `serve deploy` passes the `args` of its YAML, checked as settings."""
     handles, probes = {}, settings.probes
     heads = {name: load_head(uri) for name, uri in probes.items()}
+    strangers = set(heads)
     for name, uri in settings.releases.items():
         about = weights.load_config(uri)
         weights.check_next(about, uri)
         fitting = {head: probes[head] for head in heads_of(about, heads) if head in probes}
-        heads = {head: kept for head, kept in heads.items() if head not in fitting}
+        strangers -= fitting.keys()
         deployment = serve.deployment(
             name=deployment_of(name),
             num_replicas=settings.replicas,
@@ -108,8 +109,8 @@ def build(settings: config.Serve) -> serve.Application:
             health_check_period_s=5,
         )(Replica)
         handles[name] = deployment.bind(name, uri, fitting, settings.lanes, settings.precision)
-    if heads:
-        raise FeatureError(f"no release served is the one that the head {next(iter(heads))} was fitted on")
+    if strangers:
+        raise FeatureError(f"no release served is the one that the head {min(strangers)} was fitted on")
     api = serve.deployment(
         name=API,
         max_ongoing_requests=CONNECTIONS,
