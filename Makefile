@@ -14,10 +14,9 @@ demo: .venv/demo  ## the whole path on handwritten digits; STORE=s3 keeps the da
 
 serve: .venv/demo  ## serve the demo's release
 	@test -f $(OUT)/release/config.json || { echo "no release in $(OUT): run 'make demo' first"; exit 1; }
-	@echo "once it serves, this finishes a digit twice (pictures come back in base64):"
-	@echo "  curl -s http://127.0.0.1:$(PORT)/v1/completions -H 'Content-Type: application/json'" \
-	  "-d '{\"n\": 2, \"image\": \"'\$$(base64 -w0 $(OUT)/picture.png)'\"}'"
-	$(BIN)/python jobs/serve.py --release $(OUT)/release --port $(PORT)
+	@echo "once it serves, the page is at http://127.0.0.1:$(PORT)/, and this finishes a digit twice:"
+	@echo "  curl -s http://127.0.0.1:$(PORT)/v1/completions -F n=2 -F image=@$(OUT)/picture.png"
+	$(BIN)/python jobs/serve.py --release digits=$(OUT)/release --heads digit=$(OUT)/probe --open --port $(PORT)
 
 test: .venv/dev  ## everything; `make test ARGS="-m 'not ray and not slow'"` takes a minute or two
 	$(BIN)/python -m pytest $(ARGS)

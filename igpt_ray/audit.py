@@ -5,20 +5,18 @@ completions asks whether halves of pictures of different groups are finished as 
 one audit are several chances to find something by accident: `holm` corrects p-values for their number.
 """
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
-from zipfile import BadZipFile
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from igpt_ray import evaluate, features, images, storage, weights
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
-from igpt_ray.logistic import Linear
+from igpt_ray.heads import load_head
+from igpt_ray.logistic import probabilities
 from igpt_ray.palette import Palette
 from igpt_ray.probe import votes
 from igpt_ray.shards import Kind, Tokens
@@ -150,7 +148,7 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
     model = weights.load_release(uri, device).model
 
     def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _likeliest(evaluate.class_logits(model, tokens, keys, batch_size))
+        return _likeliest(probabilities(evaluate.class_logits(model, tokens, keys, batch_size)))
 
     named = about.classes if len(about.classes) == about.model.n_class else map(str, range(about.model.n_class))
     return Classifier(list(named), choose)
@@ -158,35 +156,29 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
 
 def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
     """The head, on features of the release that probe.json names; it must still be the one the head was fitted on."""
-    said, data = (storage.read(storage.join(uri, name)) for name in ("probe.json", "classifier.npz"))
     try:
-        release = json.loads(said)["release"]
-        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-            head = Linear(kept["mean"], kept["deviation"], kept["weight"], kept["bias"])
-            layer, precision = int(kept["layer"]), str(kept["precision"])
-            pooling = cast(features.Pooling, str(kept["pooling"]))
-            classes, fitted_on = kept["classes"].tolist(), str(kept["release"])
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
+    except (ValueError, KeyError) as error:
         raise FeatureError(
-            f"{uri}/probe.json or classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"
+            f"{uri}/probe.json is damaged or of another version: repeat jobs/probe.py ({error})"
         ) from error
+    head = load_head(uri)
     about = weights.load_config(release)
     weights.check_kind(about, kind, "the release that is audited")
-    if about.sha256 != fitted_on:
+    if about.sha256 != head.release:
         raise FeatureError(
             f"{release} is not the release that {uri}/classifier.npz was fitted on: repeat jobs/probe.py"
         )
-    model = features.network(release, device, None, precision)
+    model = features.network(release, device, None, head.precision)
 
     def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _likeliest(head.logits(features.pooled(model, tokens, keys, [layer], pooling, batch_size)[..., 0, :]))
+        return _likeliest(head.probabilities(model, tokens, keys, batch_size))
 
-    return Classifier(classes, choose)
+    return Classifier(head.classes, choose)
 
 
-def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """(N, K), or (N, masks, K) of which the masks vote -> (N,)."""
-    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+def _likeliest(p: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Probabilities (N, K), or (N, masks, K) of which the masks vote -> (N,)."""
     return (votes(p) if p.ndim == 3 else p).argmax(1)
 
 

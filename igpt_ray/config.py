@@ -5,13 +5,15 @@ section it needs (`Optim`, not `Pretrain`). Derived values are properties.
 """
 
 import difflib
+import ipaddress
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from igpt_ray import storage
 
@@ -29,6 +31,30 @@ def _palette(uri: str) -> str:
 
 
 PaletteUri = Annotated[str, AfterValidator(_palette)]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _named(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Each `name=URI`. A bare URI is called after its last folder that tells something: release/ of a run does not."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, uri = entry.partition("=")
+        if not equals or "/" in name:
+            name, uri = "", entry
+            parts = [part for part in storage.absolute(uri).split("/") if part and part != "release"]
+            name = parts[-1] if parts else ""
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{entry!r} has no name for requests to use: write name={uri}, of letters, digits, . _ -")
+        if name in found:
+            raise ValueError(f"two are called {name!r}: write name=URI with different names")
+        found[name] = storage.absolute(uri)
+    return tuple(f"{name}={uri}" for name, uri in found.items())
+
+
+Named = Annotated[
+    tuple[str, ...], AfterValidator(_named), BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)
+]
 
 
 class Section(BaseModel):
@@ -544,20 +570,43 @@ class Evaluate(Section):
     pool: Pool = Pool()
 
 
-class Score(Section):
+class Work(Section):
+    """Pictures, and who is asked about them: what scoring and completing have in common."""
+
+    release: OptionalUri = ""
+    """URI of a release; or ask a server."""
+    endpoint: str = ""
+    """URL of a server to ask instead, http://host:8000; its key is in the environment variable IGPT_KEY."""
+    model: str = ""
+    """Which of the server's models; empty is its first."""
+    tokens: OptionalUri = ""
+    """URI of a token store; or take images."""
+    source: OptionalUri = ""
+    """URI of a folder or bucket of images instead, in any layout that jobs/prepare.py reads."""
+    layout: Layout | None = None
+    """Of those images; None recognises it."""
+    split: str = "test"
+    """Split to take."""
+    unit_images: Count = 1000
+    """Images of a unit of work, of images in folders: each becomes a file. Of a token store it is a shard."""
+    pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if bool(self.release) == bool(self.endpoint):
+            raise ValueError("name who is asked: --release or --endpoint, one of them")
+        if bool(self.tokens) == bool(self.source):
+            raise ValueError("name the pictures: --tokens or --source, one of them")
+        return self
+
+
+class Score(Work):
     """Nats of every image of a split, to Parquet."""
 
-    release: Uri
-    """URI of a release."""
-    tokens: Uri
-    """URI of a token store."""
     out: Uri
-    """URI of the folder to write: a Parquet file per shard with key, label, nats, tokens."""
-    split: str = "test"
-    """Split to score."""
+    """URI of the folder to write, or to complete: a Parquet file per unit with key, label, nats."""
     batch_size: Count = 64
     """Images per forward pass."""
-    pool: Pool = Pool()
 
 
 class Features(Section):
@@ -634,47 +683,90 @@ class Probe(Section):
     pool: Pool = Pool()
 
 
-class Complete(Section):
+class Complete(Work):
     """Finish the lower part of pictures."""
 
-    release: Uri
-    """URI of a release."""
-    tokens: Uri
-    """URI of a token store."""
     out: Uri
-    """URI of the folder to write: completions.parquet and completions.png."""
-    split: str = "test"
-    """Split the pictures come from."""
-    images: Count = 8
-    """Pictures, spread evenly over the split."""
-    n: Count = 4
+    """URI of the folder to write: completions.parquet and .png; of all pictures, both for each unit."""
+    images: Annotated[int, Field(ge=0)] = 8
+    """Pictures of a token store, spread evenly over the split; 0 is all. Of --source always all."""
+    n: Annotated[int, Field(ge=1, le=16)] = 4
     """Completions of each."""
     rows: Annotated[int, Field(ge=0)] | None = None
     """Rows of pixels that are given; None is half of them."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Divides the logits; 0 takes the likeliest colour."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample among the k likeliest colours; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest colours that together have this probability."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the samples; each has its own stream, so neighbours in a batch do not matter."""
-    pool: Pool = Pool()
+    lanes: Annotated[int, Field(ge=16)] = 32
+    """Pictures that a worker paints at once."""
 
 
 class Serve(Section):
-    """Serve a release over HTTP."""
+    """Serve releases over HTTP."""
 
-    release: Uri
-    """URI of a release."""
+    release: Named = ()
+    """Releases, each a URI or name=URI; the name is what requests call it by. The first answers who names none."""
+    heads: Named = ()
+    """Probes that POST /v1/classify offers, each the `out` folder of jobs/probe.py or name=URI. They go to the release
+    they were fitted on; a fine-tuned release brings its own."""
+    keys: str = ""
+    """Who may ask: env:NAME or the URI of a file, with a line for each key, its sha256 and a name."""
+    open: bool = False
+    """Ask for no key. Only on a loopback address."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication yet: keep it on loopback or behind a gateway."""
+    """Address to listen on."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
     """Port to listen on."""
     replicas: Count = 1
-    """Copies of the model."""
+    """Copies of each model."""
+    lanes: Count = 32
+    """Pictures that a copy paints at once; a request for n of them takes n."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of the weights that paint; scores, features and classes stay float32, as evaluation is."""
+    queue: Count = 256
+    """Requests that may wait or be worked on; the next is answered 429."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per replica."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per replica."""
+    check: OptionalUri = ""
+    """A file for `serve deploy` to check instead: every key, and what it serves. Nothing is started."""
+
+    @model_validator(mode="after")
+    def _someone_may_ask(self) -> Self:
+        if self.check:
+            return self
+        if not self.release:
+            raise ValueError("no release to serve: name one with --release")
+        if self.open == bool(self.keys):
+            raise ValueError(
+                "say who may ask: --keys env:NAME or a file of hashed keys, or --open for a loopback address"
+            )
+        if self.open and not is_loopback(self.host):
+            raise ValueError(
+                f"--open asks nobody for a key, so --host {self.host} must be a loopback address: give --keys"
+            )
+        return self
+
+    @property
+    def releases(self) -> dict[str, str]:
+        return dict(named.split("=", 1) for named in self.release)
+
+    @property
+    def probes(self) -> dict[str, str]:
+        return dict(named.split("=", 1) for named in self.heads)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Demo(Section):
@@ -836,6 +928,37 @@ class BenchFeatures(Section):
     """How often each takes its turn; figures are medians."""
     threads: Count = 2
     """Of torch."""
+
+
+class BenchServe(Section):
+    """Finish pictures beside transformers and without a cache, and under load with continuous and fixed batches."""
+
+    n_layer: Count = 24
+    """Blocks of the network."""
+    n_embd: Count = 512
+    """Its width."""
+    n_head: Count = 8
+    """Its attention heads."""
+    n_px: Count = 32
+    """Pixels a side; the upper half of a picture is given."""
+    pixels: Annotated[int, Field(ge=2)] = 512
+    """Of the lower half, the first so many are drawn. All of them, unless time is short."""
+    batches: tuple[Count, ...] = (1, 8, 32)
+    """Pictures at once."""
+    rounds: Count = 1
+    """How often each way takes its turn; figures are medians."""
+    threads: Count = 2
+    """Of torch, on the CPU."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    lanes: Count = 8
+    """Of the engine under load."""
+    precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Of the engine under load."""
+    requests: Count = 40
+    """That come under load, of one sample each."""
+    load: Annotated[float, Field(gt=0)] = 0.6
+    """How fast they come, as a share of what the engine finishes with all lanes in use."""
 
 
 # ------------------------------------------------------------------------------------------------ report and audit

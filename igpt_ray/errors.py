@@ -10,7 +10,8 @@
     ├── TokenStoreError      a token store that is incomplete, damaged or of another kind
     ├── CheckpointError      a checkpoint or release that is incomplete, damaged or of another shape
     ├── FeatureError         features that nothing can be concluded from
-    └── TrainingError        a run that cannot go on
+    ├── TrainingError        a run that cannot go on
+    └── EndpointError        a server that does not answer, or refuses
 
 All take one message, so that they survive pickling between Ray processes.
 Jobs print them as one line; anything else is a bug and keeps its traceback.
@@ -59,3 +60,7 @@ class FeatureError(IgptError):
 
 class TrainingError(IgptError):
     """A training run that cannot go on."""
+
+
+class EndpointError(IgptError):
+    """A server of ours that does not answer, or refuses."""

@@ -41,6 +41,16 @@ def nats_both_ways(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Na
 
 
 @torch.inference_mode()
+def pixel_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
+    """Nats of every pixel: (N, T) -> (N, T). An image's sum is that of `image_nats`."""
+    nats = np.empty(tokens.shape)
+    for start in range(0, len(tokens), batch_size):
+        x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(model.wpe.device)
+        nats[start : start + batch_size] = objectives.next_pixel(model(x), x).double().cpu().numpy()
+    return nats
+
+
+@torch.inference_mode()
 def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> Nats:
     """Nats per masked token of each image under a masked network, the mean over MASKS masks: (N, T) -> (N,)."""
     device = model.wpe.device

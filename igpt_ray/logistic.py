@@ -58,6 +58,11 @@ def _parts(x: Features, rows: NDArray[np.int64]) -> Iterator[Features]:
         yield x[rows[start : start + CHUNK]]
 
 
+def probabilities(logits: Features) -> NDArray[np.float64]:
+    """Of classes, along the last axis: in float64, as their order and their sums are looked at."""
+    return torch.from_numpy(logits).double().softmax(-1).numpy()
+
+
 # ------------------------------------------------------------------------------------------------ L-BFGS
 
 

@@ -1,6 +1,6 @@
 """ImageGPT: the network of "Generative Pretraining from Pixels", after OpenAI's `src/model.py`.
 
-Parallelism, precision and compilation are applied from outside (`parallel.py`); sampling lives in `sampling.py`.
+Parallelism, precision and compilation are applied from outside (`parallel.py`); the KV cache lives in `lanes.py`.
 
     B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
 """
@@ -22,6 +22,10 @@ PARTS = 4
 """Of the queries of a short causal attention."""
 ROTARY_BASE = 100.0
 """The fastest pair turns by a radian a pixel, the slowest by about a hundredth: pictures are at most 64 pixels wide."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values to what is seen: each (B, N, T, D)."""
 
 
 def mean_over_positions(h: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class ImageGPT(nn.Module):
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The output of the last norm: (B, T) -> (B, T, C)."""
         h = self.embed(tokens, keep)
-        turn = self.rotation(0, tokens.shape[1])
+        turn = self.rotation(tokens.shape[1])
         for block in self.h:
             h = block(h, turn)
         return self.ln_f(h)
@@ -101,7 +105,7 @@ class ImageGPT(nn.Module):
         at layer L, pooled over positions. Stops at layer `last` (default L)."""
         last = len(self.h) if last is None else last
         h = self.embed(tokens, keep)
-        turn = self.rotation(0, tokens.shape[1])
+        turn = self.rotation(tokens.shape[1])
         pooled = []
         for block in self.blocks[: last + 1]:
             pooled.append(pool(block.ln_1(h)))
@@ -111,40 +115,20 @@ class ImageGPT(nn.Module):
             pooled.append(pool(self.ln_f(h)))
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
 
-    def rotation(self, start: int, n: int) -> Tensor | None:
-        """Cosines and sines by which rotary positions turn heads at `start` and the n - 1 positions after it:
-        (2, n, D / 2), the first half of the pairs by row, the second by column; None without.
+    def rotation(self, n: int) -> Tensor | None:
+        """Cosines and sines by which rotary positions turn heads at the first n positions: (2, n, D / 2), the first
+        half of the pairs by row, the second by column; None without.
 
         Made anew each time: a buffer would be one more thing to shard, cast and store.
         """
         c = self.config
         if not c.rotary:
             return None
-        t = torch.arange(start, start + n, device=self.wpe.device)
+        t = torch.arange(n, device=self.wpe.device)
         pairs = c.head_width // 4
         speeds = ROTARY_BASE ** -(torch.arange(pairs, device=self.wpe.device) / pairs)  # radians per pixel
         angles = torch.cat([axis[:, None] * speeds for axis in (t // c.n_px, t % c.n_px)], dim=1)  # (n, D / 2)
         return torch.stack([angles.cos(), angles.sin()])
-
-    def prefill(self, given: Tensor, cache: "KVCache") -> Tensor:
-        """The logits that predict pixel S from S given ones, filling an empty cache: (B, S) -> (B, V)."""
-        assert self.causal, "a masked network has no next pixel"
-        B, S = given.shape
-        sos = self.sos.expand(B, 1, -1)
-        h = torch.cat([sos, self.wte(given)], dim=1) + self.wpe[: S + 1]  # (B, S + 1, C)
-        return self._extend(h, cache)
-
-    def step(self, previous: Tensor, cache: "KVCache") -> Tensor:
-        """The logits that predict the next pixel after `previous`: (B,) -> (B, V)."""
-        h = self.wte(previous)[:, None] + self.wpe[cache.length]  # (B, 1, C)
-        return self._extend(h, cache)
-
-    def _extend(self, h: Tensor, cache: "KVCache") -> Tensor:
-        turn = self.rotation(cache.length, h.shape[1])
-        for block, kv in zip(self.h, cache.kv, strict=True):
-            h = block(h, turn, kv, cache.length)
-        cache.length += h.shape[1]
-        return self.wtet(self.ln_f(h[:, -1]))  # (B, V)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -174,8 +158,8 @@ class Block(nn.Module):
         self.ln_2 = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.mlp = MLP(config.n_embd)
 
-    def forward(self, h: Tensor, turn: Tensor | None = None, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        h = h + self.attn(self.ln_1(h), turn, kv, start)
+    def forward(self, h: Tensor, turn: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        h = h + self.attn(self.ln_1(h), turn, attend)
         return h + self.mlp(self.ln_2(h))
 
 
@@ -191,19 +175,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, NORM_EPS) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        """`turn`: rotary positions. `kv`: this layer's cache, whose first `start` positions are filled; x goes on
-        there."""
+    def forward(self, x: Tensor, turn: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """`turn`: rotary positions. `attend`: what attends instead, to more than the keys of x; see `lanes.py`."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = turned(q, turn), turned(k, turn)
-        if kv is not None:
-            assert start == 0 or T == 1, f"{T} positions at once onto a cache of {start}"
-            kv[:, :, :, start : start + T] = torch.stack([k, v])
-            k, v = kv[:, :, :, : start + T]  # each (B, N, start + T, D)
-        y = attended(q, k, v, causal=self.causal and T > 1)  # (B, N, T, D)
+        y = attend(q, k, v) if attend else attended(q, k, v, causal=self.causal)  # (B, N, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -244,20 +223,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
         return self.c_proj(x * torch.sigmoid(1.702 * x))
-
-
-class KVCache:
-    """Keys and values of every layer, allocated once: (L, 2, B, N, T, D), of which `length` positions are filled."""
-
-    def __init__(self, model: ImageGPT, batch_size: int):
-        c, like = model.config, model.wpe
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.n_positions, c.n_embd // c.n_head)
-        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
-
-    def repeat(self, n: int) -> "KVCache":
-        """Every lane n times, neighbours together: the samples of a picture share its prefill."""
-        copy = object.__new__(KVCache)
-        copy.kv = self.kv.repeat_interleave(n, dim=2)
-        copy.length = self.length
-        return copy

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from igpt_ray import config
 from igpt_ray.errors import FeatureError
 from igpt_ray.features import Features, Labels
-from igpt_ray.logistic import Linear, fit_lbfgs, fit_sgd
+from igpt_ray.logistic import Linear, fit_lbfgs, fit_sgd, probabilities
 
 L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Penalties tried: l2 / 2 * |W|^2 beside the mean loss, on standardised features."""
@@ -196,7 +195,7 @@ def judge(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> Judgeme
 
 def judge_logits(logits: Features, labels: Labels, n_classes: int) -> Judgement:
     """(N, K), or (N, M, K) of M looks that vote."""
-    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+    p = probabilities(logits)
     if p.ndim == 3:
         scores, p = votes(p), p.mean(1)
     else:

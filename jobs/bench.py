@@ -8,6 +8,7 @@ python jobs/bench.py overheads --tokens demo-out/data/tokens
 python jobs/bench.py train --mingpt CHECKOUT
 python jobs/bench.py probe
 python jobs/bench.py features
+python jobs/bench.py serve
 """
 
 import json
@@ -23,6 +24,7 @@ from igpt_ray.flows.bench.modern import modern
 from igpt_ray.flows.bench.overheads import overheads
 from igpt_ray.flows.bench.palette import palette
 from igpt_ray.flows.bench.probe import probe
+from igpt_ray.flows.bench.serve import serve
 from igpt_ray.flows.bench.train import train
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
@@ -37,5 +39,6 @@ if __name__ == "__main__":
         "train": train,
         "probe": probe,
         "features": features,
+        "serve": serve,
     }
     print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))

@@ -83,15 +83,21 @@ def write_digits(data: str) -> Report:
 
 
 def serve_once(data: str, client: dict[str, str], log: Path) -> Report:
-    """Serve the release, have a test picture finished and scored over HTTP."""
+    """Serve the release and the probe's head; have a test picture finished, scored and classified over HTTP."""
     port = local.free_port()
     address = f"http://127.0.0.1:{port}"
-    words = ["jobs/serve.py", "--release", f"{data}/runs/demo/release", "--port", str(port)]
+    words = ["jobs/serve.py", "--release", f"digits={data}/runs/demo/release", "--heads", f"digit={data}/probe"]
+    words += ["--open", "--port", str(port)]
     with local.submitted(words, client, log, ready=f"{address}/readyz"):
         picture = base64.b64encode(storage.read(sample_picture(data))).decode()
         completed = post(f"{address}/v1/completions", {"image": picture, "n": 4, "seed": 1})
         scored = post(f"{address}/v1/score", {"image": picture})
-    return {"completions": len(completed["data"]), "nats_per_token": scored["nats_per_token"]}
+        classified = post(f"{address}/v1/classify", {"image": picture})
+    return {
+        "completions": len(completed["data"]),
+        "nats_per_pixel": scored["data"][0]["nats_per_pixel"],
+        "likeliest": classified["data"][0]["classes"][0],
+    }
 
 
 def post(url: str, body: Report) -> Report:
@@ -106,7 +112,8 @@ def sample_picture(data: str) -> str:
 
 
 def keep(data: str, out: Path) -> None:
-    """What outlives the S3 server: the figure, the release and a picture to try it on."""
+    """What outlives the S3 server: the figure, the release with the probe's head, and a picture to try it on."""
+    storage.download(f"{data}/probe/classifier.npz", out / "probe" / "classifier.npz")
     storage.download(f"{data}/completions/completions.png", out / "completions.png")
     storage.download(sample_picture(data), out / "picture.png")
     release = f"{data}/runs/demo/release"
@@ -147,7 +154,8 @@ def table(report: Report) -> str:
         f" with 25 labels a class {few(test):.1%} ({few(test['untrained']):.1%}, {few(test['raw_pixels']):.1%})",
         "complete": f"{s['complete']['completions']} completions, {s['complete']['tokens_per_second']:,.0f} tokens/s",
         "score": f"{s['score']['images']} images scored",
-        "serve": f"{s['serve']['completions']} completions over HTTP",
+        "serve": f"{s['serve']['completions']} completions over HTTP; a 3 is taken for a"
+        f" {s['serve']['likeliest']['class']} with {s['serve']['likeliest']['probability']:.0%}",
     }
     lines = [f"{'stage':<10}{'seconds':>8}  result"]
     lines += [f"{name:<10}{s[name]['seconds']:>8.1f}  {text}" for name, text in said.items()]
@@ -179,5 +187,6 @@ if __name__ == "__main__":
         say(f"error: {error}")
         sys.exit(1)
     say(f"\n{table(report)}\n\nthe figure: {settings.out}/completions.png    the report: {settings.out}/report.json")
-    say(f"next: make serve, then: {curl_line('http://127.0.0.1:8000', settings.out + '/picture.png')}")
+    say("next: make serve, and open http://127.0.0.1:8000/ in a browser")
+    say(f"or: {curl_line('http://127.0.0.1:8000', settings.out + '/picture.png')}")
     print(json.dumps({"seconds": report["seconds"], "report": f"{settings.out}/report.json"}))

@@ -1,11 +1,12 @@
 """Nats of every image of a split, to Parquet.
 
 python jobs/score.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/scores
+python jobs/score.py --endpoint http://127.0.0.1:8000 --source pictures --split train --out scores
 """
 
 from igpt_ray.config import Score
 from igpt_ray.flows import job
-from igpt_ray.flows.infer import score
+from igpt_ray.flows.batch import score
 
 if __name__ == "__main__":
     job.run(score, Score)

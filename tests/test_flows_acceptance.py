@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from igpt_ray import config, metrics
-from igpt_ray.flows import infer, prepare, train
+from igpt_ray.flows import batch, prepare, train
 
 pytestmark = pytest.mark.ray
 N_IMAGES = 300
@@ -54,7 +54,7 @@ def test_cifar_files_become_a_palette_tokens_a_release_and_completions(
     )
     losses = [line["nats_per_token"] for line in metrics.read(trained["run"])]
     assert np.log(128) > losses[0] > losses[-1]
-    done = infer.complete(
+    done = batch.complete(
         config.Complete(release=trained["release"], tokens=tokens, out=str(tmp_path), split="train", images=4, n=2)
     )
     figure = np.asarray(Image.open(done["figure"]))

@@ -12,7 +12,7 @@ from PIL import Image
 from igpt_ray import config, sampling, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import image_nats
-from igpt_ray.flows import infer, prepare
+from igpt_ray.flows import batch, infer, prepare
 from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
@@ -54,7 +54,7 @@ def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str
 
 
 def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
-    report = infer.score(config.Score(**both, out=str(tmp_path), split="train"))
+    report = batch.score(config.Score(**both, out=str(tmp_path), split="train"))
     evaluated = infer.evaluate(config.Evaluate(**both, split="train"))
     assert report["nats_per_token"] == pytest.approx(evaluated["nats_per_token"], rel=1e-6)
     rows = [row for path in sorted((tmp_path / "train").iterdir()) for row in pq.read_table(path).to_pylist()]
@@ -67,26 +67,26 @@ def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_relea
     both: dict[str, Any], released: str, tmp_path: Path
 ) -> None:
     settings = config.Score(**both, out=str(tmp_path), split="train")
-    infer.score(settings)
+    batch.score(settings)
     kept, damaged, missing = sorted((tmp_path / "train").iterdir())
     whole = [path.read_bytes() for path in (kept, damaged, missing)]
     written = kept.stat().st_mtime_ns
     damaged.write_bytes(whole[1][: len(whole[1]) // 2])
     missing.unlink()
-    infer.score(settings)
+    batch.score(settings)
     assert [path.read_bytes() for path in (kept, damaged, missing)] == whole
     assert kept.stat().st_mtime_ns == written
 
     other = weights.load_release(released)
     other.model.sos.data.add_(1)
     weights.save_release(str(tmp_path / "other"), other.model.state_dict(), other.palette, other.config)
-    infer.score(settings.model_copy(update={"release": str(tmp_path / "other")}))
+    batch.score(settings.model_copy(update={"release": str(tmp_path / "other")}))
     assert kept.read_bytes() != whole[0]
 
 
 def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
     settings = config.Complete(**both, out=str(tmp_path), images=3, n=2, rows=5)
-    report = infer.complete(settings)
+    report = batch.complete(settings)
     table = pq.read_table(tmp_path / "completions.parquet")
     originals = table["original"].combine_chunks().to_numpy_ndarray()
     completions = table["completions"].combine_chunks().to_numpy_ndarray()
@@ -100,7 +100,7 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
     assert (figure[2 + 6 * scale, 3] == 128).all()  # what is not given is grey
 
     first = (tmp_path / "completions.png").read_bytes()
-    infer.complete(settings)
+    batch.complete(settings)
     assert (tmp_path / "completions.png").read_bytes() == first
 
 
@@ -118,4 +118,4 @@ def test_a_store_of_another_kind_and_a_missing_release_are_refused(
     with pytest.raises(TokenStoreError, match="no split 'dev'"):
         infer.evaluate(config.Evaluate(**both, split="dev"))
     with pytest.raises(SettingError, match="9 rows are given; a picture has 8"):
-        infer.complete(config.Complete(**both, out=str(tmp_path), rows=9))
+        batch.complete(config.Complete(**both, out=str(tmp_path), rows=9))

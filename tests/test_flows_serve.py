@@ -1,110 +1,270 @@
-"""The HTTP server, over real HTTP."""
+"""The application on Ray Serve: replicas that die, clients that hang up, files that are misspelt."""
 
-import base64
+import copy
+import hashlib
 import json
+import os
+import signal
 import socket
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from serving import (
+    KEY,
+    Client,
+    ask,
+    base64_of,
+    free_port,
+    on_ray,
+    picture,
+    probe_head,
+    processes,
+    serving,
+    tiny_release,
+    until,
+)
 
-from igpt_ray import config, storage
-from igpt_ray.errors import CheckpointError, SettingError
+from igpt_ray import config
+from igpt_ray.errors import CheckpointError, FeatureError, SettingError
 from igpt_ray.flows import serve
+from igpt_ray.flows.serve import check
 
 pytestmark = pytest.mark.ray
 
+LANES = 4
+CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
+PICTURE = base64_of(picture())
+
 
 @pytest.fixture(scope="module")
-def address(cluster: str, released: str) -> Iterator[str]:
-    import ray.serve
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray.serve.run(serve.build(config.Serve(release=released, replicas=2)), name="igpt")
-    yield f"http://127.0.0.1:{port}"
-    ray.serve.shutdown()
+def keys(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} a test\n")
+    return str(path)
 
 
-@pytest.fixture
-def picture(digit_images: str) -> str:
-    data = next(path for path in sorted(Path(digit_images, "test").rglob("*.png"))).read_bytes()
-    return base64.b64encode(data).decode()
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Large enough that a whole picture takes a second or two."""
+    return tiny_release(str(tmp_path_factory.mktemp("slow")), n_px=16, n_layer=4, n_embd=128)
 
 
-def ask(url: str, body: dict[str, Any] | bytes | None = None) -> tuple[int, dict[str, Any]]:
-    data = json.dumps(body).encode() if isinstance(body, dict) else body
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+@pytest.fixture(scope="module")
+def settings(release: str, keys: str) -> config.Serve:
+    return config.Serve(release=f"slow={release}", keys=keys, replicas=2, lanes=LANES, queue=64)
 
 
-def test_what_is_served_is_what_the_painter_paints(address: str, released: str, picture: str) -> None:
-    body = {"image": picture, "n": 2, "seed": 5, "rows": 3}
-    status, served = ask(f"{address}/v1/completions", body)
-    painted = serve.Painter(released).complete(serve.CompletionRequest.model_validate(body))
-    assert status == 200
-    assert [x["tokens"] for x in served["data"]] == [x["tokens"] for x in painted["data"]]
-    assert served["original"] == painted["original"]
-    assert served["data"][0]["tokens"][:24] == served["data"][1]["tokens"][:24]
-    assert served["data"][0]["tokens"][24:] != served["data"][1]["tokens"][24:]
-    status, scored = ask(f"{address}/v1/score", {"image": picture})
-    assert status == 200
-    assert scored == pytest.approx(serve.Painter(released).score(serve.ScoreRequest(image=picture)), rel=1e-6)
+@pytest.fixture(scope="module")
+def client(cluster: str, settings: config.Serve) -> Iterator[Client]:
+    with on_ray(settings) as client:
+        yield client
 
 
-def test_bad_requests_get_a_code_and_a_reason_and_the_server_stays_up(address: str, picture: str) -> None:
-    text = base64.b64encode(b"hello").decode()
-    for body, status, code in (
-        ({"image": text}, 400, "invalid_image"),
-        ({"image": "not base64!"}, 400, "invalid_image"),
-        ({"image": picture, "rows": 9}, 400, "invalid_setting"),
-        ({"image": picture, "n": 17}, 422, "invalid_body"),
-        ({"image": picture, "temperatur": 1}, 422, "invalid_body"),
-        ({}, 422, "invalid_body"),
-        (b'{"image": "", "temperature": NaN}', 422, "invalid_body"),
-        (b"\x00", 422, "invalid_body"),
-    ):
-        answered, answer = ask(f"{address}/v1/completions", body)
-        assert (answered, answer["error"]["code"]) == (status, code), (body, answer)
-        assert "\n" not in answer["error"]["message"]
-    assert ask(f"{address}/readyz") == (200, {"status": "ready"})
-    assert ask(f"{address}/v1/models")[1]["data"][0]["n_px"] == 8
+def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Client, release: str) -> None:
+    """The tokens of a request are the same alone without Ray, among 31 others on two replicas, and streamed."""
+    body = {"image": PICTURE, "response_format": "tokens", "n": 2, "rows": 12, "seed": 5}
+    with serving({"slow": release}, lanes=2) as place:
+        alone = place.ask("/v1/completions", body).body["data"]
+
+    def other(i: int) -> int:
+        words = {"image": base64_of(picture(i)), "rows": 13 + i % 3, "n": 1 + i % LANES, "seed": i}
+        return client.ask("/v1/completions", words | {"stream": bool(i % 2)}).status
+
+    with ThreadPoolExecutor(36) as pool:
+        others = [pool.submit(other, i) for i in range(31)]
+        mine = [pool.submit(client.complete, n=2, rows=12, seed=5, stream=bool(i % 2)) for i in range(4)]
+        assert {done.result() for done in others} == {200}
+        assert all(done.result() == alone for done in mine)
+    assert client.complete(n=2, rows=12, seed=5) == alone
 
 
-def test_a_busy_port_and_a_missing_release_are_refused_at_once(released: str, tmp_path: Path) -> None:
+def test_a_stream_comes_row_by_row(client: Client) -> None:
+    """Rows arrive while the picture is being painted, not at its end."""
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    body = json.dumps({"image": PICTURE, "rows": 0, "stream": True}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    connection.request("POST", "/v1/completions", body, headers)
+    answer, times = connection.getresponse(), []
+    assert answer.getheader("content-type", "").startswith("text/event-stream")
+    while line := answer.readline():
+        if line == b"event: row\n":
+            times.append(time.monotonic())
+    connection.close()
+    assert len(times) == 16
+    assert len({round(t, 2) for t in times}) > 8
+
+
+def test_who_hangs_up_frees_the_lanes(client: Client) -> None:
+    body = json.dumps({"image": PICTURE, "rows": 0, "n": LANES, "stream": True}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    from ray import serve as ray_serve
+
+    handle = ray_serve.get_deployment_handle("release-slow", "igpt")
+
+    def in_use() -> int:
+        return max(handle.lanes.remote().result()[0] for _ in range(6))
+
+    with socket.create_connection(("127.0.0.1", client.port)) as s:
+        s.sendall(head.encode() + body)
+        until(lambda: in_use() == LANES)
+    started = time.monotonic()
+    until(lambda: in_use() == 0, 5)
+    assert time.monotonic() - started < 3
+
+
+def test_a_replica_that_dies_while_it_paints_costs_time_and_no_answer(client: Client) -> None:
+    """Streams go on where they were: another replica paints the same."""
+    words = {"rows": 0, "n": 2, "seed": 3}
+    expected = client.complete(**words)
+    before = processes("release-slow")
+    assert len(before) == 2
+    with ThreadPoolExecutor(4) as pool:
+        mine = [pool.submit(client.complete, **words, stream=bool(i % 2)) for i in range(4)]
+        time.sleep(0.5)
+        os.kill(next(iter(before.values())), signal.SIGKILL)
+        assert all(done.result() == expected for done in mine)
+    until(lambda: len(processes("release-slow")) == 2, 60)
+
+
+def test_every_error_behind_ray_s_proxy_is_json_too(client: Client) -> None:
+    assert client.ask("/nothing").code == "not_found"
+    assert client.ask("/v1/completions").code == "method_not_allowed"
+    assert client.ask("/v1/completions", {"image": "x"}).code == "invalid_image"
+    assert client.ask("/v1/completions", {"image": PICTURE, "model": "../../x"}).code == "model_not_found"
+    assert ask("127.0.0.1", client.port, "/v1/models").code == "missing_key"
+    assert ask("127.0.0.1", client.port, "/v1/models", key="wrong").code == "wrong_key"
+    assert client.ask("/v1/score", b"{}", Content_Length=str(17 << 20)).code == "too_large"
+    assert client.ask("/v1/score", {"image": PICTURE}).status == 200
+
+
+def test_metrics_are_where_prometheus_looks(client: Client) -> None:
+    import urllib.request
+
+    import ray
+
+    client.complete(rows=15)
+
+    def found() -> str:
+        pages = []
+        for node in ray.nodes():
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            pages.append(urllib.request.urlopen(url, timeout=10).read().decode())
+        return "\n".join(pages)
+
+    names = ("igpt_lanes_in_use", "igpt_requests_waiting", "igpt_pixels_painted", "igpt_first_row_seconds")
+    until(lambda: all(name in found() for name in names), 40)
+
+
+# ------------------------------------------------------------------------------------------------ before it serves
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, keys: str, tmp_path: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
         with pytest.raises(SettingError, match=f"cannot listen on 127.0.0.1:{port} .*--port"):
-            serve.run(config.Serve(release=released, port=port))
+            serve.run(config.Serve(release=release, port=port, open=True))
     with pytest.raises(CheckpointError, match="no release at"):
-        serve.run(config.Serve(release=str(tmp_path)))
+        serve.run(config.Serve(release=str(tmp_path / "none"), open=True))
+    with pytest.raises(SettingError, match="expected a line for each key"):
+        serve.run(config.Serve(release=release, keys="env:IGPT_NO_SUCH_KEYS"))
+    head = f"pets={probe_head(str(tmp_path / 'pets'), release, ['cat', 'dog'])}"
+    other = tiny_release(str(tmp_path / "other"), seed=1)
+    assert serve.build(config.Serve(release=(f"a={release}", f"b={release}", other), heads=head, open=True))
+    with pytest.raises(FeatureError, match="no release served is the one that the head pets was fitted on"):
+        serve.build(config.Serve(release=other, heads=head, open=True))
+    for wrong in ({}, {"open": True, "keys": keys}, {"open": True, "host": "0.0.0.0"}):
+        with pytest.raises(ValueError, match=r"say who may ask|must be a loopback address"):
+            config.Serve(release=release, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two are called 'a'"):
+        config.Serve(release=("a=/x", "a=/y"), open=True)
 
 
-def test_the_cluster_s_serve_file_builds_the_application(released: str) -> None:
-    """Ray's schema accepts misspelt keys, so every key is compared with what the schema knows."""
+def test_the_cluster_s_file_passes_the_check() -> None:
+    report = check.check_file(str(CLUSTER / "serve.yaml"))
+    assert list(report["applications"]["igpt"]) == ["s1"]
+
+
+SAID = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+
+
+def places(said: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every key at every level."""
+    for key, value in said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ():
+        if isinstance(said, dict):
+            yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("path", places(SAID), ids=lambda path: ".".join(map(str, path)))
+def test_every_misspelt_or_missing_key_of_the_cluster_s_file_is_found(path: tuple[Any, ...]) -> None:
+    """Ray takes nearly all of them. Those that only say what is the default anyway may be left out."""
+    for mutate in (lambda at, key: at.__setitem__(f"{key}x", at.pop(key)), lambda at, key: at.pop(key)):
+        said = copy.deepcopy(SAID)
+        at = said
+        for step in path[:-1]:
+            at = at[step]
+        mutate(at, path[-1])
+        dropped = path[-1] not in at and f"{path[-1]}x" not in at
+        if dropped and path[-1] in ("deployments", "autoscaling_config", "max_ongoing_requests", "lanes", "gpus"):
+            check.check_config(said, "it")
+            continue
+        with pytest.raises(SettingError, match=rf"it.*{path[-1]}|say who may ask|no release to serve"):
+            check.check_config(said, "it")
+
+
+def test_the_check_finds_wrong_values_too() -> None:
+    for path, value, match in (
+        (("http_options", "port"), "many", "port"),
+        (("applications", 0, "import_path"), "igpt_ray.flows.serve:run", "import_path"),
+        (("applications", 0, "deployments", 0, "name"), "release-s2", "no such deployment: there are api, release-s1"),
+        (("applications", 0, "args", "replicas"), 0, "replicas"),
+        (("applications", 0, "args"), {"release": "s1=/x", "open": True}, "not a loopback address"),
+        (("applications",), [], "at least one"),
+    ):
+        said = copy.deepcopy(SAID)
+        at: Any = said
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = value
+        with pytest.raises(SettingError, match=match):
+            check.check_config(said, "it")
+
+
+def test_the_cluster_s_file_deploys(cluster: str, release: str, keys: str) -> None:
+    """With a release and keys that are here, and no GPU: what Ray makes of the file, autoscaling included."""
+    import ray.serve
+    from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    path = Path(__file__).resolve().parent.parent / "cluster" / "serve.yaml"
-    raw = yaml.safe_load(path.read_text())
-    known = ServeDeploySchema(**raw).model_dump()
-    assert raw.keys() <= known.keys()
-    assert raw["http_options"].keys() <= known["http_options"].keys()
-    for application in raw["applications"]:
-        assert application.keys() <= known["applications"][0].keys()
-        module, name = application["import_path"].split(":")
-        assert getattr(__import__(module, fromlist=[name]), name) is serve.build
-        assert config.Serve.model_validate(application["args"]).release == storage.absolute(
-            raw["applications"][0]["args"]["release"]
-        )
+    ray.serve.shutdown()
+    said = copy.deepcopy(SAID)
+    port = free_port()
+    said["http_options"] |= {"host": "127.0.0.1", "port": port}
+    said["applications"][0]["args"] |= {"release": f"s1={release}", "keys": keys, "gpus": 0}
+    check.check_config(said, "it")
+    ray.serve.start(http_options=said["http_options"])
+    _get_global_client().deploy_apps(ServeDeploySchema(**said))
+    client = Client(port)
+
+    def ready() -> bool:
+        try:
+            return client.ask("/readyz").status == 200
+        except OSError:
+            return False
+
+    until(ready, 90)
+    assert client.ask("/v1/models").body["data"][0]["id"] == "s1"
+    assert client.ask("/v1/completions", {"image": PICTURE, "rows": 15}).status == 200
+    ray.serve.shutdown()

@@ -16,8 +16,9 @@ from igpt_ray import checkpoint, config, metrics, shards, storage, weights
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate import masked_nats
 from igpt_ray.features import FeatureStore
-from igpt_ray.flows import infer, serve, train
+from igpt_ray.flows import batch, infer, serve, train
 from igpt_ray.flows.probe import probe_layers
+from igpt_ray.flows.serve.replica import Replica
 from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
@@ -105,10 +106,10 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
     assert FeatureStore(str(tmp_path / "features")).layer("test", 2)[0].shape == (len(nats), 5, 32)
 
     for refused in (
-        lambda: infer.complete(config.Complete(**both, out=str(tmp_path))),
-        lambda: infer.score(config.Score(**both, out=str(tmp_path))),
-        lambda: serve.run(config.Serve(release=both["release"])),
-        lambda: serve.Painter(both["release"]),
+        lambda: batch.complete(config.Complete(**both, out=str(tmp_path))),
+        lambda: batch.score(config.Score(**both, out=str(tmp_path))),
+        lambda: serve.run(config.Serve(release=both["release"], open=True)),
+        lambda: Replica("masked", both["release"], {}, 1),
     ):
         with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
             refused()

@@ -15,7 +15,8 @@ from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
 from igpt_ray import config, objectives, weights
-from igpt_ray.model import ImageGPT, KVCache, attended, turned
+from igpt_ray.lanes import Lanes
+from igpt_ray.model import ImageGPT, attended, turned
 
 Golden = tuple[ImageGPT, dict[str, Tensor]]
 
@@ -45,11 +46,11 @@ def test_logits_and_loss_are_openais(golden: Golden) -> None:
 def test_keys_and_values_are_openais(golden: Golden) -> None:
     """Keys where values belong, or heads cut along the wrong axis: sampling would go wrong where training does not."""
     model, computed = golden
-    cache = KVCache(model, 4)
-    model.prefill(computed["tokens"][:, :-1], cache)
-    present = cache.kv.permute(2, 0, 1, 3, 4, 5)  # (B, L, 2, N, T, D)
+    lanes = Lanes(model, 4, "float32")
+    for lane, x in enumerate(computed["tokens"]):
+        lanes.fill([lane], x)
+    present = lanes.kv.permute(2, 0, 1, 3, 4, 5)  # (B, L, 2, N, T, D)
     torch.testing.assert_close(present, computed["present"], rtol=0, atol=2e-5)
-    assert cache.length == 64
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -141,33 +142,6 @@ def test_position_matters() -> None:
     assert len(torch.unique(logits[0], dim=0)) == 16
 
 
-@pytest.mark.parametrize("given", [0, 1, 5, 15])
-def test_a_cache_gives_the_logits_of_the_full_pass(given: int) -> None:
-    """A position or a cache slot off by one shows only in samples."""
-    model = random_model()
-    x = random_tokens(model, 3)
-    full = model(x)
-    cache = KVCache(model, 3)
-    logits = [model.prefill(x[:, :given], cache)]
-    logits += [model.step(x[:, t], cache) for t in range(given, 15)]
-    torch.testing.assert_close(torch.stack(logits, 1), full[:, given:], rtol=1e-5, atol=1e-5)
-    assert cache.length == 16
-
-
-def test_a_repeated_cache_is_a_copy_with_neighbouring_lanes() -> None:
-    """Samples of one picture that write into each other's keys, or lanes in the order 0 1 2 0 1 2."""
-    model = random_model()
-    x = random_tokens(model, 2)
-    cache = KVCache(model, 2)
-    model.prefill(x[:, :4], cache)
-    twice = cache.repeat(2)
-    lanes = model.step(torch.tensor([1, 2, 3, 4]), twice)
-    alone = [model.step(torch.tensor(pair), cache.repeat(1)) for pair in ([1, 3], [2, 4])]
-    torch.testing.assert_close(lanes[0::2], alone[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lanes[1::2], alone[1], rtol=1e-5, atol=1e-5)
-    assert (cache.length, twice.length) == (5, 6)
-
-
 def test_every_weight_learns() -> None:
     """A parameter that the forward pass forgot, such as the last position or the start vector."""
     model = random_model().requires_grad_(True)
@@ -247,7 +221,7 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
     """By hand: elements i and i + D/2 as a complex number times e^(i angle); the first half of the pairs by rows."""
     model = random_model(rotary=True)
     x = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
-    turn = model.rotation(0, 16)
+    turn = model.rotation(16)
     assert turn is not None
     found = turned(x, turn)
     for t in range(16):
@@ -256,14 +230,13 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
             point = torch.complex(x[:, :, t, i], x[:, :, t, i + 4]) * cmath.exp(1j * angle)
             torch.testing.assert_close(found[:, :, t, i], point.real, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[:, :, t, i + 4], point.imag, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.rotation(5, 3), turn[:, 5:8])
 
 
 def test_a_query_and_a_key_agree_by_the_rows_and_columns_between_them() -> None:
     """Absolute places that leak in, or columns that wrap around the edge as neighbours do in raster order."""
     model = random_model(rotary=True, n_px=8)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).expand(64, 2, 8).transpose(0, 1)
-    turn = model.rotation(0, 64)
+    turn = model.rotation(64)
     assert turn is not None
     agreement = turned(q, turn) @ turned(k, turn).T  # (64, 64)
     at = {}
@@ -297,7 +270,7 @@ def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
             y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
             for y, norm in ((q, block.attn.q_norm), (k, block.attn.k_norm))
         )
-    turn = model.rotation(0, 16)
+    turn = model.rotation(16)
     if turn is not None:
         q, k = (turned(y.transpose(1, 2), turn).transpose(1, 2) for y in (q, k))
     weights = torch.einsum("bind,bjnd->bnij", q, k) / 8**0.5
@@ -308,15 +281,10 @@ def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
     torch.testing.assert_close(block(h, turn), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("given", [0, 1, 5, 15])
-def test_a_cache_gives_the_logits_of_the_full_pass_of_a_modern_network(given: int) -> None:
-    """Keys that are stored before they are turned, or turned by their place in the piece that is new."""
+def test_features_of_a_modern_network_end_with_its_hidden_states() -> None:
+    """Rotary positions that only one of the two ways through the blocks applies."""
     model = random_model(**MODERN)
     x = random_tokens(model, 3)
-    full, cache = model(x), KVCache(model, 3)
-    logits = [model.prefill(x[:, :given], cache)]
-    logits += [model.step(x[:, t], cache) for t in range(given, 15)]
-    torch.testing.assert_close(torch.stack(logits, 1), full[:, given:], rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(model.features(x)[:, -1], model.hidden(x).mean(1))
 
 

@@ -75,11 +75,33 @@ def test_the_likeliest_colours_are_those_of_the_uncached_network(
     assert torch.equal(sampling.complete(model, given, 1, [0, 1, 2], **how), expected)
 
 
-def test_steps_are_the_columns_of_the_completion(model: ImageGPT, given: Tensor) -> None:
-    """A page that draws pixel by pixel must end with the picture that a single request gets."""
-    columns = list(sampling.steps(model, given, 1, [1, 2, 3]))
-    assert len(columns) == 10
-    assert torch.equal(torch.cat([given, *columns], dim=1), sampling.complete(model, given, 1, [1, 2, 3]))
+def test_pixels_given_anywhere_are_kept_and_seen(model: ImageGPT) -> None:
+    """A mask that is read from its first hole on only, or given colours that later pixels are painted without. The
+    reference has no cache."""
+    x = random_tokens(model, 3)
+    given = torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < torch.tensor([[0.2], [0.5], [0.8]])
+    expected = torch.where(given, x, 0)
+    for t in range(16):
+        expected[:, t] = torch.where(given[:, t], x[:, t], model(expected)[:, t].argmax(-1))
+    assert torch.equal(sampling.complete(model, x, 1, [0, 1, 2], temperature=0, given=given), expected)
+
+
+def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
+    seeds = list(range(6))
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[:, :6] = True
+    padded = torch.nn.functional.pad(given, (0, 10), value=3)
+    masked = sampling.complete(model, padded, 2, seeds, given=mask)
+    assert torch.equal(masked, sampling.complete(model, given, 2, seeds))
+
+
+def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Tensor) -> None:
+    """A picture's samples that lose their order, or those beyond the lanes."""
+    n = sampling.LANES + 3
+    done = sampling.complete(model, given[:2], n, list(range(2 * n)))
+    assert done.shape == (2 * n, 16)
+    for i in (0, n - 1, n, 2 * n - 1):
+        assert torch.equal(sampling.complete(model, given[i // n][None], 1, [i])[0], done[i])
 
 
 def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
@@ -130,6 +152,38 @@ def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
     seen = sampling.pick(logits, sampling.uniforms([79], 1000)[0], top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
+
+
+def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
+    """A nucleus without the colour that crosses the line, or with one beyond it."""
+    p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
+    u = sampling.uniforms([80], 20_000)[0]
+    for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
+        counts = torch.bincount(sampling.pick(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4).numpy()
+        assert np.flatnonzero(counts).tolist() == left
+        share = p[left].numpy() / p[left].sum().item()
+        assert len(left) == 1 or chisquare(counts[left], len(u) * share).pvalue > 1e-3
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    """transformers filters in this order: of 0.5 and 0.3 the first has 0.625."""
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
+    u = sampling.uniforms([81], 1000)[0]
+    assert sampling.pick(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
+    assert sampling.pick(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
+
+
+def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
+    """A row that is filtered because its neighbour asks for it, or whose probabilities change by a bit."""
+    g = torch.Generator().manual_seed(6)
+    logits, u = 3 * torch.randn(60, 64, generator=g), torch.rand(60, generator=g, dtype=torch.float64)
+    temperature = torch.tensor([0, 1, 0.5, 2.0, 1e-6, 1], dtype=torch.float64).repeat(10)
+    top_k = torch.tensor([0, 0, 3, 100, 1]).repeat(12)
+    top_p = torch.tensor([1, 0.9, 0.3, 1], dtype=torch.float64).repeat(15)
+    together = sampling.pick(logits, u, temperature, top_k, top_p)
+    for i in range(60):
+        how = temperature[i].item(), int(top_k[i]), top_p[i].item()
+        assert sampling.pick(logits[i : i + 1], u[i : i + 1], *how).item() == together[i]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])

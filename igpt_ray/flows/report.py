@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from igpt_ray import config, images, palette, report, storage, weights
 from igpt_ray.errors import NotFound, SettingError
 from igpt_ray.evaluate import heat_map
-from igpt_ray.flows import finetune, infer
+from igpt_ray.flows import batch, finetune, infer
 from igpt_ray.flows.probe import check_splits, probe_layers
 from igpt_ray.report import Found, Picture
 from igpt_ray.shards import TokenStore, tokens_of
@@ -200,7 +200,7 @@ def _completions(settings: config.Report, parts: Parts) -> dict[str, list[Pictur
         seed=settings.seed,
         pool=settings.pool,
     )
-    parts.once("completions", wanted, lambda: infer.complete(wanted), "completions.png")
+    parts.once("completions", wanted, lambda: batch.complete(wanted), "completions.png")
     figure = storage.read(storage.join(wanted.out, "completions.png"))
     caption = f"The given half, {settings.n} completions of it, and the whole picture as the network sees it."
     return {"completions": [Picture(figure, caption)]}

@@ -1,0 +1,165 @@
+"""Releases over HTTP, with Ray Serve and FastAPI: an API deployment, and behind it one of replicas for each release.
+
+`serve deploy` builds the application with `build` (see cluster/serve.yaml); jobs/serve.py runs it from a driver.
+"""
+
+import itertools
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle
+
+from igpt_ray import config, engine, storage, weights
+from igpt_ray.errors import FeatureError, SettingError
+from igpt_ray.flows.serve.api import REQUEST_SECONDS, Served, application
+from igpt_ray.flows.serve.check import API, check_file, deployment_of
+from igpt_ray.flows.serve.gate import Keys, Refused
+from igpt_ray.flows.serve.replica import Replica, heads_of
+from igpt_ray.heads import load_head
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Tokens
+from igpt_ray.wire import Reader
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Of a request whose replica dies: its answer does not depend on who gives it."""
+CONNECTIONS = 10_000
+"""That the API looks at: when there is much to do its gate refuses most of them, and in JSON, unlike Ray's proxy."""
+
+
+class Api:
+    """The ingress: it holds no model."""
+
+    def __init__(self, settings: config.Serve, keys: Keys | None, handles: dict[str, DeploymentHandle]):
+        self.settings, self.keys, self.handles = settings, keys, handles
+
+    def __serve_build_asgi_app__(self) -> Any:
+        heads = {name: load_head(uri) for name, uri in self.settings.probes.items()}
+        served = {}
+        for name, uri in self.settings.releases.items():
+            about = weights.load_config(uri)
+            reader = Reader(about, Palette.load(storage.join(uri, "palette.npy")))
+            replicas = Replicas(self.handles[name])
+            served[name] = Served(name, reader, heads_of(about, heads), self.settings.lanes, replicas)
+        return application(served, self.keys, self.settings.queue)
+
+
+class Replicas:
+    """Those of a release. What one that died was asked is asked again of another."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle = handle
+
+    async def ask(self, what: str, *words: Any) -> Any:
+        for attempt in itertools.count(1):
+            answer = getattr(self.handle, what).remote(*words)
+            try:
+                return await answer
+            except RayActorError as error:
+                _give_up_after(attempt, error)
+        raise AssertionError
+
+    async def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]:
+        """The rows that another replica paints again are the same, so the listener does not hear them twice."""
+        told = 0
+        for attempt in itertools.count(1):
+            rows, heard = self.handle.options(stream=True).complete.remote(request), 0
+            try:
+                async for row in rows:
+                    heard += 1
+                    if heard > told:
+                        told = heard
+                        yield row
+                return
+            except RayActorError as error:
+                _give_up_after(attempt, error)
+            finally:
+                rows.cancel()
+
+
+def _give_up_after(attempt: int, error: RayActorError) -> None:
+    log.warning("a replica was lost (attempt %d): %s", attempt, error)
+    if attempt == ATTEMPTS:
+        raise Refused(503, "replica_lost", "the replicas at this request died: try again", Retry_After="5") from error
+
+
+def build(settings: config.Serve) -> serve.Application:
+    """The application; `serve deploy` passes the `args` of its YAML, checked as settings."""
+    handles, probes = {}, settings.probes
+    heads = {name: load_head(uri) for name, uri in probes.items()}
+    strangers = set(heads)
+    for name, uri in settings.releases.items():
+        about = weights.load_config(uri)
+        weights.check_next(about, uri)
+        fitting = {head: probes[head] for head in heads_of(about, heads) if head in probes}
+        strangers -= fitting.keys()
+        deployment = serve.deployment(
+            name=deployment_of(name),
+            num_replicas=settings.replicas,
+            max_ongoing_requests=settings.lanes,
+            ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+            graceful_shutdown_timeout_s=REQUEST_SECONDS,
+            health_check_period_s=5,
+        )(Replica)
+        handles[name] = deployment.bind(name, uri, fitting, settings.lanes, settings.precision)
+    if strangers:
+        raise FeatureError(f"no release served is the one that the head {min(strangers)} was fitted on")
+    api = serve.deployment(
+        name=API,
+        max_ongoing_requests=CONNECTIONS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=REQUEST_SECONDS,
+    )(serve.ingress()(Api))
+    return api.bind(settings, Keys.load(settings.keys) if settings.keys else None, handles)
+
+
+# ------------------------------------------------------------------------------------------------ the job
+
+
+def run(settings: config.Serve) -> dict[str, Any]:
+    """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`)."""
+    application = build(settings)  # refuses here, not in a replica that Serve would start again and again
+    _check_port(settings.host, settings.port)
+    options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=REQUEST_SECONDS + 60)
+    serve.start(http_options=options)
+    started = time.time()
+    try:
+        serve.run(application, name="igpt")
+        address = f"http://{settings.host}:{settings.port}"
+        log.info("serving %s: the page is at %s/", ", ".join(settings.releases), address)
+        log.info("try: %s", curl_line(address, "PICTURE.png", bool(settings.keys)))
+        while True:
+            time.sleep(1)
+    except (KeyboardInterrupt, SystemExit):
+        return {"served": settings.releases, "seconds": round(time.time() - started, 1)}
+    finally:
+        serve.shutdown()
+
+
+def check_only(settings: config.Serve) -> dict[str, Any]:
+    """A file for `serve deploy`, key by key, without a cluster."""
+    return check_file(settings.check)
+
+
+def curl_line(address: str, picture: str, keyed: bool = False) -> str:
+    """A line for the shell that has a picture finished twice."""
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f"curl -s {address}/v1/completions{key} -F n=2 -F image=@{picture}"
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose a free one with --port"
+            ) from error

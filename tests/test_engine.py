@@ -1,0 +1,232 @@
+"""The engine: a sample depends on its request and its seed alone, and every request is served in its turn."""
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from igpt_ray import sampling
+from igpt_ray.engine import Engine, Request, Ticket
+from igpt_ray.errors import SettingError
+from igpt_ray.lanes import Precision
+from igpt_ray.model import ImageGPT
+
+MODEL = random_model(std=0.4)
+"""Sharp enough that samples depend on what was given, soft enough that they differ."""
+PICTURES = random_tokens(MODEL, 8).numpy()
+TOP_ROWS = np.arange(16) < 8
+
+
+def drained(engine: Engine) -> list[Ticket]:
+    done = []
+    while engine.lanes_in_use or engine.waiting:
+        done += engine.step()
+    return done
+
+
+def alone(request: Request, model: ImageGPT = MODEL) -> NDArray[np.integer]:
+    """What `sampling.complete` makes of each seed, one by one: (n, T)."""
+    tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.given)[None]
+    how = request.temperature, request.top_k, request.top_p
+    return np.concatenate(
+        [sampling.complete(model, tokens, 1, [seed], *how, given=mask).numpy() for seed in request.seeds]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the same samples
+
+masks = st.one_of(
+    st.integers(0, 16).map(lambda n: np.arange(16) < n),
+    st.lists(st.booleans(), min_size=16, max_size=16).map(lambda bits: np.array(bits, bool)),
+)
+requests = st.builds(
+    Request,
+    tokens=st.integers(0, 7).map(lambda i: PICTURES[i]),
+    given=masks,
+    seeds=st.lists(st.integers(0, 2**64), min_size=1, max_size=4).map(tuple),
+    temperature=st.sampled_from([0, 0.5, 1, 1, 3]),
+    top_k=st.sampled_from([0, 0, 1, 5]),
+    top_p=st.sampled_from([1, 1, 0.5, 0.9]),
+)
+happenings = st.lists(st.one_of(requests, st.integers(1, 6), st.just("cancel")), min_size=1, max_size=14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lanes=st.integers(4, 9), happenings=happenings, choice=st.randoms(use_true_random=False))
+def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(lanes: int, happenings: list[Any], choice: Any) -> None:
+    """Requests, steps and cancellations in any order: a lane that keeps something of who held it before, one that is
+    lost, a kernel that sums in another order for another number of rows."""
+    engine, tickets = Engine(MODEL, lanes), list[Ticket]()
+    finished = []
+    for what in happenings:
+        if isinstance(what, Request):
+            tickets.append(engine.submit(what))
+        elif isinstance(what, int):
+            finished += [ticket for _ in range(what) for ticket in engine.step()]
+        elif tickets:
+            engine.cancel(choice.choice(tickets))
+    finished += drained(engine)
+    for ticket in tickets:
+        assert ticket.finished != ticket.cancelled
+        assert ticket.finished == (ticket in finished or bool(ticket.request.given.all()))
+        if ticket.finished:
+            assert ticket.position == 16
+            assert (ticket.tokens == alone(ticket.request)).all()
+    assert engine.lanes_in_use == engine.waiting == 0
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_sample_is_the_same_alone_and_among_31_others(precision: Precision) -> None:
+    """At a width where libraries choose between kernels."""
+    model = random_model(std=0.06, n_layer=2, n_embd=256, n_px=6, n_vocab=64)
+    pictures = random_tokens(model, 16).numpy()
+    asked = [Request(pictures[i], np.arange(36) < 2 * i, (100 + i, 200 + i)) for i in range(16)]
+    crowd, single = Engine(model, 32, precision), Engine(model, 1, precision)
+    together = [crowd.submit(request) for request in asked]
+    drained(crowd)
+    for ticket in together[::5]:
+        for row, seed in enumerate(ticket.request.seeds):
+            one = single.submit(replace(ticket.request, seeds=(seed,)))
+            drained(single)
+            assert (one.tokens[0] == ticket.tokens[row]).all()
+
+
+# ------------------------------------------------------------------------------------------------ on the way
+
+
+def test_what_is_finished_can_be_watched() -> None:
+    """A page that paints rows: pixels below `position` never change again, given ones are there from the start, and
+    what comes behind the last pixel to paint is waited for by nobody."""
+    mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], bool)
+    engine = Engine(MODEL, 2)
+    ticket = engine.submit(Request(PICTURES[0], mask, (1, 2)))
+    assert ticket.position == 2
+    assert (ticket.tokens[:, mask] == PICTURES[0][mask]).all()
+    seen = []
+    while not ticket.finished:
+        engine.step()
+        seen.append((ticket.position, ticket.tokens.copy()))
+    assert [position for position, _ in seen] == [3, 4, 5, 6, 7, 8, 16]
+    for position, tokens in seen:
+        assert (tokens[:, :position] == ticket.tokens[:, :position]).all()
+    assert engine.painted == 8
+
+
+def test_a_picture_with_nothing_to_paint_is_finished_at_once() -> None:
+    """It would hold a lane, or wait for one."""
+    engine = Engine(MODEL, 1)
+    ticket = engine.submit(Request(PICTURES[0], np.ones(16, bool), (1,)))
+    assert ticket.finished
+    assert ticket.position == 16
+    assert (ticket.tokens == PICTURES[0]).all()
+    assert (engine.lanes_in_use, engine.waiting, engine.painted, engine.step()) == (0, 0, 0, [])
+
+
+def test_a_request_of_many_samples_is_not_overtaken() -> None:
+    """While small ones keep coming it would never find enough lanes."""
+    engine = Engine(MODEL, 4)
+    first = engine.submit(Request(PICTURES[0], TOP_ROWS, (1,)))
+    engine.step()
+    many = engine.submit(Request(PICTURES[1], TOP_ROWS, (1, 2, 3, 4)))
+    late = engine.submit(Request(PICTURES[2], TOP_ROWS, (1,)))
+    assert (engine.lanes_in_use, engine.waiting) == (1, 2)
+    assert drained(engine) == [first, many, late]
+
+
+def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
+    """A client that hangs up would hold its lanes to the end; one that still waits would be painted for nobody."""
+    engine = Engine(MODEL, 2)
+    gone, waiting, served = (engine.submit(Request(PICTURES[i], TOP_ROWS, (1, 2))) for i in range(3))
+    engine.step()
+    engine.cancel(gone)
+    engine.cancel(waiting)
+    assert (engine.lanes_in_use, engine.waiting) == (0, 1)
+    engine.step()
+    assert served.position == 9
+    assert gone.position == 9
+    assert drained(engine) == [served]
+    engine.cancel(served)
+    assert (served.finished, served.cancelled) == (True, False)
+    assert (gone.finished, gone.cancelled) == (False, True)
+
+
+def test_requests_may_come_from_any_thread_while_it_steps() -> None:
+    """A queue that loses one, or a lane that two get."""
+    engine = Engine(MODEL, 3)
+    tickets: list[Ticket] = []
+
+    def ask(i: int) -> None:
+        for k in range(10):
+            ticket = engine.submit(Request(PICTURES[i], TOP_ROWS, (i, k)))
+            tickets.append(ticket)
+            if k % 3 == 2:
+                engine.cancel(ticket)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    done = []
+    while any(thread.is_alive() for thread in threads) or engine.waiting or engine.lanes_in_use:
+        done += engine.step()
+    assert len(tickets) == 40
+    assert set(done) == {ticket for ticket in tickets if ticket.finished}
+    assert all(ticket.finished != ticket.cancelled for ticket in tickets)
+    for ticket in done[::7]:
+        assert (ticket.tokens == alone(ticket.request)).all()
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": PICTURES[0][:15]}, r"tokens are \(15,\) and given \(16,\), expected \(16,\) of both"),
+        ({"given": TOP_ROWS[None]}, r"given \(1, 16\)"),
+        ({"tokens": PICTURES[0] / 2}, "tokens are float64 and given bool, expected integers and booleans"),
+        ({"given": TOP_ROWS.astype(int)}, "given int64"),
+        ({"tokens": PICTURES[0] + 16}, "a given pixel has the colour .*, expected 0 to 15"),
+        ({"tokens": PICTURES[0] - 16}, "a given pixel has the colour -"),
+        ({"seeds": ()}, "0 samples are wanted, expected 1 to 2"),
+        ({"seeds": (1, 2, 3)}, "3 samples are wanted, expected 1 to 2: send several requests"),
+        ({"seeds": (-1,)}, "a seed is -1"),
+        ({"seeds": (2**128,)}, "a seed is 3402"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+    ],
+)
+def test_a_malformed_request_is_refused_and_named(change: dict[str, Any], message: str) -> None:
+    """An error from inside a step would take all other requests with it."""
+    engine = Engine(MODEL, 2)
+    good = Request(PICTURES[0], TOP_ROWS, (1,))
+    with pytest.raises(SettingError, match=message):
+        engine.submit(replace(good, **change))
+    assert engine.waiting == 0
+    ticket = engine.submit(
+        replace(good, tokens=np.where(TOP_ROWS, PICTURES[0], 999))
+    )  # what is not given may be anything
+    assert drained(engine) == [ticket]
+
+
+def test_a_temperature_near_zero_or_huge_is_served() -> None:
+    """Logits that overflow to nan, which is no colour."""
+    engine = Engine(MODEL, 4)
+    tickets = [engine.submit(Request(PICTURES[0], TOP_ROWS, (1,), heat)) for heat in (5e-324, 1e-6, 1e6, 1e308)]
+    drained(engine)
+    coldest = alone(Request(PICTURES[0], TOP_ROWS, (1,), 0))
+    assert (tickets[0].tokens == coldest).all()
+    assert (tickets[1].tokens == coldest).all()
+    assert all(ticket.tokens.max() < 16 for ticket in tickets)
