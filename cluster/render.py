@@ -4,9 +4,10 @@ python cluster/render.py cluster/aws.yaml build/aws.yaml
 python cluster/render.py cluster/aws.yaml build/serve.yaml Cluster=igpt-serve WorkerProfile=arn:aws:iam::...
 python cluster/render.py cluster/kuberay build/kuberay -- python jobs/pretrain.py igpt-s --data.tokens s3://bucket/tokens
 
-In the files `${Name}` is a line of site.env, or a word `Name=value` given here; `${RayVersion}` is pyproject's,
-`${Words}` what comes behind `--`, `${Job}` the job's name in it. `s3://bucket` is your bucket. `!include` puts another
-file there, `!text` its text. Whatever has no value is named, and nothing is written.
+In the files `${Region}` is a line of site.env, or a word `Region=value` given here; `${RayVersion}` is pyproject's,
+`${Words}` what comes behind `--`, `${Job}` the job's name in it, and `${Name}` the same unless a word says otherwise.
+`s3://bucket` is your bucket. `!include` puts another file there, `!text` its text. Whatever has no value is named, and
+nothing is written.
 """
 
 import re
@@ -39,7 +40,7 @@ def names(words: list[str]) -> dict[str, str]:
     """All that `${...}` may say: site.env, what follows from the repository, and the words given."""
     given, job = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     name = next((Path(word).stem for word in job if word.startswith("jobs/")), "")
-    found = {"Cluster": "igpt", "RayVersion": ray_version(), "Words": shlex.join(job), "Job": name}
+    found = {"Cluster": "igpt", "RayVersion": ray_version(), "Words": shlex.join(job), "Job": name, "Name": name}
     return found | site() | dict(word.split("=", 1) for word in given)
 
 

@@ -1,8 +1,8 @@
-"""An AWS account to test against: moto's, with the stacks of `infra/` deployed, and IAM's decisions about calls.
+"""An AWS account to test against, moto's with the stacks of `infra/`, and IAM's decisions about calls.
 
-moto does not enforce policies by their conditions, so `allowed` decides: the part of IAM's rules that `infra/roles.yaml`
-uses. An explicit Deny wins, anything else wants an Allow; actions and resources with `*`; the conditions of
-`CONDITIONS`. A condition of another kind is refused, so that none is taken for granted.
+moto does not enforce policies by their conditions, so `allowed` decides, by the part of IAM's rules that
+`infra/roles.yaml` uses. An explicit Deny wins, anything else wants an Allow; actions and resources with `*`; the
+conditions of `CONDITIONS`. A condition of another kind is refused, so that none is taken for granted.
 """
 
 import json

@@ -199,7 +199,7 @@ def test_a_role_is_refused_what_it_must_never_do(account: Account, role: str) ->
 
 
 def test_only_calls_that_have_no_resource_are_allowed_on_all_of_them(account: Account) -> None:
-    """Actions are spelt out, and `Resource: *` stands only beside those for which AWS knows no other, and the agent's."""
+    """Actions are spelt out; `Resource: *` stands beside those for which AWS knows no other, and the agent's."""
     for role in ROLES:
         for statement in account.statements(role):
             actions = aws.listed(statement["Action"])
@@ -265,25 +265,16 @@ def requests_since(endpoint: str, what: str) -> list[Call]:
 def test_roles_may_do_all_that_preparing_training_and_serving_ask_for(
     account: Account, moto_s3: str, aws_at_moto: str, digit_images: str
 ) -> None:
-    """The jobs as users run them, against a server that writes down every request."""
+    """The flows of the jobs, against a server that writes down every request."""
     bucket = aws_at_moto
     for path in sorted(Path(digit_images).rglob("*.png"))[:60]:
         storage.write(storage.join(bucket, "imagenet", str(path.relative_to(digit_images))), path.read_bytes())
     requests_since(moto_s3, "start")
-    pixels = ["--pixels.n-px", "4", "--pixels.crop", "centre"]
-    run("palette", "--source", f"{bucket}/imagenet", "--out", f"{bucket}/palette.npy", "--k", "16", *pixels)
-    run(
-        *("prepare", "--source", f"{bucket}/imagenet", "--palette", f"{bucket}/palette.npy", *pixels),
-        *("--tokens", f"{bucket}/tokens"),
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "tests/stages.py", bucket], cwd=ROOT, env=env, capture_output=True, text=True
     )
-    storage.write(f"{bucket}/tokens/train/left-over.parquet", b"of a run with other settings")
-    run("verify", "--tokens", f"{bucket}/tokens", "--remake", "0", "--remove")
-    run(
-        *("pretrain", "tiny", "--data.tokens", f"{bucket}/tokens", "--run.root", f"{bucket}/runs", "--run.name", "s1"),
-        *("--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-px", "4"),
-        *("--model.n-vocab", "16", "--optim.batch-size", "4", "--optim.steps", "12", "--optim.warmup-steps", "2"),
-        *("--run.checkpoint-every", "3", "--run.keep", "1", "--run.log-every", "3"),
-    )
+    assert done.returncode == 0, done.stderr[-3000:]
     jobs = requests_since(moto_s3, "download")
     requests_since(moto_s3, "start")
     weights.load_release(f"{bucket}/runs/s1/release")
@@ -316,12 +307,3 @@ def aws_at_moto(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         storage._s3().create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
         yield f"s3://{bucket}"
     storage._s3.cache_clear()
-
-
-def run(job: str, *words: str) -> None:
-    """A job in a process of its own, with a Ray of its own."""
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, f"jobs/{job}.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
