@@ -157,7 +157,7 @@ def free_port() -> int:
 def _serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
     log = folder / "server.log"
     with open(log, "wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
     try:
         _wait_until_it_answers(server, port, log)
         yield

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CALLS = {
     "gcs_server": ["NodeInfoGcsService/GetAllNodeInfo", "JobInfoGcsService/GetAllJobInfo"],
     "raylet": ["NodeManagerService/GetSystemConfig", "ObjectManagerService/Pull"],
+    "client": ["RayletDriver/ClusterInfo"],
     "ray::DashboardAgent": ["LogService/ListLogs", "ReporterService/GetTraceback"],
 }
 """What one may ask of a process over gRPC; the first that its port knows is asked."""
@@ -46,34 +47,48 @@ class Port(NamedTuple):
 class Started(NamedTuple):
     token: str
     ports: list[Port]
-    metrics: int
+    dashboard: Port
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     with local.ray_cluster(tmp_path_factory.mktemp("logs"), 1, {}) as client:
         (head,) = [p for p in psutil.Process().children() if {"start", "--head"} <= set(p.cmdline())]
-        agents: list[Port] = []
-        deadline = time.monotonic() + 120
-        while len(agents) < 3 and time.monotonic() < deadline:  # HTTP, gRPC and metrics of the agent come last
+        late: list[Port] = []
+        deadline = time.monotonic() + 200
+        while len(late) < 4 and time.monotonic() < deadline:  # HTTP, gRPC and metrics of the agent, and Ray Client
             time.sleep(1)
             ports = listening(head)
-            agents = [p for p in ports if "DashboardAgent" in p.process]
-        (metrics,) = [int(word.split("=")[1]) for word in head.cmdline() if "metrics-export-port" in word]
-        yield Started(client["RAY_AUTH_TOKEN"], ports, metrics)
+            late = [p for p in ports if p.process in ("ray::DashboardAgent", "client") and p.host == "127.0.0.1"]
+        dashboard = int(client["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1])
+        yield Started(client["RAY_AUTH_TOKEN"], ports, Port("dashboard", "127.0.0.1", dashboard))
 
 
 def listening(head: psutil.Process) -> list[Port]:
     found = set()
     for process in head.children(recursive=True):
         try:
-            name = process.cmdline()[0].split("/")[-1].split()[0]
-            name = "dashboard" if name.startswith("python") else name
+            words = process.cmdline()
+            name = words[0].split("/")[-1].split()[0]
+            name = "client" if "ray.util.client.server" in words else name
+            name = "dashboard" if any("dashboard/dashboard.py" in word for word in words) else name
             sockets = [c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         except (psutil.Error, IndexError):
             continue
-        found |= {Port(name, "127.0.0.1" if s.ip in ("::", "0.0.0.0") else s.ip, s.port) for s in sockets}
+        found |= {
+            Port(name, "127.0.0.1" if s.ip in ("::", "0.0.0.0") else s.ip.removeprefix("::ffff:"), s.port)
+            for s in sockets
+        }
     return sorted(found)
+
+
+def metrics_of(port: Port) -> bool:
+    """Whether it says Prometheus' text to whatever is asked."""
+    try:
+        with urllib.request.urlopen(f"http://{port.host}:{port.port}/no/such/path", timeout=10) as answer:
+            return bool(answer.read().startswith(b"# HELP"))
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def over_http(port: Port, path: str, token: str | None) -> int | None:
@@ -104,20 +119,20 @@ WRONG = [None, "0" * 64]
 
 def test_every_port_that_speaks_http_refuses_whoever_has_no_token(started: Started) -> None:
     """Dashboard, job API, the node's agents; the right token is let in."""
-    asked = [p for p in started.ports if p.port != started.metrics and over_http(p, "/", None) is not None]
+    asked = [p for p in started.ports if not metrics_of(p) and over_http(p, "/", None) is not None]
+    assert started.dashboard in asked
     assert {p.process for p in asked} >= {"dashboard", "ray::DashboardAgent"}
     for port in asked:
         answers = {(path, wrong): over_http(port, path, wrong) for path in PATHS for wrong in WRONG}
         assert {a for a in answers.values() if a not in (401, 403, 404)} == set(), (port, answers)
-    (dashboard,) = [p for p in asked if p.process == "dashboard"]
-    assert over_http(dashboard, "/api/version", started.token) == 200
-    assert over_http(dashboard, "/api/jobs/", started.token) == 200
+    assert over_http(started.dashboard, "/api/version", started.token) == 200
+    assert over_http(started.dashboard, "/api/jobs/", started.token) == 200
 
 
 def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Started) -> None:
-    """The control store, the raylet, its object manager, the agent."""
+    """The control store, the raylet, its object manager, the agent, Ray Client."""
     asked = [p for p in started.ports if over_http(p, "/", None) is None]
-    assert {p.process for p in asked} >= {"gcs_server", "raylet", "ray::DashboardAgent"}
+    assert {p.process for p in asked} >= {"gcs_server", "raylet", "ray::DashboardAgent", "client"}
     for port in asked:
         answers = {(c, wrong): over_grpc(port, c, wrong) for c in CALLS.get(port.process, []) for wrong in WRONG}
         known = {answer for answer in answers.values() if answer != "UNIMPLEMENTED"}
@@ -128,20 +143,18 @@ def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Start
 
 def test_what_stays_open_is_known(started: Started) -> None:
     """Health, and metrics: the security group and the network policy are their only guards."""
-    assert over_http(Port("metrics", "127.0.0.1", started.metrics), "/metrics", None) == 200
-    (dashboard,) = [p for p in started.ports if p.process == "dashboard"]
-    assert {over_http(dashboard, path, None) for path in OPEN - {"/api/local_raylet_healthz"}} == {200}
+    assert {p.process for p in started.ports if metrics_of(p)} <= {"dashboard", "ray::DashboardAgent"}
+    assert {over_http(started.dashboard, path, None) for path in OPEN - {"/api/local_raylet_healthz"}} == {200}
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64])
 def test_a_driver_without_the_token_is_refused(started: Started, token: str) -> None:
     """Through Ray's own doors: a driver that joins, and a job that is submitted."""
     (gcs,) = [p for p in started.ports if p.process == "gcs_server"]
-    (dashboard,) = [p for p in started.ports if p.process == "dashboard"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     join = [sys.executable, "-c", f"import ray; ray.init('127.0.0.1:{gcs.port}')"]
-    submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard.port}", "--", "true"]
+    submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{started.dashboard.port}", "--", "true"]
     for command in (join, submit):
         refused = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert refused.returncode != 0, command
