@@ -1,4 +1,4 @@
-"""Cluster files with the names of your account in them: from `cluster/` and `cluster/site.env` to a file to apply.
+"""Cluster files with the names of your account in them: from `cluster/` and `build/site.env` to a file to apply.
 
 python cluster/render.py cluster/aws.yaml build/aws.yaml
 python cluster/render.py cluster/aws.yaml build/serve.yaml Cluster=igpt-serve WorkerProfile=arn:aws:iam::...
@@ -21,12 +21,13 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+SITES = (HERE / "site.env", HERE.parent / "build" / "site.env")
 NAME = re.compile(r"\$\{(\w+)\}")
 
 
 def site() -> dict[str, str]:
-    """The lines of site.env."""
-    lines = (HERE / "site.env").read_text().splitlines()
+    """The lines of site.env: all names from the repository's, their values from yours."""
+    lines = [line for path in SITES if path.exists() for line in path.read_text().splitlines()]
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
@@ -69,7 +70,7 @@ def fill(value: Any, names: dict[str, str], path: Path) -> Any:
 
     def named(match: re.Match[str]) -> str:
         if not names.get(match[1]):
-            sys.exit(f"error: {path} wants {match[1]}, which has no value: fill it in in {HERE / 'site.env'}")
+            sys.exit(f"error: {path} wants {match[1]}, which has no value: give it a line in {SITES[1]}")
         return names[match[1]]
 
     filled = NAME.sub(named, value)

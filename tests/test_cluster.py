@@ -37,10 +37,12 @@ def rendered(name: str, **site: str) -> Any:
 
 
 def test_a_name_without_a_value_is_told_and_nothing_written(tmp_path: Path) -> None:
-    command = [sys.executable, "cluster/render.py", "cluster/aws.yaml", str(tmp_path / "aws.yaml"), "Region=x"]
+    command = [sys.executable, "cluster/render.py", "cluster/aws.yaml", str(tmp_path / "aws.yaml"), "Ami="]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.search(r"error: .*aws\.yaml wants \w+, which has no value: fill it in in .*site\.env", done.stderr)
+    assert re.search(
+        r"error: .*aws\.yaml wants \w+, which has no value: give it a line in .*build/site\.env", done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -2,15 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import free_port
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
 
 from igpt_ray import config, storage
-from igpt_ray.flows import serve, train
+from igpt_ray.flows import serve
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,30 +45,24 @@ def names_there() -> set[str]:
 def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     cluster: str, prepared: str, released: str, tmp_path: Path
 ) -> None:
-    """A short run and a few requests, then the text that Prometheus would read."""
-    train.pretrain(
-        config.Pretrain(
-            model=config.Model(n_layer=1, n_embd=16, n_head=2, n_px=8, n_vocab=16),
-            optim=config.Optim(batch_size=4, steps=4, warmup_steps=1),
-            data=config.Data(tokens=storage.join(prepared, "tokens")),
-            run=config.Run(root=str(tmp_path), name="shown", log_every=1),
-        )
-    )
-    from conftest import free_port
-    from ray import serve as ray_serve
-    from ray.serve.config import HTTPOptions
-
+    """A run under way and a few requests, then the text that Prometheus would read."""
     port = free_port()
     ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     ray_serve.run(serve.build(config.Serve(release=released)), route_prefix="/")
+    command = [sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", storage.join(prepared, "tokens")]
+    command += ["--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-px", "8"]
+    command += ["--model.n-vocab", "16", "--run.root", str(tmp_path), "--run.name", "shown", "--optim.steps", "100000"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wanted, missing = names_asked_for() - OF_GPUS, {"all"}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while missing and time.monotonic() < deadline:  # metrics are brought together every few seconds
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).close()
             time.sleep(2)
             missing = wanted - names_there()
     finally:
+        run.kill()
+        run.wait()
         ray_serve.shutdown()
     assert missing == set()
 

@@ -95,10 +95,9 @@ def test_the_image_and_the_bucket_are_named_in_site_env_alone() -> None:
     """Elsewhere the image is ${Image}, and a bucket `s3://bucket`, which cluster/render.py takes for yours."""
     for path in TEXTS:
         text = path.read_text()
-        assert set(re.findall(r"s3://([a-z0-9][\w.-]*)", text)) <= {"bucket", "b", "demo"}, (
-            path
-        )  # the demo serves its own
-        for image in re.findall(r"^\s*(?:- )?image: (.*)$", text, re.MULTILINE):
+        own = {"demo"} if path.name == "demo.py" else set()  # served by itself, on loopback
+        assert set(re.findall(r"s3://([a-z0-9][\w.-]*)", text)) <= {"bucket", "b"} | own, path
+        for image in re.findall(r"^\s*(?:- )?image: (.*)$", text, re.MULTILINE) if path.suffix == ".yaml" else []:
             assert image.split("#")[0].strip() == "${Image}" or image.startswith("redis:"), (path, image)
 
 
