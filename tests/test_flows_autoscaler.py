@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 TYPES = {
     "cpu": {"CPU": 1},  # of 32
     "gpu1": {"CPU": 1, "GPU": 1},  # of 4 and 1
-    "gpu8": {"CPU": 2},  # of 192 and 8: without GPUs, for here is no NCCL; only a worker of two CPUs needs it
+    "gpu8": {"CPU": 2, "GPU": 2},  # of 192 and 8; here is no NCCL, so a worker asks for two CPUs, and no GPU
 }
 AT_MOST = {"cpu": 3, "gpu1": 2, "gpu8": 2}
 
@@ -109,7 +109,7 @@ def test_every_stage_brings_the_nodes_it_needs_and_none_stays(
     run.job("palette", "--source", noise, "--out", place["palette.npy"], "--k", "16", "--images", "8", *pixels)
     words = ["--source", noise, "--palette", place["palette.npy"], "--tokens", place["tokens"], *pixels]
     run.job("prepare", *words, "--views", "60", "--shard-images", "8")
-    assert counts.most("prepare", "cpu") == AT_MOST["cpu"]
+    assert [counts.most("prepare", kind) for kind in TYPES] == [AT_MOST["cpu"], 0, 0]  # no GPUs for CPUs' work
     run.until_empty()
 
     train = ["tiny", "--data.tokens", place["tokens"], "--run.root", place["runs"], "--run.name", "s1"]
