@@ -90,7 +90,9 @@ def autoscaled(
         until(lambda: "Ray runtime started" in (folder / "head.log").read_text(), head)
         yield Autoscaler(f"{ip}:{port}", head.pid)
     finally:
-        started = [head, *psutil.Process(head.pid).children(recursive=True)]
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # it ended by itself
+            started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         for process in started:
             with suppress(psutil.Error):
                 process.kill()

@@ -26,7 +26,11 @@ def spread(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    most = min(len(tasks), pool.size or _without_gpus(pool) or len(tasks))
+    room = _without_gpus(pool)
+    limits = ray.data.ExecutionResources.for_limits(cpu=room * pool.cpus) if room else None
+    context.execution_options.resource_limits = limits or ray.data.ExecutionResources.inf()
+    fits = max(1, room - 1) if room else len(tasks)  # Ray Data asks for one CPU more than its actors have
+    most = min(len(tasks), pool.size or fits)
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
     rows = [{"pickle": pickle.dumps(task)} for task in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
