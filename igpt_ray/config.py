@@ -769,6 +769,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class Watch(Section):
+    """Watch for the cloud calling this node back, and drain it."""
+
+    cloud: Literal["aws", "gcp"]
+    """Whose machine this is."""
+    address: str = ""
+    """The head's, host:port; empty is RAY_ADDRESS."""
+    node: str = ""
+    """Id of the node; empty is the one at this machine's address."""
+    rebalance: bool = False
+    """Also leave when AWS only recommends it, often long before a notice and often without one to follow."""
+    every: Annotated[float, Field(gt=0)] = 2
+    """Seconds between looks."""
+    metadata: str = ""
+    """URL of the metadata server; empty is the cloud's own."""
+
+
 class Demo(Section):
     """The whole path on handwritten digits, on this machine."""
 

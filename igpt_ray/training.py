@@ -33,11 +33,15 @@ NAMED = 8
 
 
 def train(
-    cfg: config.Pretrain, device: torch.device, told_to_leave: Callable[[], bool] = lambda: False
+    cfg: config.Pretrain,
+    device: torch.device,
+    told_to_leave: Callable[[], bool] = lambda: False,
+    show: Callable[[metrics.Line], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train to the last step and write the release. Returns the last metrics and the release's URI, on all workers.
 
     When any worker is told to leave, all of them save after the step they are at, and return `{"left": step}`.
+    Worker 0 calls `show` with each line of metrics.
     Raises `TrainingError` at a loss or a gradient that is not finite, before it reaches weights or optimiser.
     """
     run, n_steps = cfg.run, cfg.optim.steps
@@ -104,6 +108,7 @@ def train(
                     _release(cfg, store, model, step, lines)
             if rank == 0:
                 meter.say(line)
+                show(line)
             if tracker is not None:
                 tracker.log(line)
         if sampling:

@@ -21,6 +21,7 @@ import io
 import secrets
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -39,6 +40,7 @@ from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, Manifest, Shard, Statistics, TokenStore
 
 if TYPE_CHECKING:
+    from metadata import Metadata
     from transformers import ImageGPTForCausalImageModeling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +157,7 @@ def free_port() -> int:
 def _serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
     log = folder / "server.log"
     with open(log, "wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
     try:
         _wait_until_it_answers(server, port, log)
         yield
@@ -183,6 +185,18 @@ def _new_bucket() -> str:
     bucket = f"bucket-{secrets.token_hex(4)}"
     storage._s3().create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def metadata() -> Iterator["Metadata"]:
+    """A cloud's metadata server, which says what a test puts into `said`."""
+    from metadata import Metadata
+
+    server = Metadata()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 # ------------------------------------------------------------------------------------------------ tiny real objects

@@ -13,21 +13,42 @@ ROOT = Path(__file__).resolve().parent.parent
 MAKE_TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+JOB = re.compile(r"\bpython jobs/.*")
+RENDER = re.compile(r"\bpython cluster/render\.py (\S+) (\S+)")
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """(where it stands, words) of each `python jobs/...` and `make ...` in the README and in the jobs' docstrings."""
+    """(where it stands, words) of each `python jobs/...` and `make ...` in the README, in the jobs' docstrings, and in
+    the files of `cluster/` and `infra/`: alone, behind `ray job submit ... --`, or in the middle of a shell's line."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     texts = [("README.md", block) for block in blocks]
     texts += [(path.name, path.read_text().split('"""')[1]) for path in sorted(ROOT.glob("jobs/*.py"))]
+    beside = [p for place in ("cluster", "infra") for p in sorted(ROOT.glob(f"{place}/**/*")) if p.is_file()]
+    texts += [(path.name, path.read_text()) for path in beside if "__pycache__" not in path.parts]
     found = []
     for where, text in texts:
-        lines = text.replace("\\\n", " ").splitlines()
-        shown = [line for line in lines if line.strip().startswith(("python ", "make "))]
-        found += [(where, shlex.split(line, comments=True)) for line in shown]
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("make "):
+                found.append((where, shlex.split(line, comments=True)))
+            elif job := JOB.search(line):
+                words = job[0].split("`")[0].split(" > ")[0].split(" | ")[0]
+                found.append((where, shlex.split(words, comments=True)))
     return found
 
 
 def test_the_documentation_has_commands() -> None:
-    assert {where for where, _ in commands()} >= {"README.md", *(path.name for path in ROOT.glob("jobs/*.py"))}
+    places = {where for where, _ in commands()}
+    assert places >= {"README.md", *(path.name for path in ROOT.glob("jobs/*.py"))}
+    assert places >= {"aws.yaml", "gcp.yaml", "render.py", "rayjob.yaml"}
+
+
+def test_what_the_readme_renders_is_there() -> None:
+    text = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in ROOT.glob("cluster/**/*.*"))
+    shown = RENDER.findall(text)
+    assert len(shown) > 5
+    for source, target in shown:
+        assert (ROOT / source).exists(), source
+        assert target.startswith("build/")
 
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x[:2]))

@@ -11,22 +11,22 @@ import os
 import random
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray._private.services
 from conftest import free_port, tiny_store
+from metadata import Metadata
+from raylets import Autoscaler, autoscaled, children, title, until
 
 from igpt_ray import checkpoint, metrics, storage
 from igpt_ray.palette import Palette
@@ -120,26 +120,6 @@ class Training:
 
     def node_of_a_worker(self) -> Any:
         return next(n for n in self.nodes.worker_nodes if any(WORKER in title(child) for child in children(n)))
-
-
-def children(node: Any) -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        return psutil.Process(node.all_processes["raylet"][0].process.pid).children()
-    return []
-
-
-def title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def until(reached: Callable[[], Any], driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert driver.poll() is None, "the run ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +242,36 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
     assert run.weights() == undisturbed[0]
 
 
+def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhere_with_the_same_bits(
+    nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]], metadata: Metadata
+) -> None:
+    """From what AWS says on the node to the end of the run: no step is done twice, no worker is lost."""
+    run = Training(nodes, tokens, tmp_path)
+    with run.going() as driver:
+        until(lambda: run.committed() >= 25, driver)
+        node = run.node_of_a_worker()
+        words = ["--cloud", "aws", "--address", nodes.address, "--node", node.node_id, "--metadata", metadata.url]
+        command = [sys.executable, "jobs/watch.py", *words, "--every", "0.2"]
+        watcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(1)
+        end = datetime.now(UTC) + timedelta(seconds=120)
+        action = json.dumps({"action": "terminate", "time": end.strftime("%Y-%m-%dT%H:%M:%SZ")})
+        metadata.said["/latest/meta-data/spot/instance-action"] = action
+        out, err = watcher.communicate(timeout=120)
+        losses = run.ended(driver)
+    report = json.loads(out)
+    assert report["accepted"], err
+    assert report["node"] == node.node_id
+    assert f"spot terminate: draining node {node.node_id}" in err
+    assert "1 node(s) will go in" in run.said()
+    assert LOST not in run.said()
+    (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
+    assert losses.keys() == undisturbed[1].keys() | {int(resumed)}
+    assert not [child for child in children(node) if WORKER in title(child)]
+    nodes.remove_node(node)
+    assert run.weights() == undisturbed[0]
+
+
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -325,65 +335,12 @@ def drain(nodes: Nodes, node: Any, seconds: int) -> None:
 # ------------------------------------------------------------------------------------------------ an autoscaler
 
 
-HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""The node id under which the provider below knows the head."""
-
-
-@dataclass
-class Autoscaler:
-    address: str
-    pid: int
-    """Of `ray start`, from which all its nodes descend."""
-
-
 @pytest.fixture
 def autoscaler(tmp_path: Path) -> Iterator[Autoscaler]:
-    """A head without CPUs, and Ray's own autoscaler, whose "cloud" starts raylets of one CPU on this machine.
-
-    `ray.cluster_utils.AutoscalingCluster` lacks a file in the wheel, and would stop every Ray on the machine.
-    """
-    port, scratch = free_port(), tempfile.mkdtemp(prefix="igpt-")  # short: Ray puts Unix sockets below it
-    ip = ray._private.services.get_node_ip_address()
-    cloud = {
-        "type": "external",
-        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-        **dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True),
-        **{"launch_multiple": True, "head_node_id": HEAD, "gcs_address": f"{ip}:{port}"},
-    }
-    types = {
-        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "cpu": {
-            "resources": {"CPU": 1, "object_store_memory": 100 << 20},
-            **{"node_config": {}, "min_workers": 0, "max_workers": 3},
-        },
-    }
-    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
-    settings = {
-        **{"cluster_name": "cloud", "max_workers": 3, "idle_timeout_minutes": 1, "provider": cloud},
-        **{"available_node_types": types, "head_node_type": "ray.head.default", "auth": {}, "docker": {}},
-        **{f"{name}_commands": [] for name in commands},
-        **{"file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": []},
-    }
-    file = tmp_path / "cloud.yaml"
-    file.write_text(json.dumps(settings))  # which is YAML too
-    env = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1"}
-    env |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
-    command = ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--temp-dir={scratch}"]
-    command += ["--include-dashboard=false", f"--autoscaling-config={file}", f"--object-store-memory={100 << 20}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
-    command += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
-    with open(tmp_path / "head.log", "w") as log:
-        head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), head)
-        yield Autoscaler(f"{ip}:{port}", head.pid)
-    finally:
-        started = [head, *psutil.Process(head.pid).children(recursive=True)]
-        for process in started:
-            with suppress(psutil.Error):
-                process.kill()
-        head.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
+    """Up to three nodes of one CPU."""
+    cpu = {"resources": {"CPU": 1, "object_store_memory": 100 << 20}, "node_config": {}, "max_workers": 3}
+    with autoscaled(tmp_path, {"cpu": cpu}) as found:
+        yield found
 
 
 @pytest.mark.slow

@@ -56,6 +56,11 @@ def test_a_file_imports_only_from_its_own_floor_or_below(path: Path) -> None:
             assert floor_of(path) >= 2, f"{path} imports {name}; only flows/ and jobs/ may"
 
 
+def test_what_is_outside_knows_jobs_by_their_command_line_alone() -> None:
+    for path in [*ROOT.glob("cluster/**/*.py"), *ROOT.glob("infra/**/*.py")]:
+        assert not [name for name in imports_of(path) if name.split(".")[0] in ("igpt_ray", "jobs", "ray")]
+
+
 def test_the_walk_would_see_a_forbidden_import(tmp_path: Path) -> None:
     """Guards the guard: imports inside functions count, and names resolve to their files."""
     (tmp_path / "f.py").write_text("def f():\n    from igpt_ray.flows import train\n    import ray.data\n")
@@ -76,6 +81,7 @@ def test_the_readme_s_tree_names_every_file_with_a_clause() -> None:
         if not line.startswith(" "):
             folder = name if name.endswith("/") else ""
         named.add(name if not line.startswith(" ") else folder + name)
-    real = {str(p.relative_to(ROOT)) for p in [*FILES, *ROOT.glob("cluster/*"), *ROOT.glob("infra/*")]}
+    beside = [p for place in ("cluster", "infra") for p in ROOT.glob(f"{place}/**/*") if p.is_file()]
+    real = {str(p.relative_to(ROOT)) for p in [*FILES, *beside] if "__pycache__" not in p.parts}
     real -= {"igpt_ray/__init__.py", "igpt_ray/flows/__init__.py", "igpt_ray/flows/bench/__init__.py"}
     assert {name for name in named if not name.endswith("/")} == real

@@ -6,8 +6,11 @@ Exit codes: 0 done; 1 something the user can mend (one line on stderr) or a bug 
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -57,9 +60,22 @@ def connect() -> None:
     Never a cluster that merely happens to run on this machine.
     """
     if not ray.is_initialized():
+        if "RAY_ADDRESS" not in os.environ:
+            keep_token_private()
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     log_to_stderr()
+
+
+def keep_token_private() -> None:
+    """Ray writes the token of a cluster on this machine for all to read: it shall find one that only we may read."""
+    if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+        f.write(secrets.token_hex(32))
+    path.chmod(0o600)
 
 
 def log_to_stderr() -> None:

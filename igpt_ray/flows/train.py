@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,9 +25,10 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup
 
-from igpt_ray import checkpoint, config, storage, training
+from igpt_ray import checkpoint, config, metrics, storage, training
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.flows.job import log_to_stderr, mendable
 from igpt_ray.shards import TokenStore
@@ -228,7 +230,20 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     cfg = kind.model_validate(settings)
     leave = threading.Event()
     threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
-    return training.train(cfg, ray.train.torch.get_device(), leave.is_set)
+    return training.train(cfg, ray.train.torch.get_device(), leave.is_set, _gauges(cfg.run.name))
+
+
+def _gauges(run: str) -> Callable[[metrics.Line], None]:
+    """Every number of a line of metrics where Prometheus finds it, on this node: `ray_igpt_nats_per_token` ..."""
+    gauges: dict[str, Gauge] = {}
+
+    def show(line: metrics.Line) -> None:
+        for name in line.keys() - {"time"}:
+            if name not in gauges:
+                gauges[name] = Gauge(f"igpt_{name}", f"{name} of metrics.jsonl", ("run",))
+            gauges[name].set(line[name], {"run": run})
+
+    return show
 
 
 def _watch(workers: config.Workers, leave: threading.Event) -> None:

@@ -1,0 +1,59 @@
+"""A node that is told it will be taken back tells Ray, which starts nothing new on it and lets training save itself.
+
+Ray's own autoscaler does not ask AWS or Google. One watcher runs on every worker node, beside its raylet.
+"""
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray.util
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+from igpt_ray import config, notices
+from igpt_ray.errors import SettingError, StorageError
+from igpt_ray.flows.job import log_to_stderr
+
+log = logging.getLogger(__name__)
+
+
+def watch(settings: config.Watch) -> dict[str, Any]:
+    """Look until there is a notice, drain the node, say so."""
+    log_to_stderr()
+    gcs = GcsClient(address=_address(settings))
+    node = settings.node or _this_node(gcs)
+    endpoint = settings.metadata or notices.ENDPOINTS[settings.cloud]
+    notice = notices.look(settings.cloud, endpoint, settings.rebalance)  # the first failure is the user's to mend
+    while notice is None:
+        time.sleep(settings.every)
+        try:
+            notice = notices.look(settings.cloud, endpoint, settings.rebalance)
+        except StorageError as error:
+            log.warning("%s", error)
+    seconds = None if notice.deadline is None else max(0.0, notice.deadline - time.time())
+    log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s are left")
+    milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
+    accepted, why_not = gcs.drain_node(
+        node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, f"{settings.cloud}: {notice.why}", milliseconds
+    )
+    return {"node": node, "notice": notice.why, "seconds": seconds, "accepted": accepted, "why_not": why_not}
+
+
+def _address(settings: config.Watch) -> str:
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise SettingError("--address is not set: give the head's, host:port, as to `ray start`")
+    return address
+
+
+def _this_node(gcs: GcsClient) -> str:
+    """The id of the only node that lives at this machine's address."""
+    ip = ray.util.get_node_ip_address()
+    nodes = gcs.get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values()
+    alive = [info.node_id.hex() for info in nodes if info.node_manager_address == ip]
+    if len(alive) != 1:
+        raise SettingError(f"{len(alive)} nodes live at {ip}, expected one: name it with --node")
+    return alive[0]

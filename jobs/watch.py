@@ -1,0 +1,11 @@
+"""Watch for the cloud calling this node back, and drain it. Runs on every worker node: cluster/aws.yaml, gcp.yaml.
+
+python jobs/watch.py --cloud aws --address 10.0.0.1:6379
+"""
+
+from igpt_ray.config import Watch
+from igpt_ray.flows import job
+from igpt_ray.flows.watch import watch
+
+if __name__ == "__main__":
+    job.run_alone(watch, Watch)
