@@ -190,8 +190,8 @@ def deploy(dashboard: int, release: str) -> str:
     port = free_port()
     application = {
         **{"name": "igpt", "route_prefix": "/", "import_path": "igpt_ray.flows.serve:build"},
-        "args": {"release": release, "gpus": 1},
-        "deployments": [{"name": "Model", "autoscaling_config": scaling}],
+        "args": {"release": [f"s1={release}"], "open": True, "gpus": 1},
+        "deployments": [{"name": "release-s1", "autoscaling_config": scaling}],
         "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
     }
     served = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}

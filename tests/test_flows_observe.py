@@ -1,5 +1,6 @@
 """What Prometheus is given: the dashboard asks for no name that a cluster at work does not have."""
 
+import base64
 import json
 import re
 import subprocess
@@ -8,13 +9,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import free_port
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from igpt_ray import config, storage
+from igpt_ray import config, images, storage
 from igpt_ray.flows import serve
 
 pytestmark = pytest.mark.ray
@@ -48,16 +50,19 @@ def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     """A run under way and a few requests, then the text that Prometheus would read."""
     port = free_port()
     ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-    ray_serve.run(serve.build(config.Serve(release=released)), route_prefix="/")
+    ray_serve.run(serve.build(config.Serve(release=(f"digits={released}",), open=True)), route_prefix="/")
     command = [sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", storage.join(prepared, "tokens")]
     command += ["--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-px", "8"]
     command += ["--model.n-vocab", "16", "--run.root", str(tmp_path), "--run.name", "shown", "--optim.steps", "100000"]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    picture = base64.b64encode(images.png(np.zeros((8, 8, 3), np.uint8))).decode()
+    url, body = f"http://127.0.0.1:{port}/v1/completions", json.dumps({"image": picture}).encode()
     wanted, missing = names_asked_for() - OF_GPUS, {"all"}
     deadline = time.monotonic() + 300
     try:
         while missing and time.monotonic() < deadline:  # metrics are brought together every few seconds
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).close()
+            painted = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(painted, timeout=60).close()
             time.sleep(2)
             missing = wanted - names_there()
     finally:
