@@ -45,7 +45,7 @@ class Lanes:
         """Keys and values, (L, 2, lanes, N, T, D), allocated once."""
         self.turns = model.rotation(c.n_positions)
         self.graph = Graph(self) if self.device.type == "cuda" else None
-        self.fewest = self._same_bits_from(max(n, ROWS))
+        self.fewest = n if self.graph else self._same_bits_from(max(n, ROWS))
         """Rows that are computed even for fewer lanes."""
 
     @torch.inference_mode()
@@ -133,14 +133,19 @@ def _prepared(model: ImageGPT, precision: Precision) -> ImageGPT:
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     with torch.device("meta"):
         network = ImageGPT(model.config).eval().requires_grad_(False)
-    network.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()}, assign=True)
+    given = model.state_dict()
+    network.load_state_dict({name: value.to(dtype) for name, value in given.items()}, assign=True)
+    packed = model.wpe.device.type == "cpu" and _onednn_has(dtype)
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear):
-            if precision == "int8":
-                network.set_submodule(name, Int8(model.state_dict()[f"{name}.weight"]))
-            elif model.wpe.device.type == "cpu" and torch.backends.mkldnn.is_available():
-                network.set_submodule(name, Packed(module.weight))
+        if isinstance(module, nn.Linear) and (packed or precision == "int8"):
+            network.set_submodule(name, Int8(given[f"{name}.weight"]) if precision == "int8" else Packed(module.weight))
     return network
+
+
+def _onednn_has(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Packed(nn.Module):
@@ -196,8 +201,10 @@ class Graph:
 
     def place(self, lanes: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
         """Put down where the lanes in use stand; returns which they are."""
-        where, *what = torch.tensor([list(lanes), list(at), list(before)], device=self.at.device)
-        self.at.zero_()[where], self.before[where] = what
+        where, positions, colours = torch.tensor([list(lanes), list(at), list(before)], device=self.at.device)
+        self.at.zero_()
+        self.at[where] = positions
+        self.before[where] = colours
         return where
 
     def _record(self) -> None:

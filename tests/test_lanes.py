@@ -13,7 +13,11 @@ from igpt_ray.errors import SettingError
 from igpt_ray.lanes import Int8, Lanes, Packed, Precision
 
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
-SHAPES: list[dict[str, Any]] = [{}, {"qk_norm": True, "rotary": True}, {"n_layer": 1, "n_embd": 256, "n_vocab": 100}]
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": True, "rotary": True},
+    {"n_layer": 1, "n_embd": 512, "n_head": 8, "n_vocab": 100},
+]
 
 
 def followed(cache: Lanes, x: Tensor, start: int) -> Tensor:
