@@ -5,6 +5,7 @@ network in one pass, for all its samples; pixels given later are forced as they 
 request and its seed alone: `lanes.py` sees to the arithmetic, and its random numbers are its own.
 """
 
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -139,12 +140,12 @@ class Engine:
                 f"{len(request.seeds)} samples are wanted, expected 1 to {self.lanes}: send several requests"
             )
         for seed in request.seeds:
-            if not 0 <= seed < 2**128:
-                raise SettingError(f"a seed is {seed}, expected 0 to 2^128 - 1")
-        if not 0 <= request.temperature < float("inf"):
+            if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**128:
+                raise SettingError(f"a seed is {seed}, expected an integer from 0 to 2^128 - 1")
+        if not 0 <= request.temperature <= sys.float_info.max:
             raise SettingError(f"temperature is {request.temperature}, expected 0 (the likeliest colour) or more")
-        if request.top_k < 0:
-            raise SettingError(f"top_k is {request.top_k}, expected 0 (all colours) or more")
+        if not isinstance(request.top_k, int | np.integer) or request.top_k < 0:
+            raise SettingError(f"top_k is {request.top_k}, expected an integer: 0 (all colours) or more")
         if not 0 < request.top_p <= 1:
             raise SettingError(f"top_p is {request.top_p}, expected more than 0 and at most 1 (all colours)")
 
@@ -182,7 +183,7 @@ class Engine:
             logits,
             torch.stack([sample.uniforms[t] for sample, t in zip(samples, at, strict=True)]).to(logits.device),
             torch.tensor([request.temperature for request in asked], dtype=torch.float64),
-            torch.tensor([request.top_k for request in asked]),
+            torch.tensor([min(request.top_k, self._shape.n_vocab) for request in asked]),
             torch.tensor([request.top_p for request in asked], dtype=torch.float64),
         ).tolist()
         for sample, t, colour in zip(samples, at, colours, strict=True):

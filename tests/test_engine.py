@@ -199,10 +199,13 @@ def test_requests_may_come_from_any_thread_while_it_steps() -> None:
         ({"seeds": (1, 2, 3)}, "3 samples are wanted, expected 1 to 2: send several requests"),
         ({"seeds": (-1,)}, "a seed is -1"),
         ({"seeds": (2**128,)}, "a seed is 3402"),
+        ({"seeds": (1.5,)}, "a seed is 1.5"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": float("nan")}, "top_p is nan"),
@@ -221,8 +224,8 @@ def test_a_malformed_request_is_refused_and_named(change: dict[str, Any], messag
     assert drained(engine) == [ticket]
 
 
-def test_a_temperature_near_zero_or_huge_is_served() -> None:
-    """Logits that overflow to nan, which is no colour."""
+def test_numbers_near_zero_and_huge_ones_are_served() -> None:
+    """Logits that overflow to nan, which is no colour; a top_k beyond what a tensor holds."""
     engine = Engine(MODEL, 4)
     tickets = [engine.submit(Request(PICTURES[0], TOP_ROWS, (1,), heat)) for heat in (5e-324, 1e-6, 1e6, 1e308)]
     drained(engine)
@@ -230,3 +233,6 @@ def test_a_temperature_near_zero_or_huge_is_served() -> None:
     assert (tickets[0].tokens == coldest).all()
     assert (tickets[1].tokens == coldest).all()
     assert all(ticket.tokens.max() < 16 for ticket in tickets)
+    plain, huge = (engine.submit(Request(PICTURES[0], TOP_ROWS, (1,), top_k=k)) for k in (0, 10**30))
+    drained(engine)
+    assert (plain.tokens == huge.tokens).all()
