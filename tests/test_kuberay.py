@@ -19,6 +19,7 @@ import yaml
 from test_cluster import ROOT, keys_of, misspelt, render, rendered
 
 from igpt_ray import config
+from igpt_ray.flows.serve.check import check_config
 
 KINDS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
 FOLDER = ROOT / "cluster" / "kuberay"
@@ -147,39 +148,9 @@ def test_redis_s_pod_is_one_that_kubernetes_knows(crds: Path) -> None:
 
 
 def test_the_service_runs_what_serve_deploy_runs() -> None:
+    """And that passes the check whose mutations are in test_flows_serve.py, with a bucket's name in it."""
     assert yaml.safe_load(rendered("kuberay/rayservice.yaml")["spec"]["serveConfigV2"]) == rendered("serve.yaml")
-
-
-def serve_errors(served: dict[str, Any]) -> list[str]:
-    """Ray's own schema takes any key at any level; this one takes those that it knows."""
-    from ray.serve.schema import ServeDeploySchema
-
-    schema = strict_pydantic(ServeDeploySchema.model_json_schema())
-    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(served)]
-
-
-def strict_pydantic(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [strict_pydantic(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: strict_pydantic(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        schema["additionalProperties"] = False
-    return schema
-
-
-def test_serve_yaml_has_no_key_that_serve_does_not_know() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    served = rendered("serve.yaml")
-    assert serve_errors(served) == []
-    ServeDeploySchema.model_validate(served)
-    for path in keys_of(served):
-        if "args" not in path[:-1]:
-            assert serve_errors(misspelt(served, path)), path
-    (application,) = served["applications"]
-    config.Serve.model_validate(application["args"])
+    check_config(rendered("serve.yaml"), "serve.yaml")
 
 
 def specs() -> list[dict[str, Any]]:
