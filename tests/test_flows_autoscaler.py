@@ -26,7 +26,7 @@ from raylets import Autoscaler, autoscaled, title, until
 
 from igpt_ray import images, storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
 TYPES = {
     "cpu": {"CPU": 1},  # of 32

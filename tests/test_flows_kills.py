@@ -297,6 +297,7 @@ def summed(losses: dict[int, float]) -> dict[int, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_twenty_random_kills_leave_no_trace(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
@@ -344,6 +345,7 @@ def autoscaler(tmp_path: Path) -> Iterator[Autoscaler]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
     autoscaler: Autoscaler, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
