@@ -12,10 +12,11 @@ from test_finetuning import released
 from igpt_ray import config, probe, shards, storage, weights
 from igpt_ray.errors import CheckpointError, IgptError, SettingError, TokenStoreError
 from igpt_ray.evaluate import class_logits
-from igpt_ray.flows import infer, serve
+from igpt_ray.flows import infer
 from igpt_ray.flows.finetune import finetune
 from igpt_ray.flows.probe import probe_layers
 from igpt_ray.flows.report import write_report
+from igpt_ray.flows.serve.replica import Replica
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
 
@@ -74,7 +75,7 @@ def test_what_comes_out_is_evaluated_probed_and_served(
 
     assert len(probe_layers(config.Probe(**both, out=str(tmp_path / "probe")))["layers"]) == 3
     if objective == "next":
-        assert serve.Painter(report["release"])
+        assert Replica("tuned", report["release"], {}, 1).model.config.n_class == 2
     again = finetune(settings_for(tokens, report["release"], tmp_path / "again"))
     assert again["n_params"] == report["n_params"]  # it goes on with the head that is there
 

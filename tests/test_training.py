@@ -21,7 +21,7 @@ from igpt_ray import checkpoint, config, metrics, progress, shards, storage, tra
 from igpt_ray.errors import TrainingError
 from igpt_ray.evaluate import image_nats, masked_nats
 from igpt_ray.feed import keep_masks
-from igpt_ray.flows import serve
+from igpt_ray.flows.serve.replica import Replica
 from igpt_ray.loader import SplitCache, global_batch, share
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_two_workers_loads_on_one_and_three_and_its_release_ever
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     assert any(name.endswith("exp_avg_sq") for name in states[0])
     release = storage.join(cfg.run.uri, "release")
-    for model in (weights.load_release(release).model, serve.Painter(release).release.model):
+    for model in (weights.load_release(release).model, Replica("it", release, {}, 1).model):
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, states[0][name]), name
 
