@@ -71,7 +71,8 @@ def listening(head: psutil.Process) -> list[Port]:
             words = process.cmdline()
             name = words[0].split("/")[-1].split()[0]
             name = "client" if "ray.util.client.server" in words else name
-            name = "dashboard" if any("dashboard/dashboard.py" in word for word in words) else name
+            for part in ("dashboard/dashboard.py", "_private/monitor.py"):
+                name = Path(part).stem if any(part in word for word in words) else name
             sockets = [c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         except (psutil.Error, IndexError):
             continue
@@ -142,23 +143,24 @@ def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Start
 
 
 def test_what_stays_open_is_known(started: Started) -> None:
-    """Health, and metrics: the security group and the network policy are their only guards."""
-    assert {p.process for p in started.ports if metrics_of(p)} <= {"dashboard", "ray::DashboardAgent"}
+    """Health, and metrics, the autoscaler's too: the security group and the network policy are their only guards."""
+    assert {p.process for p in started.ports if metrics_of(p)} <= {"dashboard", "monitor", "ray::DashboardAgent"}
     assert {over_http(started.dashboard, path, None) for path in OPEN - {"/api/local_raylet_healthz"}} == {200}
 
 
-@pytest.mark.parametrize("token", ["", "0" * 64])
+@pytest.mark.parametrize("token", ["", "0" * 64, "the right one"])
 def test_a_driver_without_the_token_is_refused(started: Started, token: str) -> None:
     """Through Ray's own doors: a driver that joins, and a job that is submitted."""
     (gcs,) = [p for p in started.ports if p.process == "gcs_server"]
+    right = token == "the right one"
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+    shown = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": started.token if right else token}
+    env |= shown if token else {"RAY_AUTH_MODE": "disabled"}
     join = [sys.executable, "-c", f"import ray; ray.init('127.0.0.1:{gcs.port}')"]
     submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{started.dashboard.port}", "--", "true"]
     for command in (join, submit):
-        refused = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert refused.returncode != 0, command
-        assert re.search(r"(?i)authenticat|401|403", refused.stderr + refused.stdout), refused.stderr[-500:]
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+        assert (ended.returncode == 0) == right, (command, ended.stderr[-500:])
 
 
 # ------------------------------------------------------------------------------------------------ files
