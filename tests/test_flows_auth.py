@@ -153,7 +153,8 @@ def test_a_driver_without_the_token_is_refused(started: Started, token: str) -> 
     """Through Ray's own doors: a driver that joins, and a job that is submitted."""
     (gcs,) = [p for p in started.ports if p.process == "gcs_server"]
     right = token == "the right one"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    others = ("RAY_AUTH", "RAY_ADDRESS")  # an address in the environment beats the one that is given
+    env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     shown = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": started.token if right else token}
     env |= shown if token else {"RAY_AUTH_MODE": "disabled"}
     join = [sys.executable, "-c", f"import ray; ray.init('127.0.0.1:{gcs.port}')"]

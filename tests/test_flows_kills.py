@@ -166,14 +166,33 @@ def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
 ) -> None:
     """SIGKILL of a worker when a file of a checkpoint is there and its manifest is not."""
     run = Training(nodes, tokens, tmp_path)
-    torn = Path(checkpoint.uri_of(run.run, 100))
     with run.going() as driver:
-        until(lambda: list(torn.glob("*.distcp")), driver)
-        run.processes(WORKER)[0].kill()
-        assert not (torn / "manifest.json").exists()
+        until(lambda: run.committed() >= 50, driver)
+        workers = run.processes(WORKER)
+        until(lambda: stopped_while_saving(run, workers), driver)
+        workers[0].kill()
+        workers[1].resume()
         losses = run.ended(driver)
     assert run.said().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
+
+
+def stopped_while_saving(run: Training, workers: list[psutil.Process]) -> bool:
+    """Whether a checkpoint is there in part, and will stay so: if so, the workers stand still."""
+    if not saving(run):
+        return False
+    for worker in workers:
+        worker.suspend()
+    if saving(run):
+        return True
+    for worker in workers:
+        worker.resume()
+    return False
+
+
+def saving(run: Training) -> bool:
+    """Whether there is a file of the checkpoint after the newest that has a manifest."""
+    return any(Path(checkpoint.uri_of(run.run, run.committed() + EVERY)).glob("*.distcp"))
 
 
 def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
