@@ -370,15 +370,21 @@ def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
 ) -> None:
     """From an empty cluster: two nodes come, one is killed, another comes."""
     run = Training(autoscaler, tokens, tmp_path, "--workers.min-n", "1", "--workers.grow-after", "1")
+
+    def workers() -> list[tuple[str, str]]:
+        return re.findall(r"(?:started|resumed) from step (\d+) on (\d) worker", run.said())
+
+    def on_two() -> bool:
+        return any(n == "2" and run.committed() >= int(step) + 2 * EVERY for step, n in workers()[-1:])
+
     with run.going() as driver:
-        until(lambda: run.committed() >= EVERY, driver)
+        until(on_two, driver)
         worker = next(p for p in psutil.Process(autoscaler.pid).children(recursive=True) if WORKER in title(p))
         worker.parent().kill()  # the raylet: a node
         losses = run.ended(driver)
     said = run.said()
     assert "1 worker(s) ask for 1 CPUs, the cluster has 0: waiting for it to grow" in said
-    workers = re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", said)
-    assert workers[-1] == "2"
+    assert workers()[-1][1] == "2"
     assert said.count(LOST) == 1
     expected, elastic = summed(undisturbed[1]), summed(losses)
     assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)
