@@ -26,13 +26,27 @@ from igpt_ray.flows import local
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 
+WORKERS_CALLS = ["CoreWorkerService/GetCoreWorkerStats", "CoreWorkerService/KillActor"]
 CALLS = {
     "gcs_server": ["NodeInfoGcsService/GetAllNodeInfo", "JobInfoGcsService/GetAllJobInfo"],
     "raylet": ["NodeManagerService/GetSystemConfig", "ObjectManagerService/Pull"],
     "client": ["RayletDriver/ClusterInfo"],
-    "ray::DashboardAgent": ["LogService/ListLogs", "ReporterService/GetTraceback"],
+    "ray::DashboardAgent": ["LogService/ListLogs", "ReporterService/GetTraceback", *WORKERS_CALLS],
 }
-"""What one may ask of a process over gRPC; the first that its port knows is asked."""
+"""What one may ask of a process over gRPC; of any other (a driver, an actor, what watches over a job) the workers'."""
+JOB = """
+import time, ray
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def ready(self):
+        return True
+
+ray.init()
+worker = Worker.remote()
+ray.get(worker.ready.remote())
+time.sleep(600)
+"""
 PATHS = ["/api/version", "/api/jobs/", "/api/v0/nodes", "/nodes", "/logs", "/metrics"]
 OPEN = {"/", "/api/gcs_healthz", "/api/authentication_mode", "/api/local_raylet_healthz"}
 """Of the dashboard and its agent; what they say is whether Ray is well."""
@@ -54,12 +68,15 @@ class Started(NamedTuple):
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     with local.ray_cluster(tmp_path_factory.mktemp("logs"), 1, {}) as client:
         (head,) = [p for p in psutil.Process().children() if {"start", "--head"} <= set(p.cmdline())]
+        words = ["ray", "job", "submit", "--no-wait", "--", sys.executable, "-c", JOB]
+        subprocess.run(words, env=client, check=True, capture_output=True, timeout=250)
         late: list[Port] = []
+        awaited = ("ray::DashboardAgent", "client", "ray::Worker")
         deadline = time.monotonic() + 200
-        while len(late) < 4 and time.monotonic() < deadline:  # HTTP, gRPC and metrics of the agent, and Ray Client
+        while len(late) < 6 and time.monotonic() < deadline:  # four of the agent: HTTP, metrics, gRPC, its tasks
             time.sleep(1)
             ports = listening(head)
-            late = [p for p in ports if p.process in ("ray::DashboardAgent", "client") and p.host == "127.0.0.1"]
+            late = [p for p in ports if p.process in awaited and p.host == "127.0.0.1"]
         dashboard = int(client["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1])
         yield Started(client["RAY_AUTH_TOKEN"], ports, Port("dashboard", "127.0.0.1", dashboard))
 
@@ -131,15 +148,18 @@ def test_every_port_that_speaks_http_refuses_whoever_has_no_token(started: Start
 
 
 def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Started) -> None:
-    """The control store, the raylet, its object manager, the agent, Ray Client."""
+    """The control store, the raylet, its object manager, the agent, Ray Client, a job's driver and its actor."""
     asked = [p for p in started.ports if over_http(p, "/", None) is None]
-    assert {p.process for p in asked} >= {"gcs_server", "raylet", "ray::DashboardAgent", "client"}
+    named = {"gcs_server", "raylet", "ray::DashboardAgent", "client", Path(sys.executable).name, "ray::Worker"}
+    assert {p.process for p in asked} >= named | {"ray::JobSupervisor"}
     for port in asked:
-        answers = {(c, wrong): over_grpc(port, c, wrong) for c in CALLS.get(port.process, []) for wrong in WRONG}
+        calls = CALLS.get(port.process, WORKERS_CALLS)
+        answers = {(call, wrong): over_grpc(port, call, wrong) for call in calls for wrong in WRONG}
         known = {answer for answer in answers.values() if answer != "UNIMPLEMENTED"}
         assert known == {"UNAUTHENTICATED"}, (port, answers)
-    (gcs,) = [p for p in asked if p.process == "gcs_server"]
-    assert over_grpc(gcs, "NodeInfoGcsService/GetAllNodeInfo", started.token) == "OK"
+    for process, call in (("gcs_server", "NodeInfoGcsService/GetAllNodeInfo"), ("ray::Worker", WORKERS_CALLS[0])):
+        (port,) = [p for p in asked if p.process == process]
+        assert over_grpc(port, call, started.token) == "OK"
 
 
 def test_what_stays_open_is_known(started: Started) -> None:
