@@ -50,7 +50,11 @@ class Autoscaler:
 
 @contextmanager
 def autoscaled(
-    folder: Path, types: dict[str, dict[str, Any]], idle_minutes: float = 1, dashboard: int | None = None
+    folder: Path,
+    types: dict[str, dict[str, Any]],
+    idle_minutes: float = 1,
+    dashboard: int | None = None,
+    part: str = "",
 ) -> Iterator[Autoscaler]:
     """A head without CPUs, and Ray's own autoscaler, whose "cloud" starts raylets of these types on this machine.
 
@@ -84,6 +88,7 @@ def autoscaled(
     command += [f"--include-dashboard={str(dashboard is not None).lower()}", f"--dashboard-port={dashboard or 8265}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
     command += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    command += [f"--labels=ray-subcluster={part}"] if part else []
     with open(folder / "head.log", "w") as log:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:

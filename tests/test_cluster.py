@@ -17,6 +17,8 @@ import pytest
 import yaml
 from aws import REGION, Account, allowed, asked, recorded
 
+from igpt_ray.flows.pool import PART
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "cluster"))
 import render  # noqa: E402 - a program, not a part of the package
@@ -225,6 +227,7 @@ def test_a_misspelt_key_of_aws_yaml_is_found(account: Account, launched: tuple[A
         wrong = misspelt(config, path)
         try:
             valid(wrong)
+            part_without_gpus(wrong["available_node_types"])
             if path[2:3] == ("node_config",) and len(path) > 3:
                 node = copy.deepcopy(wrong["available_node_types"][path[1]]["node_config"])
                 node.setdefault("SubnetIds", [account.site["Subnet"]])
@@ -233,6 +236,12 @@ def test_a_misspelt_key_of_aws_yaml_is_found(account: Account, launched: tuple[A
             continue
         unseen.append(path)
     assert unseen == []
+
+
+def part_without_gpus(types: dict[str, Any]) -> None:
+    """The head and the nodes without GPUs say that they are one part (`flows/pool.py`), the others do not."""
+    for node in types.values():
+        assert node.get("labels", {}) == ({} if node["resources"].get("GPU") else {PART: "cpu"})
 
 
 def test_settings_of_the_provider_are_those_that_ray_reads(account: Account) -> None:
@@ -254,6 +263,7 @@ def test_a_cluster_costs_its_head_alone_while_nobody_works(account: Account, nam
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
     assert all(node["min_workers"] == 0 for node in types.values())
     assert config["idle_timeout_minutes"] <= 10
+    part_without_gpus(types)
     assert {"CPU": 4, "GPU": 1} in [node["resources"] for node in types.values()]
 
 

@@ -82,7 +82,8 @@ def cloud(tmp_path: Path) -> Iterator[tuple[Autoscaler, int]]:
     types = {
         kind: {"resources": has | small, "node_config": {}, "max_workers": AT_MOST[kind]} for kind, has in TYPES.items()
     }
-    with autoscaled(tmp_path, types, idle_minutes=0.2, dashboard=port) as found:
+    types["cpu"]["labels"] = {"ray-subcluster": "cpu"}
+    with autoscaled(tmp_path, types, idle_minutes=0.2, dashboard=port, part="cpu") as found:
         yield found, port
 
 
@@ -109,7 +110,8 @@ def test_every_stage_brings_the_nodes_it_needs_and_none_stays(
     run.job("palette", "--source", noise, "--out", place["palette.npy"], "--k", "16", "--images", "8", *pixels)
     words = ["--source", noise, "--palette", place["palette.npy"], "--tokens", place["tokens"], *pixels]
     run.job("prepare", *words, "--views", "40", "--shard-images", "8")
-    assert counts.most("prepare", "cpu") >= 2
+    assert counts.most("prepare", "cpu") == AT_MOST["cpu"]
+    assert (counts.most("prepare", "gpu1"), counts.most("prepare", "gpu8")) == (0, 0)  # for their CPUs
     run.until_empty()
 
     train = ["tiny", "--data.tokens", place["tokens"], "--run.root", place["runs"], "--run.name", "s1"]

@@ -19,6 +19,7 @@ import yaml
 from test_cluster import ROOT, keys_of, misspelt, render, rendered
 
 from igpt_ray import config
+from igpt_ray.flows.pool import PART
 from igpt_ray.flows.serve.check import check_config
 
 KINDS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
@@ -168,6 +169,11 @@ def test_a_cluster_is_its_head_alone_while_nobody_works() -> None:
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         assert [(g["replicas"], g["minReplicas"]) for g in spec["workerGroupSpecs"]] == [(0, 0)] * 3
         assert (spec["enableInTreeAutoscaling"], spec["autoscalerOptions"]["version"]) == (True, "v2")
+
+
+def test_work_without_gpus_starts_no_node_that_has_some() -> None:
+    for spec in specs():
+        assert [g.get("labels") for g in groups(spec)] == [{PART: "cpu"}, {PART: "cpu"}, None, None]
 
 
 def test_a_cluster_asks_for_a_token_and_remembers_in_redis() -> None:

@@ -12,6 +12,8 @@ from igpt_ray.errors import IgptError
 
 MAX_BLOCKS = 10_000
 """Blocks are what Ray Data schedules; beyond this many, each holds several tasks."""
+PART = "ray-subcluster"
+"""Nodes without this label are a part too: the one of work that needs GPUs."""
 
 
 def spread(
@@ -19,22 +21,24 @@ def spread(
 ) -> Iterator[Any]:
     """`worker(**arguments)` once per actor, then its result called with every task; yields what comes back, in order.
 
-    As many actors as the cluster has room for, or can have without starting GPUs for work that needs none. Tasks and
-    results are any picklable objects. An error for the user ends the work and is raised here as itself: it travels as a
-    result, because Ray's wrappers lose its type.
+    As many actors as the cluster has room for, or can have: without GPUs only where the head is, if that is a part of
+    the cluster. Tasks and results are any picklable objects. An error for the user ends the work and is raised here as
+    itself: it travels as a result, because Ray's wrappers lose its type.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    room = _without_gpus(pool)
-    limits = ray.data.ExecutionResources.for_limits(cpu=room * pool.cpus) if room else None
-    context.execution_options.resource_limits = limits or ray.data.ExecutionResources.inf()
-    fits = max(1, room - 1) if room else len(tasks)  # Ray Data asks for one CPU more than its actors have
-    most = min(len(tasks), pool.size or fits)
-    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
+    where = {} if pool.gpus else _part_of_the_head()
+    context.execution_options.label_selector = where or None
+    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(tasks), pool.size or len(tasks)))
     rows = [{"pickle": pickle.dumps(task)} for task in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
-        _Actor, fn_constructor_args=(worker, arguments), compute=actors, num_cpus=pool.cpus, num_gpus=pool.gpus
+        _Actor,
+        fn_constructor_args=(worker, arguments),
+        compute=actors,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        label_selector=where,
     )
     for row in dataset.iter_rows():
         result = pickle.loads(row["pickle"])
@@ -43,18 +47,14 @@ def spread(
         yield result
 
 
-def _without_gpus(pool: Pool) -> int:
-    """How many actors fit on the nodes without GPUs that an autoscaler may start; 0 if there is none, or no such nodes.
+def _part_of_the_head() -> dict[str, str]:
+    """The label of the head that Ray Data divides clusters by; empty if it has none, and any node will do.
 
-    Asked for more, it starts machines with eight GPUs for their CPUs.
+    Where nodes with GPUs lack it, the autoscaler cannot start them for their CPUs when all others are taken. The kinds
+    of nodes that it may start are nowhere to be asked for.
     """
-    cluster = ray._private.state.state.get_cluster_config()
-    kinds = cluster.node_group_configs if cluster and not pool.gpus else []
-    return sum(
-        kind.max_count * int(kind.resources.get("CPU", 0) / pool.cpus)
-        for kind in kinds
-        if not kind.resources.get("GPU") and kind.max_count > 0
-    )
+    labels = next(node["Labels"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+    return {PART: labels[PART]} if PART in labels else {}
 
 
 class _Actor:
