@@ -38,6 +38,20 @@ def error_line(capsys: pytest.CaptureFixture[str], flow: Callable[[Any], Any], s
     return lines[0]
 
 
+def test_processes_of_a_cluster_on_this_machine_know_which_it_is() -> None:
+    """Parts of Ray that are not told take the newest on the machine: two runs side by side would end each other."""
+    code = """
+import os, ray
+from igpt_ray.flows import job
+
+job.connect()
+told = ray.get(ray.remote(lambda: os.environ["RAY_ADDRESS"]).remote())
+assert told == ray.get_runtime_context().gcs_address, told
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=200)
+
+
 def test_bad_places_are_one_line_that_says_what_to_do(
     cluster: str, on_rclone: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

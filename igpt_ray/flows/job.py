@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from igpt_ray.config import Pretrain, preset_from_words
 from igpt_ray.errors import IgptError
+from igpt_ray.flows.local import free_port
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -60,11 +61,21 @@ def connect() -> None:
     Never a cluster that merely happens to run on this machine.
     """
     if not ray.is_initialized():
-        if "RAY_ADDRESS" not in os.environ:
+        joined = os.environ.get("RAY_ADDRESS")
+        if not joined:
             keep_token_private()
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
+            _tell_own_processes()
+        ray.init(address=joined or "local", logging_level="warning")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     log_to_stderr()
+
+
+def _tell_own_processes() -> None:
+    """Processes of the cluster that is started next find it by this; without, parts of Ray Train take the newest one on
+    the machine for theirs, and end the run that is not known there."""
+    port = free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
 
 
 def keep_token_private() -> None:
