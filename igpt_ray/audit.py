@@ -140,7 +140,7 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
     if storage.exists(storage.join(uri, "classifier.npz")):
         return _probed(uri, kind, device, batch_size)
     about = weights.load_config(uri)
-    weights.check_kind(about, kind, "the release that is audited")
+    weights.check_kind(about.kind, kind, "the release that is audited")
     if not about.model.n_class:
         raise CheckpointError(
             f"{uri} has no class head: expected a fine-tuned release, or the out folder of jobs/probe.py"
@@ -164,7 +164,7 @@ def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
         ) from error
     head = load_head(uri)
     about = weights.load_config(release)
-    weights.check_kind(about, kind, "the release that is audited")
+    weights.check_kind(about.kind, kind, "the release that is audited")
     if about.sha256 != head.release:
         raise FeatureError(
             f"{release} is not the release that {uri}/classifier.npz was fitted on: repeat jobs/probe.py"

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,10 +149,13 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 
 
 def test_a_store_of_another_kind_than_the_server_s_is_refused(place: Place, store: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
     manifest = TokenStore.open(store).manifest
-    asked = config.Score(endpoint=place.url, tokens=store, out=str(tmp_path))
+    kind = manifest.kind.model_copy(update={"pipeline": "reference-1"})
+    (other / "manifest.json").write_text(manifest.model_copy(update={"kind": kind}).model_dump_json())
     with pytest.raises(CheckpointError, match=r"the model at .* was trained with pipeline fast-1, but .* reference-1"):
-        batch._check_kind(manifest.kind, manifest.kind.model_copy(update={"pipeline": "reference-1"}), asked)
+        batch.score(config.Score(endpoint=place.url, tokens=str(other), out=str(tmp_path / "out")))
 
 
 def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

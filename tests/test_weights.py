@@ -99,11 +99,11 @@ def test_the_card_tells_what_the_model_is(release: str, palette: Palette) -> Non
 def test_tokens_of_the_same_kind_are_accepted_and_others_named(release: str, kind: Kind) -> None:
     """The wrong palette or pixel pipeline still gives numbers, only wrong ones."""
     described = weights.load_config(release)
-    weights.check_kind(described, kind, "the store")
+    weights.check_kind(described.kind, kind, "the store")
     for change in ({"n_px": 8}, {"n_vocab": 512}, {"palette": "0" * 64}, {"pipeline": "fast-1"}):
         (field,) = change
         with pytest.raises(CheckpointError, match=rf"trained with {field} .*the store has {change[field]}"):
-            weights.check_kind(described, kind.model_copy(update=change), "the store")
+            weights.check_kind(described.kind, kind.model_copy(update=change), "the store")
 
 
 # ------------------------------------------------------------------------------------------------ what is damaged

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from igpt_ray import config, images, sampling, sources, storage, weights
 from igpt_ray.client import Client
 from igpt_ray.engine import Engine, Request
-from igpt_ray.errors import CheckpointError, ImageError, NotFound, SettingError, SourceError
+from igpt_ray.errors import ImageError, NotFound, SettingError, SourceError
 from igpt_ray.evaluate import Likelihood, image_nats
 from igpt_ray.flows.infer import device
 from igpt_ray.flows.pool import spread
@@ -75,7 +75,8 @@ def _asked(settings: config.Work) -> Asked:
         kind, sha256 = about.kind, about.sha256
     if settings.tokens:
         store = TokenStore.open(settings.tokens)
-        _check_kind(kind, store.kind, settings)
+        who = "the release" if settings.release else f"the model at {settings.endpoint}"
+        weights.check_kind(kind, store.kind, settings.tokens, who)
         return Asked(kind, sha256, store.manifest.select(settings.split))
     plan = sources.plan(settings.source, settings.unit_images, settings.layout)
     units = [unit for unit in plan.units if unit.split == settings.split]
@@ -83,17 +84,6 @@ def _asked(settings: config.Work) -> Asked:
         there = ", ".join(sorted({unit.split for unit in plan.units}))
         raise SourceError(f"{settings.source} has no split {settings.split!r}: it has {there or 'no images'}")
     return Asked(kind, sha256, units)
-
-
-def _check_kind(kind: Kind, store: Kind, settings: config.Work) -> None:
-    for field in Kind.model_fields:
-        ours, theirs = getattr(kind, field), getattr(store, field)
-        if ours != theirs:
-            who = "the release was trained" if settings.release else f"the model at {settings.endpoint} was trained"
-            raise CheckpointError(
-                f"{who} with {field} {ours}, but {settings.tokens} has {theirs}: use the token store (or prepare one)"
-                " of the same kind"
-            )
 
 
 def _client(settings: config.Work) -> Client:

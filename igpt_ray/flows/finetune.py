@@ -24,7 +24,7 @@ def check(settings: config.Finetune) -> tuple[config.Tuning, TokenStore, Release
     """The run, what it trains on and what it starts from; what would fail on the workers is refused."""
     about = weights.load_config(settings.release)
     store = TokenStore.open(settings.tokens)
-    weights.check_kind(about, store.kind, settings.tokens)
+    weights.check_kind(about.kind, store.kind, settings.tokens)
     check_head(about, settings.release, store)
     run = settings.training(about.model.model_copy(update={"n_class": len(store.manifest.classes)}))
     _check_settings(run)

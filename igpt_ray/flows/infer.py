@@ -34,7 +34,7 @@ HEAT_MAP_PX = 512
 def open_store(release: str, tokens: str, *splits: str) -> TokenStore:
     """The store, checked against the release's kind and for the splits, before any worker starts."""
     store = TokenStore.open(tokens)
-    weights.check_kind(weights.load_config(release), store.kind, tokens)
+    weights.check_kind(weights.load_config(release).kind, store.kind, tokens)
     for split in splits:
         store.manifest.select(split)
     return store

@@ -46,13 +46,13 @@ class Release:
     config: ReleaseConfig
 
 
-def check_kind(about: ReleaseConfig, kind: Kind, where: str) -> None:
-    """Raises `CheckpointError` unless tokens of this kind are what the release was trained on."""
+def check_kind(trained: Kind, kind: Kind, where: str, who: str = "the release") -> None:
+    """Raises `CheckpointError` unless tokens of this kind are what it was trained on."""
     for field in Kind.model_fields:
-        ours, theirs = getattr(about.kind, field), getattr(kind, field)
+        ours, theirs = getattr(trained, field), getattr(kind, field)
         if ours != theirs:
             raise CheckpointError(
-                f"the release was trained with {field} {ours}, but {where} has {theirs}:"
+                f"{who} was trained with {field} {ours}, but {where} has {theirs}:"
                 " use the token store (or prepare one) of the same kind"
             )
 
