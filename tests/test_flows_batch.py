@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import tiny_store
 from PIL import Image
 from serving import KEY, Place, free_port, serving
 
@@ -21,7 +21,8 @@ from igpt_ray.client import Client
 from igpt_ray.errors import CheckpointError, EndpointError, SourceError
 from igpt_ray.flows import batch, infer
 from igpt_ray.flows.serve.gate import Keys
-from igpt_ray.shards import TokenStore
+from igpt_ray.palette import Palette
+from igpt_ray.shards import Kind, TokenStore
 
 pytestmark = pytest.mark.ray
 
@@ -148,14 +149,13 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
             config.Score(**wrong, **out)
 
 
-def test_a_store_of_another_kind_than_the_server_s_is_refused(place: Place, store: str, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(store, other)
-    manifest = TokenStore.open(store).manifest
-    kind = manifest.kind.model_copy(update={"pipeline": "reference-1"})
-    (other / "manifest.json").write_text(manifest.model_copy(update={"kind": kind}).model_dump_json())
-    with pytest.raises(CheckpointError, match=r"the model at .* was trained with pipeline fast-1, but .* reference-1"):
-        batch.score(config.Score(endpoint=place.url, tokens=str(other), out=str(tmp_path / "out")))
+def test_a_store_of_another_kind_than_the_server_s_is_refused(
+    place: Place, palette: Palette, kind: Kind, tmp_path: Path
+) -> None:
+    other = tiny_store(str(tmp_path / "tokens"), palette, kind)
+    said = f"the model at {place.url} was trained with n_px 8, but {other.root} has {kind.n_px}"
+    with pytest.raises(CheckpointError, match=said):
+        batch.score(config.Score(endpoint=place.url, tokens=other.root, out=str(tmp_path / "out")))
 
 
 def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
