@@ -278,8 +278,11 @@ class Tune(Section):
     """Mirror every other image, as the paper on CIFAR; not on ImageNet, and not what a mirror makes another thing."""
     patience: Count = 10
     """Looks at the held-out images without a new best after which to stop."""
+    head: Literal["zeros", "probe"] = "zeros"
+    """Where a head starts: at zero; or where a linear probe of the last features ends, on some of the images that are
+    trained on (Kumar et al. 2022), which needs far fewer steps where labels are few."""
     scratch: bool = False
-    """Draw the weights anew instead: what pretraining was worth."""
+    """Draw the weights anew instead, and a head of zeros: what pretraining was worth."""
 
 
 class Finetuning(Section):

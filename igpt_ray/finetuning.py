@@ -3,15 +3,27 @@
 What is known of earlier looks stands in the run's lines, so that a resumed run stops where it would have.
 """
 
+import logging
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from igpt_ray import config, metrics, weights
+from igpt_ray import config, features, metrics, probe, weights
 from igpt_ray.augment import Augment
+from igpt_ray.loader import Batch, SplitCache
 from igpt_ray.model import ImageGPT
+from igpt_ray.shards import TokenStore, evenly
+
+log = logging.getLogger(__name__)
+
+PROBED = 10_000
+"""Images that a head is fitted on at most, spread evenly: the first worker looks at them while the others wait."""
+RIDGE = 0.01
+"""Keeps the direction of the bias short. Features are of the size of 1."""
 
 
 def augment_of(cfg: config.Pretrain) -> Augment | None:
@@ -22,16 +34,47 @@ def augment_of(cfg: config.Pretrain) -> Augment | None:
 
 
 def start(model: ImageGPT, cfg: config.Pretrain) -> None:
-    """Give a sharded network the weights of the release; a head that the release lacks keeps its zeros.
+    """Give a sharded network the weights of the release, and a head if the release lacks one.
 
     Called by all workers together; the first reads them and hands them out. Does nothing in pretraining.
     """
     if not isinstance(cfg, config.Tuning) or cfg.tune.scratch:
         return
-    given = weights.load_release(cfg.release).model.state_dict() if dist.get_rank() == 0 else {}
-    if given and "wclf.weight" not in given:
-        given["wclf.weight"] = torch.zeros(cfg.model.n_class, cfg.model.n_embd)
+    given = _given(cfg, str(model.wpe.device)) if dist.get_rank() == 0 else {}
     set_model_state_dict(model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def _given(cfg: config.Tuning, device: str) -> dict[str, Any]:
+    probed = cfg.tune.head == "probe"
+    released = weights.load_release(cfg.release, device if probed else "cpu").model
+    given = released.state_dict()
+    if "wclf.weight" not in given:
+        given["wclf.weight"] = (
+            probed_head(released, cfg) if probed else torch.zeros(cfg.model.n_class, cfg.model.n_embd)
+        )
+    return {name: weight.cpu() for name, weight in given.items()}
+
+
+def probed_head(model: ImageGPT, cfg: config.Tuning) -> Tensor:
+    """(n_class, C): what a linear probe of the last features says, as a head can say it.
+
+    A head has no bias. The direction whose product with all features is nearest to 1 carries the probe's.
+    """
+    store = TokenStore.open(cfg.data.tokens)
+    images = SplitCache(store, cfg.data.split, labelled=True)
+    rows = evenly(len(images), PROBED)
+    batch = Batch(np.zeros_like(rows), rows)
+    keys, last = [str(row) for row in rows], [cfg.model.n_layer]
+    found = features.pooled(model, images[batch], keys, last, "mean", cfg.workers.micro_batch or 1)[..., 0, :]
+    seen, method = probe.Labelled(found, images.labels_of(batch)), probe.Method(seed=cfg.seed)
+    choice = probe.choose(seen, cfg.model.n_class, cfg.seed, method)
+    fitted = probe.refit(seen, cfg.model.n_class, choice.setting, method)
+    log.info("the head starts as a probe of %d images: %.1f%% right", len(rows), 100 * choice.validation)
+    x = seen.examples[0].astype(np.float64)
+    near = RIDGE * np.eye(x.shape[1])
+    one = np.linalg.solve(x.T @ x / len(x) + near, x.mean(0))
+    weight = fitted.weight / fitted.deviation
+    return torch.from_numpy(weight + np.outer(fitted.bias - weight @ fitted.mean, one)).float()
 
 
 class Best:

@@ -11,11 +11,25 @@ import torch.multiprocessing
 from conftest import listing_of, manifest_of, random_model
 from PIL import Image, ImageOps
 
-from igpt_ray import checkpoint, config, metrics, objectives, optim, shards, storage, training, weights
+from igpt_ray import (
+    checkpoint,
+    config,
+    features,
+    finetuning,
+    metrics,
+    objectives,
+    optim,
+    probe,
+    shards,
+    storage,
+    training,
+    weights,
+)
 from igpt_ray.augment import Augment, moved
 from igpt_ray.errors import TokenStoreError
 from igpt_ray.evaluate import class_logits
 from igpt_ray.loader import Batch, SplitCache, global_batch, share
+from igpt_ray.model import ImageGPT
 from igpt_ray.palette import Palette
 from igpt_ray.shards import Kind, TokenStore, tokens_of
 
@@ -149,6 +163,29 @@ def test_the_first_look_is_that_of_the_release_and_the_run_learns_the_classes(
     learnt = training.train(settings_for(classes, tmp_path, "learnt", tune={"patience": 99}), CPU)
     assert learnt["accuracy"] > 0.9
     assert learnt["step"] == STEPS
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
+    process_group: None, classes: TokenStore, tmp_path: Path, objective: str
+) -> None:
+    """Bias and standardisation are in its weights, though it has neither."""
+    cfg = settings_for(classes, tmp_path, tune={"head": "probe"}, shape={"objective": objective})
+    model = training.build(cfg, CPU)[0]
+    finetuning.start(model, cfg)
+    whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    given = weights.load_release(cfg.release).model.state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in given.items())
+    headed = ImageGPT(cfg.model)
+    headed.load_state_dict(whole)
+    (table,) = classes.read_split("train")
+    tokens, keys = tokens_of(table), table["key"].to_pylist()
+    found = class_logits(headed, tokens, keys, 4)
+    seen = probe.Labelled(features.pooled(headed, tokens, keys, [2], "mean", 4)[..., 0, :], table["label"].to_numpy())
+    setting = probe.choose(seen, 2, cfg.seed, probe.Method()).setting
+    expected = probe.refit(seen, 2, setting, probe.Method()).logits(seen.features)
+    margin, wanted = (logits[..., 1] - logits[..., 0] for logits in (found, expected))
+    assert np.square(margin - wanted).mean() ** 0.5 < 0.2 * wanted.std()
 
 
 def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_comes(
