@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 PROBED = 10_000
 """Images that a head is fitted on at most, spread evenly: the first worker looks at them while the others wait."""
+BATCH = 64
+"""Of them, at once."""
 RIDGE = 0.01
 """Keeps the direction of the bias short. Features are of the size of 1."""
 
@@ -49,9 +51,8 @@ def _given(cfg: config.Tuning, device: str) -> dict[str, Any]:
     released = weights.load_release(cfg.release, device if probed else "cpu").model
     given = released.state_dict()
     if "wclf.weight" not in given:
-        given["wclf.weight"] = (
-            probed_head(released, cfg) if probed else torch.zeros(cfg.model.n_class, cfg.model.n_embd)
-        )
+        shape = (cfg.model.n_class, cfg.model.n_embd)
+        given["wclf.weight"] = probed_head(released, cfg) if probed else torch.zeros(shape)
     return {name: weight.cpu() for name, weight in given.items()}
 
 
@@ -65,7 +66,7 @@ def probed_head(model: ImageGPT, cfg: config.Tuning) -> Tensor:
     rows = evenly(len(images), PROBED)
     batch = Batch(np.zeros_like(rows), rows)
     keys, last = [str(row) for row in rows], [cfg.model.n_layer]
-    found = features.pooled(model, images[batch], keys, last, "mean", cfg.workers.micro_batch or 1)[..., 0, :]
+    found = features.pooled(model, images[batch], keys, last, "mean", BATCH)[..., 0, :]
     seen, method = probe.Labelled(found, images.labels_of(batch)), probe.Method(seed=cfg.seed)
     choice = probe.choose(seen, cfg.model.n_class, cfg.seed, method)
     fitted = probe.refit(seen, cfg.model.n_class, choice.setting, method)
