@@ -475,7 +475,8 @@ class Pixels(Section):
     n_px: Annotated[int, Field(gt=0, le=224)] = 32
     """Pixels a side."""
     crop: Literal["random", "centre"] = "random"
-    """Training views: the paper's random crops, or the evaluation view. Other splits always take the centre."""
+    """Training views, and what is held out of them: the paper's random crops, or the evaluation view. Other splits
+    always take the centre."""
     pipeline: Literal["fast", "reference"] = "fast"
     """How they are decoded and resized: in one step on a smaller JPEG, or step by step with PIL, three times slower."""
 
