@@ -279,8 +279,8 @@ class Tune(Section):
     patience: Count = 10
     """Looks at the held-out images without a new best after which to stop."""
     head: Literal["zeros", "probe"] = "zeros"
-    """Where a head starts: at zero; or where a linear probe of the last features ends, on some of the images that are
-    trained on (Kumar et al. 2022), which needs far fewer steps where labels are few."""
+    """Where a head that the release lacks starts: at zero; or where a linear probe of the last features ends, on some
+    of the images that are trained on (Kumar et al. 2022). It helps if the last layer tells classes apart."""
     scratch: bool = False
     """Draw the weights anew instead, and a head of zeros: what pretraining was worth."""
 

@@ -25,7 +25,7 @@ PROBED = 10_000
 BATCH = 64
 """Of them, at once."""
 RIDGE = 0.01
-"""Keeps the direction of the bias short. Features are of the size of 1."""
+"""Of the features' mean square: keeps the direction of the bias short."""
 
 
 def augment_of(cfg: config.Pretrain) -> Augment | None:
@@ -72,7 +72,7 @@ def probed_head(model: ImageGPT, cfg: config.Tuning) -> Tensor:
     fitted = probe.refit(seen, cfg.model.n_class, choice.setting, method)
     log.info("the head starts as a probe of %d images: %.1f%% right", len(rows), 100 * choice.validation)
     x = seen.examples[0].astype(np.float64)
-    near = RIDGE * np.eye(x.shape[1])
+    near = RIDGE * np.square(x).mean() * np.eye(x.shape[1])
     one = np.linalg.solve(x.T @ x / len(x) + near, x.mean(0))
     weight = fitted.weight / fitted.deviation
     return torch.from_numpy(weight + np.outer(fitted.bias - weight @ fitted.mean, one)).float()

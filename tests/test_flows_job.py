@@ -39,7 +39,7 @@ def error_line(capsys: pytest.CaptureFixture[str], flow: Callable[[Any], Any], s
 
 
 def test_processes_of_a_cluster_on_this_machine_know_which_it_is() -> None:
-    """Parts of Ray that are not told take the newest on the machine: two runs side by side would end each other."""
+    """Parts of Ray that are not told may take another on the machine, and stop workers that are not known there."""
     code = """
 import os, ray
 from igpt_ray.flows import job

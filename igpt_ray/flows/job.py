@@ -71,8 +71,8 @@ def connect() -> None:
 
 
 def _tell_own_processes() -> None:
-    """Processes of the cluster that is started next find it by this; without, parts of Ray Train take the newest one on
-    the machine for theirs, and end the run that is not known there."""
+    """Processes of the cluster that is started next find it by this; without, parts of Ray Train may take another one
+    on the machine for theirs, and stop the workers of a run that is not known there."""
     port = free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
