@@ -5,9 +5,9 @@ python jobs/audit.py --release s3://bucket/runs/s1/release --groups s3://bucket/
     --out s3://bucket/audit
 """
 
-from igpt_ray.config import Audit
+from igpt_ray.evaluate.config import AuditConfig
 from igpt_ray.flows import job
 from igpt_ray.flows.audit import run_audit
 
 if __name__ == "__main__":
-    job.run(run_audit, Audit)
+    job.run(run_audit, AuditConfig)

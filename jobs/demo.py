@@ -21,34 +21,37 @@ from typing import Any
 import tyro
 
 from igpt_ray import storage
-from igpt_ray.config import Demo, provenance
-from igpt_ray.digits import N_PX, digits
+from igpt_ray.data.digits import N_PX, digits
 from igpt_ray.errors import IgptError, SettingError
-from igpt_ray.flows import local
+from igpt_ray.flows import local_cluster
+from igpt_ray.flows.config import DemoConfig
 from igpt_ray.flows.serve import curl_line
+from igpt_ray.provenance import provenance
 
 MARK = ".igpt_ray-demo"
 PIXELS = ["--pixels.n-px", str(N_PX), "--pixels.crop", "centre"]
 Report = dict[str, Any]
 
 
-def demo(settings: Demo) -> Report:
+def demo(settings: DemoConfig) -> Report:
     """Run every stage, copy what is worth keeping to `out`, return the report."""
     started = time.perf_counter()
     out = fresh_folder(Path(settings.out))
     logs = out / "logs"
     with ExitStack() as stack:
         if settings.store == "s3":
-            os.environ |= stack.enter_context(local.s3_server(out / "data", "demo", logs))
+            os.environ |= stack.enter_context(local_cluster.s3_server(out / "data", "demo", logs))
             data = "s3://demo"
         else:
             data = str(out / "data")
         say(f"starting Ray; all logs go to {logs}")
-        client = stack.enter_context(local.ray_cluster(logs, n_cpus=max(4, settings.workers + 1), env=os.environ))
+        client = stack.enter_context(
+            local_cluster.ray_cluster(logs, n_cpus=max(4, settings.workers + 1), env=os.environ)
+        )
 
         stages = {"digits": timed("digits", lambda: write_digits(data))}
         for name, words in jobs(settings, data).items():
-            stages[name] = timed(name, partial(local.submit, words, client, logs / f"{name}.log", say))
+            stages[name] = timed(name, partial(local_cluster.submit, words, client, logs / f"{name}.log", say))
         stages["serve"] = timed("serve", lambda: serve_once(data, client, logs / "serve.log"))
         keep(data, out)
     report = {"seconds": round(time.perf_counter() - started, 1), "stages": stages, "made_by": provenance(settings)}
@@ -56,7 +59,7 @@ def demo(settings: Demo) -> Report:
     return report
 
 
-def jobs(settings: Demo, data: str) -> dict[str, list[str]]:
+def jobs(settings: DemoConfig, data: str) -> dict[str, list[str]]:
     """Stage -> the words after `ray job submit -- python`."""
     source, palette, tokens = f"{data}/images", f"{data}/palette.npy", f"{data}/tokens"
     store = ["--source", source, *PIXELS]
@@ -84,11 +87,11 @@ def write_digits(data: str) -> Report:
 
 def serve_once(data: str, client: dict[str, str], log: Path) -> Report:
     """Serve the release and the probe's head; have a test picture finished, scored and classified over HTTP."""
-    port = local.free_port()
+    port = local_cluster.free_port()
     address = f"http://127.0.0.1:{port}"
     words = ["jobs/serve.py", "--release", f"digits={data}/runs/demo/release", "--heads", f"digit={data}/probe"]
     words += ["--open", "--port", str(port)]
-    with local.submitted(words, client, log, ready=f"{address}/readyz"):
+    with local_cluster.submitted(words, client, log, ready=f"{address}/readyz"):
         picture = base64.b64encode(storage.read(sample_picture(data))).decode()
         completed = post(f"{address}/v1/completions", {"image": picture, "n": 4, "seed": 1})
         scored = post(f"{address}/v1/score", {"image": picture})
@@ -177,7 +180,7 @@ def stop(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Demo)
+    settings = tyro.cli(DemoConfig)
     signal.signal(signal.SIGTERM, stop)
     try:
         report = demo(settings)

@@ -7,13 +7,14 @@ python jobs/estimate.py igpt-l --workers.n 64 --workers.precision bfloat16 --clu
 import json
 import sys
 
-from igpt_ray import simulate
-from igpt_ray.config import Estimate, preset_from_words
-from igpt_ray.estimate import estimate, lines
-from igpt_ray.parallel import rehearsal
+from igpt_ray.train import simulate
+from igpt_ray.train.config import EstimateConfig
+from igpt_ray.train.estimate import estimate, lines
+from igpt_ray.train.parallelize import rehearsal
+from igpt_ray.train.presets import preset_from_words
 
 if __name__ == "__main__":
-    settings = preset_from_words(sys.argv[1:], Estimate)
+    settings = preset_from_words(sys.argv[1:], EstimateConfig)
     found = estimate(settings)
     fewest, most = rehearsal(settings.model, settings.workers)
     print("\n".join([*lines(settings, found), "", *simulate.lines(settings)]))

@@ -3,9 +3,9 @@
 python jobs/evaluate.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --split test
 """
 
-from igpt_ray.config import Evaluate
+from igpt_ray.evaluate.config import EvaluateConfig
 from igpt_ray.flows import job
-from igpt_ray.flows.infer import evaluate
+from igpt_ray.flows.evaluate import evaluate
 
 if __name__ == "__main__":
-    job.run(evaluate, Evaluate)
+    job.run(evaluate, EvaluateConfig)

@@ -3,9 +3,9 @@
 python jobs/prepare.py --source s3://bucket/imagenet --palette s3://bucket/palette.npy --tokens s3://bucket/tokens
 """
 
-from igpt_ray.config import Prepare
+from igpt_ray.data.config import PrepareConfig
 from igpt_ray.flows import job
 from igpt_ray.flows.prepare import prepare
 
 if __name__ == "__main__":
-    job.run(prepare, Prepare)
+    job.run(prepare, PrepareConfig)

@@ -3,9 +3,9 @@
 python jobs/report.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/report
 """
 
-from igpt_ray.config import Report
 from igpt_ray.flows import job
+from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.report import write_report
 
 if __name__ == "__main__":
-    job.run(write_report, Report)
+    job.run(write_report, ReportConfig)

@@ -6,11 +6,11 @@ python jobs/serve.py --check cluster/serve.yaml
 
 import tyro
 
-from igpt_ray.config import Serve
 from igpt_ray.flows import job, serve
+from igpt_ray.serve.config import ServeConfig
 
 if __name__ == "__main__":
-    settings = tyro.cli(Serve)
+    settings = tyro.cli(ServeConfig)
     if settings.check:
         job.finish(serve.check_only, settings, cluster=False)
     else:

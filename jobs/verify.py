@@ -3,9 +3,9 @@
 python jobs/verify.py --tokens s3://bucket/tokens
 """
 
-from igpt_ray.config import Verify
+from igpt_ray.data.config import VerifyConfig
 from igpt_ray.flows import job
 from igpt_ray.flows.verify import verify
 
 if __name__ == "__main__":
-    job.run(verify, Verify)
+    job.run(verify, VerifyConfig)

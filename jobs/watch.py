@@ -3,9 +3,9 @@
 python jobs/watch.py --cloud aws --address 10.0.0.1:6379
 """
 
-from igpt_ray.config import Watch
 from igpt_ray.flows import job
+from igpt_ray.flows.config import WatchConfig
 from igpt_ray.flows.watch import watch
 
 if __name__ == "__main__":
-    job.run_alone(watch, Watch)
+    job.run_alone(watch, WatchConfig)

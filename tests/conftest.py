@@ -7,6 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from igpt_ray.data.config import PaletteConfig, PixelsConfig, PrepareConfig
+from igpt_ray.model.config import ModelConfig
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -34,10 +37,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from igpt_ray import config, images, shards, storage
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Manifest, Shard, Statistics, TokenStore
+from igpt_ray import storage
+from igpt_ray.data import pixels as images
+from igpt_ray.data import token_store
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, Manifest, Shard, Statistics, TokenStore
+from igpt_ray.model.image_gpt import ImageGPT
 
 if TYPE_CHECKING:
     from metadata import Metadata
@@ -229,11 +234,13 @@ def tiny_store(root: str, palette: Palette, kind: Kind) -> TokenStore:
             keys = [f"cat/{unit}-{row}.png" for row in range(rows)]
             tokens = rng.integers(0, kind.n_vocab, (rows, kind.n_positions)).astype(np.uint16)
             labels = rng.integers(0, 2, rows).tolist()
-            data = shards.encode(keys, labels, tokens, kind, {"unit": f"{unit:05d}", "split": split, "view": str(view)})
+            data = token_store.encode(
+                keys, labels, tokens, kind, {"unit": f"{unit:05d}", "split": split, "view": str(view)}
+            )
             path = f"{split}/{unit:05d}-v{view}.parquet"
             storage.write(storage.join(root, path), data)
             listed.append(listing_of(path, split, view, rows, data))
-    return shards.commit(root, manifest_of(kind, listed))
+    return token_store.commit(root, manifest_of(kind, listed))
 
 
 @pytest.fixture
@@ -271,7 +278,9 @@ def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shar
 
 
 def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
-    return Manifest(format=shards.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, made_by={"by": "a test"})
+    return Manifest(
+        format=token_store.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, made_by={"by": "a test"}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -313,7 +322,7 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Coloured digits in class folders, train and test."""
-    from igpt_ray.digits import digits
+    from igpt_ray.data.digits import digits
 
     root = tmp_path_factory.mktemp("digits")
     wanted = {"train": COLOURED_DIGITS, "test": COLOURED_DIGITS // 3}
@@ -328,22 +337,22 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with `palette.npy` and `tokens/` of the coloured digits, made by the flows."""
-    from igpt_ray import config
+    pass
     from igpt_ray.flows import prepare
 
     root = str(tmp_path_factory.mktemp("prepared"))
-    pixels = config.Pixels(n_px=8, crop="centre")
+    pixels = PixelsConfig(n_px=8, crop="centre")
     palette = storage.join(root, "palette.npy")
-    prepare.fit_palette(config.Palette(source=digit_images, out=palette, k=16, pixels=pixels))
+    prepare.fit_palette(PaletteConfig(source=digit_images, out=palette, k=16, pixels=pixels))
     tokens = storage.join(root, "tokens")
-    prepare.prepare(config.Prepare(source=digit_images, palette=palette, tokens=tokens, shard_images=50, pixels=pixels))
+    prepare.prepare(PrepareConfig(source=digit_images, palette=palette, tokens=tokens, shard_images=50, pixels=pixels))
     return root
 
 
 def random_model(seed: int = 0, std: float = 0.3, **shape: Any) -> ImageGPT:
     """A small network in evaluation mode whose every weight is random: gains, start vector and head too."""
     settings = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16} | shape
-    model = ImageGPT(config.Model(**settings)).eval().requires_grad_(False)
+    model = ImageGPT(ModelConfig(**settings)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.normal_(0, std, generator=generator)
@@ -397,12 +406,13 @@ def released(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A release for the prepared digits: the tiny shape with random weights, the head too, so that logits differ."""
     import torch
 
-    from igpt_ray import config, weights
-    from igpt_ray.model import ImageGPT
+    from igpt_ray import weights
+    from igpt_ray.model.config import ModelConfig
+    from igpt_ray.model.image_gpt import ImageGPT
 
     store = TokenStore.open(storage.join(prepared, "tokens"))
     torch.manual_seed(3)
-    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16))
+    model = ImageGPT(ModelConfig(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16))
     torch.nn.init.normal_(model.wtet.weight, std=0.2)
     about = weights.ReleaseConfig(
         format=weights.FORMAT,

@@ -20,7 +20,8 @@ from typing import Any
 
 from faults import one_by_one
 
-from igpt_ray import config, storage
+from igpt_ray import storage
+from igpt_ray.data.config import PrepareConfig
 from igpt_ray.flows import prepare
 
 FILES = {"tempfile.mkstemp", "open", "os.rename", "os.link", "os.remove"}
@@ -31,7 +32,7 @@ def main(settings: dict[str, Any], root: str) -> None:
     prepare.spread = one_by_one
     n, killed = 0, True
     while killed:
-        made = config.Prepare.model_validate({**settings, "tokens": storage.join(root, str(n))})
+        made = PrepareConfig.model_validate({**settings, "tokens": storage.join(root, str(n))})
         end, said = in_child(partial(doomed, made, n))
         killed = end == -signal.SIGKILL
         after = files_below(made.tokens)
@@ -40,7 +41,7 @@ def main(settings: dict[str, Any], root: str) -> None:
         n += 1
 
 
-def doomed(settings: config.Prepare, n: int, writer: int) -> None:
+def doomed(settings: PrepareConfig, n: int, writer: int) -> None:
     sys.addaudithook(Killer(settings.tokens, n, writer))
     prepare.prepare(settings)
 

@@ -17,7 +17,7 @@ from typing import Any
 from faults import one_by_one
 from killed import Killer, files_below, in_child
 
-from igpt_ray import config
+from igpt_ray.evaluate.config import FeaturesConfig
 from igpt_ray.flows import features
 
 
@@ -25,7 +25,7 @@ def main(settings: dict[str, Any], root: Path) -> None:
     features.spread = one_by_one
     n, killed = 0, True
     while killed:
-        made = config.Features.model_validate({**settings, "out": str(root / str(n))})
+        made = FeaturesConfig.model_validate({**settings, "out": str(root / str(n))})
         end, said = in_child(partial(doomed, made, n))
         killed = end == -signal.SIGKILL
         lines = len(list(Path(made.out).glob("*/units/*.json")))
@@ -36,12 +36,12 @@ def main(settings: dict[str, Any], root: Path) -> None:
         n += 1
 
 
-def doomed(settings: config.Features, n: int, writer: int) -> None:
+def doomed(settings: FeaturesConfig, n: int, writer: int) -> None:
     sys.addaudithook(Killer(settings.out, n, writer))
     features.extract(settings)
 
 
-def repeated(settings: config.Features, writer: int) -> None:
+def repeated(settings: FeaturesConfig, writer: int) -> None:
     import os
 
     os.write(writer, json.dumps(features.extract(settings)).encode())

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from killed import Killer, in_child
 from test_checkpoint import Trainee, equal
 
-from igpt_ray import checkpoint
+from igpt_ray.train import checkpoint
 
 
 def main(root: Path) -> None:

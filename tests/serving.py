@@ -15,15 +15,19 @@ import torch
 import uvicorn
 from conftest import free_port
 
-from igpt_ray import config, engine, images, weights
-from igpt_ray.flows.serve.api import Served, application
-from igpt_ray.flows.serve.gate import Keys
+from igpt_ray import weights
+from igpt_ray.data import pixels
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, Tokens
+from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.replica import Replica, heads_of
-from igpt_ray.heads import load_head
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Tokens
-from igpt_ray.wire import Reader
+from igpt_ray.generate import engine
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.serve.api import Served, application
+from igpt_ray.serve.config import ServeConfig
+from igpt_ray.serve.middleware import Keys
+from igpt_ray.serve.schemas import Reader
 
 KEY = "a key that only its owner knows"
 
@@ -128,9 +132,9 @@ def tiny_release(uri: str, seed: int = 0, n_px: int = 8, n_vocab: int = 16, **sh
     palette = Palette(np.random.default_rng(7).uniform(-1, 1, (n_vocab, 3)).astype(np.float32))
     torch.manual_seed(seed)
     settings = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_px": n_px, "n_vocab": n_vocab} | shape
-    model = ImageGPT(config.Model(**settings))
+    model = ImageGPT(ModelConfig(**settings))
     torch.nn.init.normal_(model.wtet.weight, std=0.2)
-    kind = Kind(n_px=n_px, n_vocab=n_vocab, palette=palette.fingerprint, pipeline=images.FAST)
+    kind = Kind(n_px=n_px, n_vocab=n_vocab, palette=palette.fingerprint, pipeline=pixels.FAST)
     about = weights.ReleaseConfig(
         format=weights.FORMAT, model=model.config, kind=kind, sha256="", classes=["cat", "dog"], trained={"steps": 0}
     )
@@ -160,7 +164,7 @@ def probe_head(folder: str, release: str, classes: list[str], layer: int = 1, pr
 
 def picture(seed: int = 0, n: int = 40) -> bytes:
     """A PNG file of n x n random pixels."""
-    return images.png(np.random.default_rng(seed).integers(0, 256, (n, n, 3), np.uint8))
+    return pixels.png(np.random.default_rng(seed).integers(0, 256, (n, n, 3), np.uint8))
 
 
 def base64_of(data: bytes) -> str:
@@ -194,7 +198,7 @@ class Client:
 
 
 @contextmanager
-def on_ray(settings: config.Serve) -> Iterator[Client]:
+def on_ray(settings: ServeConfig) -> Iterator[Client]:
     import ray.serve
 
     from igpt_ray.flows.serve import build

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
-from igpt_ray import audit, images, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import pixels
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, SourceError
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind
+from igpt_ray.evaluate import bias
 
-PICTURE = images.png(np.zeros((2, 2, 3), np.uint8))
+PICTURE = pixels.png(np.zeros((2, 2, 3), np.uint8))
 
 
 def pictures(root: Path, **sizes: int) -> str:
@@ -30,11 +32,11 @@ def pictures(root: Path, **sizes: int) -> str:
 def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
     """Folders beside the JSON, each of which may be in many tests."""
     root = pictures(tmp_path / "stimuli", X=2, Y=2, A=1, B=3)
-    (only,) = audit.tests_of(root)
+    (only,) = bias.tests_of(root)
     assert {letter: len(uris) for letter, uris in only.sets.items()} == {"X": 2, "Y": 2, "A": 1, "B": 3}
     named = {"one": {"X": "X", "Y": "Y", "A": "A", "B": "B"}, "two": {"X": "A", "Y": "A", "A": "X", "B": "Y"}}
     storage.write(f"{root}/tests.json", json.dumps(named).encode())
-    one, two = audit.tests_of(f"{root}/tests.json")
+    one, two = bias.tests_of(f"{root}/tests.json")
     assert one.sets == only.sets
     assert two.sets["B"] == only.sets["Y"]
 
@@ -52,7 +54,7 @@ def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
 )
 def test_sets_that_make_no_test_are_refused_by_name(tmp_path: Path, sizes: dict[str, int], complaint: str) -> None:
     with pytest.raises(SourceError, match=complaint):
-        audit.tests_of(pictures(tmp_path / "stimuli", **sizes))
+        bias.tests_of(pictures(tmp_path / "stimuli", **sizes))
 
 
 @pytest.mark.parametrize(
@@ -68,27 +70,27 @@ def test_sets_that_make_no_test_are_refused_by_name(tmp_path: Path, sizes: dict[
 def test_a_json_that_names_no_tests_is_refused(tmp_path: Path, said: str, complaint: str) -> None:
     (tmp_path / "tests.json").write_text(said)
     with pytest.raises(SourceError, match=complaint):
-        audit.tests_of(str(tmp_path / "tests.json"))
+        bias.tests_of(str(tmp_path / "tests.json"))
     with pytest.raises(SourceError, match="no tests at"):
-        audit.tests_of(str(tmp_path / "other.json"))
+        bias.tests_of(str(tmp_path / "other.json"))
 
 
 def test_groups_are_sub_folders_and_an_empty_one_is_refused(tmp_path: Path) -> None:
     root = pictures(tmp_path / "groups", women=2, men=3)
-    assert {group: len(uris) for group, uris in audit.groups_of(root).items()} == {"men": 3, "women": 2}
+    assert {group: len(uris) for group, uris in bias.groups_of(root).items()} == {"men": 3, "women": 2}
     (tmp_path / "groups/cats").mkdir()
     (tmp_path / "groups/cats/readme.txt").touch()
     with pytest.raises(SourceError, match=r"the group 'cats' of .* has no pictures"):
-        audit.groups_of(root)
+        bias.groups_of(root)
     with pytest.raises(SourceError, match="has 1 sub-folders with files: expected one for each of two"):
-        audit.groups_of(pictures(tmp_path / "alone", women=2))
+        bias.groups_of(pictures(tmp_path / "alone", women=2))
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, kind: Kind, palette: Palette) -> None:
     path = tmp_path / "torn.png"
     path.write_bytes(PICTURE[:30])
     with pytest.raises(ImageError, match=r"torn.png cannot be read: .* take it out of its folder"):
-        audit.read(str(path), kind, palette)
+        bias.read(str(path), kind, palette)
 
 
 # ------------------------------------------------------------------------------------------------ who names classes
@@ -112,7 +114,7 @@ def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: Ki
 
     uri = released(tmp_path / "tuned", kind, palette, n_class=2)
     tokens = np.random.default_rng(0).integers(0, 16, (7, 16)).astype(np.uint16)
-    judge = audit.classifier(uri, kind, "cpu", batch_size=3)
+    judge = bias.classifier(uri, kind, "cpu", batch_size=3)
     direct = weights.load_release(uri).model.joint(torch.from_numpy(tokens.astype(np.int64)))[1].argmax(1)
     assert judge.choose(tokens, [""] * 7).tolist() == direct.tolist()
     assert judge.classes == ["cat", "dog"]
@@ -122,24 +124,24 @@ def test_what_names_no_classes_is_refused(tmp_path: Path, kind: Kind, palette: P
     """A release without a head; one for other tokens; a head whose release has been replaced; a damaged head."""
     uri = released(tmp_path / "plain", kind, palette)
     with pytest.raises(CheckpointError, match="has no class head: expected a fine-tuned release"):
-        audit.classifier(uri, kind, "cpu", 8)
+        bias.classifier(uri, kind, "cpu", 8)
     with pytest.raises(CheckpointError, match="trained with pipeline reference-1, but the release that is audited"):
-        audit.classifier(uri, kind.model_copy(update={"pipeline": "fast-1"}), "cpu", 8)
+        bias.classifier(uri, kind.model_copy(update={"pipeline": "fast-1"}), "cpu", 8)
     probe = tmp_path / "probe"
     storage.write(str(probe / "probe.json"), json.dumps({"release": uri}).encode())
     head = {"mean": np.zeros(32), "deviation": np.ones(32), "weight": np.ones((2, 32)), "bias": np.zeros(2)}
     np.savez(probe / "classifier.npz", **head)
     with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version: repeat jobs/probe.py"):
-        audit.classifier(str(probe), kind, "cpu", 8)
+        bias.classifier(str(probe), kind, "cpu", 8)
     whole = (probe / "classifier.npz").read_bytes()
     for damaged in (whole[:100], whole[:-30], b"", b"text"):
         (probe / "classifier.npz").write_bytes(damaged)
         with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version"):
-            audit.classifier(str(probe), kind, "cpu", 8)
+            bias.classifier(str(probe), kind, "cpu", 8)
     how = {"layer": 1, "pooling": "mean", "precision": "float32", "classes": ["cat", "dog"]}
     np.savez(probe / "classifier.npz", **head, **how, release="another")
     with pytest.raises(FeatureError, match=r"is not the release that .* was fitted on"):
-        audit.classifier(str(probe), kind, "cpu", 8)
+        bias.classifier(str(probe), kind, "cpu", 8)
 
 
 # ------------------------------------------------------------------------------------------------ what can be said
@@ -147,14 +149,14 @@ def test_what_names_no_classes_is_refused(tmp_path: Path, kind: Kind, palette: P
 
 def test_holm_s_correction_is_that_of_a_worked_example() -> None:
     """By hand: 0.01 * 4, 0.02 * 3, 0.03 * 2 -> not below the one before, 0.04."""
-    assert audit.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert audit.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert audit.holm([0.2]) == [0.2]
+    assert bias.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert bias.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert bias.holm([0.2]) == [0.2]
 
 
 def test_chi_square_is_scipy_s() -> None:
     table = np.random.default_rng(0).integers(1, 30, (3, 4))
-    assert audit.chi_square(table) == pytest.approx(chi2_contingency(table, correction=False).statistic)
+    assert bias.chi_square(table) == pytest.approx(chi2_contingency(table, correction=False).statistic)
 
 
 def test_the_p_value_of_few_pictures_counts_every_way_to_deal_them() -> None:
@@ -168,7 +170,7 @@ def test_the_p_value_of_few_pictures_counts_every_way_to_deal_them() -> None:
 
     observed = of((0, 1, 2))
     expected = sum(of(rows) >= observed - 1e-9 for rows in combinations(range(7), 3)) / 35
-    found = audit.independence({"a": counts[:3], "b": counts[3:]}, seed=0)
+    found = bias.independence({"a": counts[:3], "b": counts[3:]}, seed=0)
     assert found.p_value == pytest.approx(expected)
     assert found.chi_square == pytest.approx(observed)
     assert found.cramers_v == pytest.approx((observed / counts.sum()) ** 0.5)
@@ -179,9 +181,9 @@ def test_many_completions_of_few_pictures_prove_nothing() -> None:
     p below 1e-100, but any way to deal these pictures looks the same."""
     counts = 1000 * np.eye(4, dtype=np.int64)
     assert chi2_contingency(np.stack([counts[:2].sum(0), counts[2:].sum(0)])).pvalue < 1e-100
-    assert audit.independence({"a": counts[:2], "b": counts[2:]}, seed=0).p_value == 1
+    assert bias.independence({"a": counts[:2], "b": counts[2:]}, seed=0).p_value == 1
 
 
 def test_completions_that_are_all_of_one_class_do_not_differ() -> None:
     counts = np.array([[0, 16, 0], [0, 16, 0], [0, 16, 0]])
-    assert audit.independence({"a": counts[:1], "b": counts[1:]}, seed=0) == (0, 1, 0)
+    assert bias.independence({"a": counts[:1], "b": counts[1:]}, seed=0) == (0, 1, 0)

@@ -5,34 +5,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt_ray import estimate, objectives, optim
-from igpt_ray.config import BenchModern, Optim
-from igpt_ray.evaluate import image_nats
-from igpt_ray.flows.bench import modern
-from igpt_ray.loader import SplitCache, global_batch
-from igpt_ray.model import ImageGPT
-from igpt_ray.shards import TokenStore
+from benchmarks import modern
+from benchmarks.modern import BenchModernConfig
+from igpt_ray.data.loader import SplitCache, global_batch
+from igpt_ray.data.token_store import TokenStore
+from igpt_ray.evaluate.likelihood import image_nats
+from igpt_ray.model import losses
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train import estimate, optim
+from igpt_ray.train.config import OptimConfig
 
 
 @pytest.fixture
-def settings(store: TokenStore, tmp_path: Path) -> BenchModern:
+def settings(store: TokenStore, tmp_path: Path) -> BenchModernConfig:
     sizes = {"n_layer": 1, "n_embd": 8, "n_head": 1, "batch_size": 2, "steps": 5, "warmup_steps": 1}
-    return BenchModern(tokens=store.root, out=str(tmp_path / "found.json"), evaluate_every=2, **sizes)
+    return BenchModernConfig(tokens=store.root, out=str(tmp_path / "found.json"), evaluate_every=2, **sizes)
 
 
-def test_a_run_is_the_training_of_its_settings_and_is_done_once(settings: BenchModern) -> None:
+def test_a_run_is_the_training_of_its_settings_and_is_done_once(settings: BenchModernConfig) -> None:
     """A schedule that is not applied, a held-out split that is trained on, a curve without its end; and an hour that
     is spent again because a table is wanted."""
     bench = modern.Bench(settings)
     found = bench.run("x", {"optim": {"lr": 0.01}}, seed=3)
     assert [step for step, _ in found["curve"]] == [2, 4, 5]
     torch.manual_seed(3)
-    network, o = ImageGPT(bench.model), Optim(lr=0.01, batch_size=2, steps=5, warmup_steps=1)
+    network, o = ImageGPT(bench.model), OptimConfig(lr=0.01, batch_size=2, steps=5, warmup_steps=1)
     optimizer = optim.build(network, o)
     for step in range(5):
         x = torch.from_numpy(bench.images[global_batch(3, step, 2, len(bench.images))]).long()
         optimizer.zero_grad()
-        (objectives.generative(network, x) / x.numel()).backward()
+        (losses.generative(network, x) / x.numel()).backward()
         optim.set_lr(optimizer, optim.lr_at(step, o))
         optimizer.step()
     held_out = SplitCache(TokenStore.open(settings.tokens), "test").views[0]

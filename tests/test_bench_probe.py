@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import random_model, random_tokens
 
-from igpt_ray.config import BenchProbe
-from igpt_ray.flows.bench import features, probe
+from benchmarks import features, probe
+from benchmarks.probe import BenchProbeConfig
 
 
 def test_both_fits_minimise_the_same_loss() -> None:
     """A penalty of another size would make one side's work easier."""
-    report = probe.probe(BenchProbe(rows=600, width=12, classes=3, l2=1e-2, rounds=1, threads=1))
+    report = probe.probe(BenchProbeConfig(rows=600, width=12, classes=3, l2=1e-2, rounds=1, threads=1))
     assert all(0 <= report["gap"][name] < 1e-4 * report["loss"] for name in ("ours", "scikit-learn, on"))
     assert report["gap"]["ours, 10"] >= report["gap"]["ours"]
     assert report["equal_predictions"]["scikit-learn, on"] > 0.99

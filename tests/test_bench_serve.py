@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from conftest import random_model
 
-from igpt_ray.config import BenchServe
-from igpt_ray.engine import Engine, Ticket
-from igpt_ray.flows.bench import serve
+from benchmarks import serve
+from benchmarks.serve import BenchServeConfig
+from igpt_ray.generate.engine import Engine, Ticket
 
-TINY = BenchServe(n_layer=2, n_embd=32, n_head=2, n_px=8, pixels=20, batches=(1, 3), lanes=2, requests=6, threads=1)
+TINY = BenchServeConfig(
+    n_layer=2, n_embd=32, n_head=2, n_px=8, pixels=20, batches=(1, 3), lanes=2, requests=6, threads=1
+)
 
 
 def test_all_ways_draw_the_same_pixels() -> None:

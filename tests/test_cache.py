@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ray import cache
+from igpt_ray.data import node_cache
 from igpt_ray.errors import StorageError
 
 SHAPE = (30, 64)
@@ -45,8 +45,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 def test_what_was_made_once_is_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "new" / "a.u16"
-    np.testing.assert_array_equal(cache.mapped(path, SHAPE, pieces), ARRAY)
-    np.testing.assert_array_equal(cache.mapped(path, SHAPE, nothing), ARRAY)
+    np.testing.assert_array_equal(node_cache.mapped(path, SHAPE, pieces), ARRAY)
+    np.testing.assert_array_equal(node_cache.mapped(path, SHAPE, nothing), ARRAY)
     assert not caplog.records
 
 
@@ -54,13 +54,13 @@ def test_what_was_made_once_is_found_again(tmp_path: Path, caplog: pytest.LogCap
 def test_a_damaged_file_is_named_and_made_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A disk that lost a bit or a block; a reader that had the good file mapped keeps it."""
     path = tmp_path / "a.u16"
-    before = cache.mapped(path, SHAPE, pieces)
+    before = node_cache.mapped(path, SHAPE, pieces)
     held = np.array(before)
     whole = path.read_bytes()
     path.unlink()
     path.write_bytes(DAMAGES[damage](whole))
     with caplog.at_level(logging.WARNING):
-        again = cache.mapped(path, SHAPE, pieces)
+        again = node_cache.mapped(path, SHAPE, pieces)
     assert f"{path} is damaged" in caplog.text
     np.testing.assert_array_equal(again, ARRAY)
     np.testing.assert_array_equal(before, held)
@@ -75,11 +75,11 @@ def test_a_damaged_file_that_nobody_can_make_again_is_not_used(tmp_path: Path) -
         raise StorageError("the bucket is away")
 
     path = tmp_path / "a.u16"
-    cache.mapped(path, SHAPE, pieces)
+    node_cache.mapped(path, SHAPE, pieces)
     path.write_bytes(flipped(7)(path.read_bytes()))
     for _ in range(2):
         with pytest.raises(StorageError, match="away"):
-            cache.mapped(path, SHAPE, away)
+            node_cache.mapped(path, SHAPE, away)
     assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
 
 
@@ -88,7 +88,7 @@ def _killed_half_way(path: Path) -> None:
         yield ARRAY[:10]
         os.kill(os.getpid(), signal.SIGKILL)
 
-    cache.mapped(path, SHAPE, dying)
+    node_cache.mapped(path, SHAPE, dying)
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path: 
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert (tmp_path / "a.tmp").exists()
-    np.testing.assert_array_equal(cache.mapped(path, SHAPE, pieces), ARRAY)
+    np.testing.assert_array_equal(node_cache.mapped(path, SHAPE, pieces), ARRAY)
     assert {p.name for p in tmp_path.iterdir()} == {"a.u16", "a.lock"}
 
 
@@ -107,4 +107,4 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     """A traceback from inside `open`, an hour after the job was sent."""
     (tmp_path / "file").write_bytes(b"in the way")
     with pytest.raises(StorageError, match=r"file/a\.u16"):
-        cache.mapped(tmp_path / "file" / "a.u16", SHAPE, pieces)
+        node_cache.mapped(tmp_path / "file" / "a.u16", SHAPE, pieces)

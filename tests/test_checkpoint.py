@@ -22,9 +22,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from igpt_ray import checkpoint, config, objectives, optim, parallel, storage
+from igpt_ray import storage
 from igpt_ray.errors import CheckpointError, StorageError
-from igpt_ray.model import ImageGPT
+from igpt_ray.model import losses
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train import checkpoint, optim, parallelize
+from igpt_ray.train.config import OptimConfig, WorkersConfig
 
 MODERN = {"qk_norm": True, "rotary": True}
 
@@ -41,14 +44,14 @@ class Trainee:
         shape = {"n_layer": 2, **(MODERN if modern else {})}
         self.model: ImageGPT = random_model(seed, std=0.2, **shape).requires_grad_(True).train()
         if sharded:
-            parallel.shard(self.model, init_device_mesh("cpu", (1,)), config.Workers())
-        self.optimizer: Optimizer = optim.build(self.model, config.Optim(lr=1e-2, muon_lr=0.02 if modern else None))
+            parallelize.shard(self.model, init_device_mesh("cpu", (1,)), WorkersConfig())
+        self.optimizer: Optimizer = optim.build(self.model, OptimConfig(lr=1e-2, muon_lr=0.02 if modern else None))
 
     def train(self, *steps: int) -> "Trainee":
         for step in steps:
             x = random_tokens(self.model, 4, seed=step)
             self.optimizer.zero_grad()
-            objectives.next_pixel(self.model(x), x).mean().backward()
+            losses.next_pixel(self.model(x), x).mean().backward()
             self.optimizer.step()
         return self
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from aws import REGION, Account, allowed, asked, recorded
 
-from igpt_ray.flows.pool import PART
+from igpt_ray.flows.actor_map import PART
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "cluster"))

@@ -8,9 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from igpt_ray import config
-from igpt_ray.config import PRESETS, Model, Optim, Pretrain, Run, Workers, preset_from_words
-from igpt_ray.model import ImageGPT
+from igpt_ray.data.config import PaletteConfig, PixelsConfig, PrepareConfig
+from igpt_ray.generate.config import CompleteConfig
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.provenance import provenance
+from igpt_ray.serve.config import ServeConfig
+from igpt_ray.settings import PoolConfig, Section
+from igpt_ray.train.config import OptimConfig, PretrainConfig, RunConfig, WorkersConfig
+from igpt_ray.train.presets import PRESETS, preset_from_words
 
 PAPER = {
     "igpt-s": (24, 512, 8, 32, 76_571_648),
@@ -26,7 +32,7 @@ def test_the_sizes_of_the_paper_have_its_parameters(
     n_layer: int, n_embd: int, n_head: int, n_px: int, n_params: int
 ) -> None:
     """A bias too many, tied embeddings or n + 1 positions; and a formula that drifts from the network."""
-    model = Model(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px)
+    model = ModelConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_px=n_px)
     assert model.n_params == n_params
     with torch.device("meta"):
         network = ImageGPT(model)
@@ -78,7 +84,7 @@ def test_a_modern_twin_sees_the_same_images_in_a_network_of_the_same_size(name: 
         assert getattr(twin.optim, field) == getattr(paper.optim, field)
     assert not paper.model.modern
     assert twin.model.modern == ["qk_norm", "rotary"]
-    assert Model.model_validate(twin.model.model_dump()) == twin.model  # its heads can be turned
+    assert ModelConfig.model_validate(twin.model.model_dump()) == twin.model  # its heads can be turned
     assert (paper.optim.muon_lr, paper.optim.cooldown) == (None, None)
 
 
@@ -86,75 +92,77 @@ def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
     """A choice of ours that passes for the paper's."""
     for name, said in (("igpt-xl", "not stated"), ("igpt-l-48-bert", "not in the paper"), ("igpt-xl-bert", "not in")):
         assert said in PRESETS[name][0]
-    assert Optim.__doc__
+    assert OptimConfig.__doc__
     for choice in ("linear warm-up", "epsilon 1e-8", "no clipping"):
-        assert choice in Optim.__doc__
+        assert choice in OptimConfig.__doc__
 
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:
     """A function that edits its section: what is written beside the artefact would not be what ran."""
-    settings = Pretrain()
+    settings = PretrainConfig()
     with pytest.raises(ValidationError, match="frozen"):
         settings.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
         settings.optim.lr = 1.0
 
 
-@pytest.mark.parametrize("section", [Pretrain, Model, Optim, Run, Workers, config.Pixels, config.Pool])
-def test_an_unknown_setting_is_refused(section: type[config.Section]) -> None:
+@pytest.mark.parametrize(
+    "section", [PretrainConfig, ModelConfig, OptimConfig, RunConfig, WorkersConfig, PixelsConfig, PoolConfig]
+)
+def test_an_unknown_setting_is_refused(section: type[Section]) -> None:
     """A mistyped name in a config.json would silently mean the default."""
     with pytest.raises(ValidationError, match="not_a_setting"):
         section(not_a_setting=1)
 
 
 IMPOSSIBLE = [
-    (Model, {"n_layer": 0}),
-    (Model, {"n_embd": -512}),
-    (Model, {"n_embd": 512, "n_head": 7}),
-    (Model, {"n_px": 0}),
-    (Model, {"n_vocab": 1}),
-    (Model, {"n_vocab": 65537}),
-    (Model, {"n_embd": 12, "n_head": 2, "rotary": True}),
-    (Optim, {"lr": 0}),
-    (Optim, {"lr": float("inf")}),
-    (Optim, {"lr": float("nan")}),
-    (Optim, {"betas": (0.9, 1.0)}),
-    (Optim, {"betas": (0.9,)}),
-    (Optim, {"eps": 0}),
-    (Optim, {"batch_size": 0}),
-    (Optim, {"steps": 1.5}),
-    (Optim, {"warmup_steps": -1}),
-    (Optim, {"clip": 0}),
-    (Optim, {"muon_lr": 0}),
-    (Optim, {"cooldown": -0.1}),
-    (Optim, {"cooldown": 1.1}),
-    (Workers, {"n": 0}),
-    (Workers, {"cpus": 0}),
-    (Workers, {"gpus": 2}),
-    (Workers, {"precision": "float16"}),
-    (Workers, {"max_failures": -1}),
-    (Workers, {"n": 2, "min_n": 3}),
-    (Workers, {"patience": 0}),
-    (Run, {"name": ""}),
-    (Run, {"name": "a/b"}),
-    (Run, {"name": ".."}),
-    (Run, {"root": "gs://bucket"}),
-    (Run, {"keep": 0}),
-    (Pretrain, {"seed": -1}),
-    (Pretrain, {"seed": 2**32}),
-    (config.Pixels, {"n_px": 225}),
-    (config.Pixels, {"crop": "left"}),
-    (config.Palette, {"source": "a", "out": "b", "k": 1}),
-    (config.Prepare, {"source": "a", "palette": "b", "tokens": "c", "budget": 1.5}),
-    (config.Prepare, {"source": "", "palette": "b", "tokens": "c"}),
-    (config.Complete, {"release": "a", "tokens": "b", "out": "c", "temperature": -1}),
-    (config.Complete, {"release": "a", "tokens": "b", "out": "c", "temperature": float("inf")}),
-    (config.Serve, {"release": "a", "port": 70000}),
+    (ModelConfig, {"n_layer": 0}),
+    (ModelConfig, {"n_embd": -512}),
+    (ModelConfig, {"n_embd": 512, "n_head": 7}),
+    (ModelConfig, {"n_px": 0}),
+    (ModelConfig, {"n_vocab": 1}),
+    (ModelConfig, {"n_vocab": 65537}),
+    (ModelConfig, {"n_embd": 12, "n_head": 2, "rotary": True}),
+    (OptimConfig, {"lr": 0}),
+    (OptimConfig, {"lr": float("inf")}),
+    (OptimConfig, {"lr": float("nan")}),
+    (OptimConfig, {"betas": (0.9, 1.0)}),
+    (OptimConfig, {"betas": (0.9,)}),
+    (OptimConfig, {"eps": 0}),
+    (OptimConfig, {"batch_size": 0}),
+    (OptimConfig, {"steps": 1.5}),
+    (OptimConfig, {"warmup_steps": -1}),
+    (OptimConfig, {"clip": 0}),
+    (OptimConfig, {"muon_lr": 0}),
+    (OptimConfig, {"cooldown": -0.1}),
+    (OptimConfig, {"cooldown": 1.1}),
+    (WorkersConfig, {"n": 0}),
+    (WorkersConfig, {"cpus": 0}),
+    (WorkersConfig, {"gpus": 2}),
+    (WorkersConfig, {"precision": "float16"}),
+    (WorkersConfig, {"max_failures": -1}),
+    (WorkersConfig, {"n": 2, "min_n": 3}),
+    (WorkersConfig, {"patience": 0}),
+    (RunConfig, {"name": ""}),
+    (RunConfig, {"name": "a/b"}),
+    (RunConfig, {"name": ".."}),
+    (RunConfig, {"root": "gs://bucket"}),
+    (RunConfig, {"keep": 0}),
+    (PretrainConfig, {"seed": -1}),
+    (PretrainConfig, {"seed": 2**32}),
+    (PixelsConfig, {"n_px": 225}),
+    (PixelsConfig, {"crop": "left"}),
+    (PaletteConfig, {"source": "a", "out": "b", "k": 1}),
+    (PrepareConfig, {"source": "a", "palette": "b", "tokens": "c", "budget": 1.5}),
+    (PrepareConfig, {"source": "", "palette": "b", "tokens": "c"}),
+    (CompleteConfig, {"release": "a", "tokens": "b", "out": "c", "temperature": -1}),
+    (CompleteConfig, {"release": "a", "tokens": "b", "out": "c", "temperature": float("inf")}),
+    (ServeConfig, {"release": "a", "port": 70000}),
 ]
 
 
 @pytest.mark.parametrize(("section", "values"), IMPOSSIBLE, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
-def test_an_impossible_value_is_refused(section: type[config.Section], values: dict[str, object]) -> None:
+def test_an_impossible_value_is_refused(section: type[Section], values: dict[str, object]) -> None:
     """Refused where it is read, not after an hour on a cluster; a run named `..` would write beside its root."""
     with pytest.raises(ValidationError) as caught:
         section(**values)
@@ -164,24 +172,24 @@ def test_an_impossible_value_is_refused(section: type[config.Section], values: d
 def test_settings_survive_json() -> None:
     """A run is resumed by comparing its config.json with the settings: tuples and numbers must come back equal."""
     for _, preset in PRESETS.values():
-        assert Pretrain.model_validate_json(preset.model_dump_json()) == preset
+        assert PretrainConfig.model_validate_json(preset.model_dump_json()) == preset
 
 
 def test_places_are_absolute_once_they_are_settings() -> None:
     """Ray's workers have another working directory."""
-    assert Run(root="file:///a/b/").root == "/a/b"
-    assert Run(root="runs").root.startswith("/")
-    assert preset_from_words(["tiny", "--data.tokens", "tokens"], Pretrain).data.tokens.startswith("/")
-    assert Run(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
+    assert RunConfig(root="file:///a/b/").root == "/a/b"
+    assert RunConfig(root="runs").root.startswith("/")
+    assert preset_from_words(["tiny", "--data.tokens", "tokens"], PretrainConfig).data.tokens.startswith("/")
+    assert RunConfig(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
 
 
 def test_a_word_on_the_command_line_changes_that_setting_alone() -> None:
     """A preset whose other sections fall back to defaults when one is touched."""
-    settings = preset_from_words(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"], Pretrain)
+    settings = preset_from_words(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"], PretrainConfig)
     preset = PRESETS["igpt-l-48"][1]
     expected = preset.model_dump() | {"optim": preset.optim.model_dump() | {"lr": 1e-3}}
     expected |= {"workers": preset.workers.model_dump() | {"n": 4}}
-    assert settings == Pretrain.model_validate(expected)
+    assert settings == PretrainConfig.model_validate(expected)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 ) -> None:
     """An ignored word: the run would start with the default and nobody would know."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(words, Pretrain)
+        preset_from_words(words, PretrainConfig)
     assert caught.value.code == 2
     printed = capsys.readouterr()
     advice = re.split("Perhaps you meant|did you mean", printed.err)[1]
@@ -209,14 +217,14 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 def test_an_impossible_word_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     """A job must stop at the command line, with its reason on stderr."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(["tiny", "--model.n-head", "3"], Pretrain)
+        preset_from_words(["tiny", "--model.n-head", "3"], PretrainConfig)
     assert caught.value.code == 2
     assert "not a multiple of n_head 3" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_provenance_says_what_made_an_artefact() -> None:
     """An artefact nobody can make again: no settings, no versions, or something that JSON cannot hold."""
-    made = json.loads(json.dumps(config.provenance(Pretrain(seed=5))))
+    made = json.loads(json.dumps(provenance(PretrainConfig(seed=5))))
     assert made["settings"]["seed"] == 5
     assert made["versions"]["torch"] == metadata.version("torch")
     assert made["git"] is None or re.fullmatch("[0-9a-f]{40}", made["git"])

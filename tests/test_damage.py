@@ -13,34 +13,35 @@ import pyarrow.parquet as pq
 import pytest
 from faults import one_by_one
 
-from igpt_ray import config, images, shards, sources
+from igpt_ray.data import pixels, sources, token_store
+from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
+from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import IgptError, PaletteError, SourceError, TokenStoreError
 from igpt_ray.flows import prepare, verify
-from igpt_ray.loader import SplitCache
-from igpt_ray.palette import Palette
-from igpt_ray.shards import TokenStore
 
 VICTIM = "train/00001-v0.parquet"
 
 
 @pytest.fixture
-def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Prepare:
+def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
     """Of a store of four shards, two of them with an image in quarantine."""
     for flow in (prepare, verify):
         monkeypatch.setattr(flow, "spread", one_by_one)
     palette.save(str(tmp_path / "palette.npy"))
-    return config.Prepare(
+    return PrepareConfig(
         source=pictures,
         palette=str(tmp_path / "palette.npy"),
         tokens=str(tmp_path / "tokens"),
         shard_images=4,
         budget=0.2,
-        pixels=config.Pixels(n_px=4),
+        pixels=PixelsConfig(n_px=4),
     )
 
 
 @pytest.fixture
-def tokens(settings: config.Prepare) -> Path:
+def tokens(settings: PrepareConfig) -> Path:
     prepare.prepare(settings)
     return Path(settings.tokens)
 
@@ -123,7 +124,7 @@ def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
         victim.write_bytes(DAMAGES[damage](whole, (tokens / "train/00000-v0.parquet").read_bytes()))
         assert victim.read_bytes() != whole
     with pytest.raises(TokenStoreError, match=rf"1 problem.*{VICTIM}"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=0))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
     for _ in range(2):
         with pytest.raises(IgptError, match=VICTIM):
             SplitCache(TokenStore.open(str(tokens)), "train", tmp_path / "cache")
@@ -132,7 +133,7 @@ def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
-    damage: str, tokens: Path, settings: config.Prepare
+    damage: str, tokens: Path, settings: PrepareConfig
 ) -> None:
     """Killed before the commit, damaged, repeated: nobody holds a hash of a shard that no manifest names."""
     before = {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()}
@@ -150,7 +151,7 @@ def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["train", "quarantine"])
-def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, settings: config.Prepare) -> None:
+def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, settings: PrepareConfig) -> None:
     """Anywhere in a shard or its list, whether or not the reader would stumble over it."""
     store = TokenStore.open(str(tokens))
     plan = sources.plan(settings.source, settings.shard_images)
@@ -171,7 +172,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
     """A class that is spelt another way, a shard that moves to another split, a view that is another epoch's."""
     path = tokens / "manifest.json"
     whole = path.read_bytes()
-    assert all(shards.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
+    assert all(token_store.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
     for at in range(0, len(whole), 200):
         path.write_bytes(flip(whole, at, at % 8))
         with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged.*repeat jobs/prepare\.py"):
@@ -179,10 +180,10 @@ def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 80, len(whole) - 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
-            verify.verify(config.Verify(tokens=str(tokens)))
+            verify.verify(VerifyConfig(tokens=str(tokens)))
 
 
-def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings: config.Prepare) -> None:
+def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings: PrepareConfig) -> None:
     """As its error says: delete it, and the shards are kept."""
     path = tokens / "manifest.json"
     whole = path.read_bytes()
@@ -215,28 +216,28 @@ def test_every_flipped_bit_of_the_palette_that_matters_is_found(tokens: Path) ->
     for length in (0, 5, 60, 127, 128, 200, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(PaletteError, match=r"palette\.npy"):
-            verify.verify(config.Verify(tokens=str(tokens)))
+            verify.verify(VerifyConfig(tokens=str(tokens)))
 
 
 def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_shard_again(
-    tokens: Path, settings: config.Prepare
+    tokens: Path, settings: PrepareConfig
 ) -> None:
     """A unit is known by names and sizes, which are the same for every copy of the data, wherever it lies."""
     picture = next(Path(settings.source, "train").rglob("0.png"))
     data = picture.read_bytes()
-    other = images.png(np.zeros((9, 8, 3), np.uint8))
+    other = pixels.png(np.zeros((9, 8, 3), np.uint8))
     picture.write_bytes(other + bytes(len(data) - len(other)))
-    verify.verify(config.Verify(tokens=str(tokens), remake=0))
+    verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
     with pytest.raises(TokenStoreError, match=r"1 of 4 rows are not what the source gives"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=9))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=9))
 
 
-def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: config.Prepare) -> None:
+def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: PrepareConfig) -> None:
     """The error of the budget says to mend it: a flipped bit that is put right changes no name and no size."""
     strict = settings.model_copy(update={"budget": 0.0})
     (Path(settings.source) / "test/dog/1.png").unlink()
     bad = Path(settings.source) / "train/dog/1.png"
-    whole = images.png(np.zeros((9, 8, 3), np.uint8))
+    whole = pixels.png(np.zeros((9, 8, 3), np.uint8))
     bad.write_bytes(flip(whole, 60))
     with pytest.raises(SourceError, match=r"dog/1\.png.*mend or remove them"):
         prepare.prepare(strict)

@@ -1,19 +1,22 @@
 """Every command that the documentation shows names a job that exists, with settings that parse."""
 
+import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import tyro
 
-from igpt_ray import config
+from igpt_ray.train.config import EstimateConfig, PretrainConfig
+from igpt_ray.train.presets import preset_from_words
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-JOB = re.compile(r"\bpython jobs/.*")
+JOB = re.compile(r"\bpython (?:jobs/|-m benchmarks ).*")
 RENDER = re.compile(r"\bpython cluster/render\.py (\S+) (\S+)")
 
 
@@ -56,16 +59,18 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
     if words[0] == "make":
         assert words[1] in MAKE_TARGETS
         return
+    if words[1] == "-m":  # `python -m benchmarks palette` reads benchmarks.palette.BenchPaletteConfig
+        module = importlib.import_module(f"benchmarks.{words[3]}")
+        tyro.cli(getattr(module, f"Bench{words[3].title()}Config"), args=words[4:])
+        return
+    job = runpy.run_path(str(ROOT / words[1]))
     source = (ROOT / words[1]).read_text()
     if "run_preset" in source:
-        config.preset_from_words(words[2:], config.Pretrain)
+        preset_from_words(words[2:], PretrainConfig)
         return
-    if "preset_from_words" in source:  # with the settings that bear the job's name
-        config.preset_from_words(words[2:], getattr(config, Path(words[1]).stem.title()))
-        return
-    if "subcommand_cli_from_dict" in source:  # `bench.py palette` reads config.BenchPalette
-        tyro.cli(getattr(config, f"Bench{words[2].title()}"), args=words[3:])
+    if "preset_from_words" in source:
+        preset_from_words(words[2:], EstimateConfig)
         return
     settings = re.search(r"(?:job\.run(?:_alone)?\([\w.]+, |tyro\.cli\()(\w+)\)", source)
     assert settings, f"{words[1]} does not say which settings it reads"
-    tyro.cli(getattr(config, settings[1]), args=words[2:])
+    tyro.cli(job[settings[1]], args=words[2:])

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from igpt_ray import sampling
-from igpt_ray.engine import Engine, Request, Ticket
 from igpt_ray.errors import SettingError
-from igpt_ray.lanes import Precision
-from igpt_ray.model import ImageGPT
+from igpt_ray.generate import sampler
+from igpt_ray.generate.engine import Engine, Request, Ticket
+from igpt_ray.generate.kv_cache import Precision
+from igpt_ray.model.image_gpt import ImageGPT
 
 MODEL = random_model(std=0.4)
 """Sharp enough that samples depend on what was given, soft enough that they differ."""
@@ -36,7 +36,7 @@ def alone(request: Request, model: ImageGPT = MODEL) -> NDArray[np.integer]:
     tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.given)[None]
     how = request.temperature, request.top_k, request.top_p
     return np.concatenate(
-        [sampling.complete(model, tokens, 1, [seed], *how, given=mask).numpy() for seed in request.seeds]
+        [sampler.complete(model, tokens, 1, [seed], *how, given=mask).numpy() for seed in request.seeds]
     )
 
 

@@ -11,12 +11,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt_ray import config, estimate, objectives, optim, parallel
-from igpt_ray.config import PRESETS, Cluster, Estimate, Model, Optim, Workers
-from igpt_ray.model import ImageGPT
+from igpt_ray.model import losses
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.settings import Section
+from igpt_ray.train import estimate, optim, parallelize
+from igpt_ray.train.config import ClusterConfig, EstimateConfig, OptimConfig, PretrainConfig, WorkersConfig
+from igpt_ray.train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = [Model(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40), Model(n_layer=1, n_embd=96, n_head=3, n_px=9)]
+SMALL = [
+    ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40),
+    ModelConfig(n_layer=1, n_embd=96, n_head=3, n_px=9),
+]
 
 MODERN = [
     SMALL[0].model_copy(update=changes)
@@ -24,32 +31,32 @@ MODERN = [
 ]
 
 
-def of(preset: str, **sections: config.Section) -> Estimate:
+def of(preset: str, **sections: Section) -> EstimateConfig:
     chosen = PRESETS[preset][1]
-    return Estimate(**{name: getattr(chosen, name) for name in config.Pretrain.model_fields}).model_copy(
+    return EstimateConfig(**{name: getattr(chosen, name) for name in PretrainConfig.model_fields}).model_copy(
         update=sections
     )
 
 
 @pytest.mark.parametrize("model", SMALL)
-def test_flops_are_those_that_torch_counts(model: Model) -> None:
+def test_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
     """A head, a backward pass or a half of attention left out of the formula."""
     tokens = torch.randint(0, model.n_vocab, (2, model.n_positions))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        objectives.next_pixel(ImageGPT(model)(tokens), tokens).sum().backward()
+        losses.next_pixel(ImageGPT(model)(tokens), tokens).sum().backward()
     assert counter.get_total_flops() == estimate.flops_per_token(model, causal=False) * tokens.numel()
 
 
 @pytest.mark.parametrize("model", SMALL)
-def test_muons_flops_are_those_that_torch_counts(model: Model) -> None:
+def test_muons_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
     network = ImageGPT(model)
-    optimizer = optim.build(network, Optim(muon_lr=0.02))
+    optimizer = optim.build(network, OptimConfig(muon_lr=0.02))
     for p in network.parameters():
         p.grad = torch.randn_like(p)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     assert counter.get_total_flops() == estimate.muon_flops(model)
-    extra = [estimate.flops_per_step(model, Optim(muon_lr=lr), causal=True) for lr in (0.02, None)]
+    extra = [estimate.flops_per_step(model, OptimConfig(muon_lr=lr), causal=True) for lr in (0.02, None)]
     assert extra[0] - extra[1] == estimate.muon_flops(model)
 
 
@@ -77,9 +84,9 @@ def test_flops_and_parameters_are_the_published_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", [*SMALL, *MODERN])
 def test_activations_are_those_that_autograd_keeps(
-    model: Model, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("igpt_ray.model.SHORT", 0)  # attend as a GPU does
+    monkeypatch.setattr("igpt_ray.model.image_gpt.SHORT", 0)  # attend as a GPU does
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +98,7 @@ def test_activations_are_those_that_autograd_keeps(
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     tokens = torch.randint(0, model.n_vocab, (images, model.n_positions))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objectives.next_pixel(network(tokens), tokens).sum()
+        losses.next_pixel(network(tokens), tokens).sum()
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
     # The estimate also has logits and their gradient, which the loss does not keep.
     expected = (
@@ -101,7 +108,7 @@ def test_activations_are_those_that_autograd_keeps(
 
 
 def test_igpt_l_on_64_h200s_by_hand() -> None:
-    settings = of("igpt-l", workers=Workers(n=64, precision="bfloat16"), cluster=Cluster(mfu=0.5, price=4))
+    settings = of("igpt-l", workers=WorkersConfig(n=64, precision="bfloat16"), cluster=ClusterConfig(mfu=0.5, price=4))
     found = estimate.estimate(settings)
     step = 128 * 1024 * 8_611_430_400 / (64 * 989e12 * 0.5)
     assert found["step_seconds"] == pytest.approx(step)
@@ -113,17 +120,19 @@ def test_igpt_l_on_64_h200s_by_hand() -> None:
 
 
 def test_what_does_not_fit_or_waits_for_the_network_is_said() -> None:
-    alone = of("igpt-xl", workers=Workers(precision="bfloat16", micro_batch=64))
+    alone = of("igpt-xl", workers=WorkersConfig(precision="bfloat16", micro_batch=64))
     assert "does NOT fit" in "\n".join(estimate.lines(alone, estimate.estimate(alone)))
-    slow = of("igpt-l", workers=Workers(n=128), cluster=Cluster(bus_gb_per_second=5))
+    slow = of("igpt-l", workers=WorkersConfig(n=128), cluster=ClusterConfig(bus_gb_per_second=5))
     found = estimate.estimate(slow)
     assert "the LIMIT" in "\n".join(estimate.lines(slow, found))
     assert found["hours"] == pytest.approx(1e6 * found["traffic_seconds"] / 3600, abs=0.01)
 
 
 def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass() -> None:
-    optim = Optim(batch_size=120)
-    one, four = (estimate.estimate(of("igpt-s", optim=optim, workers=Workers(n=n, micro_batch=16))) for n in (1, 4))
+    optim = OptimConfig(batch_size=120)
+    one, four = (
+        estimate.estimate(of("igpt-s", optim=optim, workers=WorkersConfig(n=n, micro_batch=16))) for n in (1, 4)
+    )
     assert one["memory_gb"]["weights_gradients_adam"] == pytest.approx(
         4 * four["memory_gb"]["weights_gradients_adam"], abs=0.003
     )
@@ -135,9 +144,9 @@ def test_what_blocks_keep_to_compute_again_from(
     process_group: None, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By all tensors that live between the passes: a norm's output that is kept although it is made again."""
-    model = config.Model(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40)
+    model = ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40)
     network = ImageGPT(model)
-    parallel.shard(network, parallel.mesh_of("cpu", 0), Workers(recompute=recompute))
+    parallelize.shard(network, parallelize.mesh_of("cpu", 0), WorkersConfig(recompute=recompute))
     h = torch.randn(64, model.n_positions, model.n_embd, requires_grad=True)
 
     def alive() -> dict[int, int]:
@@ -159,17 +168,17 @@ def test_what_blocks_keep_to_compute_again_from(
 def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> None:
     """One image too many is an error after an hour of waiting for GPUs; half as many leave half of them idle."""
     model, memory = PRESETS["igpt-l"][1].model, 141e9
-    workers = Workers(n=4, precision="bfloat16", recompute=recompute)
+    workers = WorkersConfig(n=4, precision="bfloat16", recompute=recompute)
 
     def needed(images: int) -> float:
         activations = estimate.activation_bytes(model, images, 2, recompute)
-        return estimate.state_bytes(model, Optim(), 4) + estimate.gathered_bytes(model, 2) + activations
+        return estimate.state_bytes(model, OptimConfig(), 4) + estimate.gathered_bytes(model, 2) + activations
 
-    n = estimate.images_that_fit(model, Optim(), workers, share=10**6, memory=memory)
+    n = estimate.images_that_fit(model, OptimConfig(), workers, share=10**6, memory=memory)
     assert needed(n) <= 0.9 * memory < needed(n + 1)
-    assert estimate.images_that_fit(model, Optim(), workers, share=3, memory=memory) == 3
+    assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=memory) == 3
     assert (
-        estimate.images_that_fit(model, Optim(), workers, share=3, memory=1e9) == 1
+        estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1
     )  # which is refused by the device, if so
     found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": 0})))
     assert (found["images_per_pass"], found["passes_per_step"]) == ((16, 2) if recompute == "none" else (32, 1))
@@ -178,7 +187,8 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> N
 
 def test_recomputing_trades_work_for_memory() -> None:
     plain, again, selective = (
-        estimate.estimate(of("igpt-l", workers=Workers(n=8, recompute=how))) for how in ("none", "full", "selective")
+        estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, recompute=how)))
+        for how in ("none", "full", "selective")
     )
     assert selective["step_seconds"] == plain["step_seconds"]
     assert selective["memory_gb"]["activations"] < 0.55 * plain["memory_gb"]["activations"]

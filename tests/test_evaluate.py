@@ -9,9 +9,18 @@ from conftest import random_model, random_tokens
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from igpt_ray import objectives
-from igpt_ray.evaluate import Judged, Likelihood, auroc, count_models, heat_map, image_nats, masked_nats, nats_both_ways
-from igpt_ray.shards import Tokens
+from igpt_ray.data.token_store import Tokens
+from igpt_ray.evaluate.likelihood import (
+    Judged,
+    Likelihood,
+    auroc,
+    count_models,
+    heat_map,
+    image_nats,
+    masked_nats,
+    nats_both_ways,
+)
+from igpt_ray.model import losses
 
 # ------------------------------------------------------------------------------------------------ a network's nats
 
@@ -44,8 +53,8 @@ def test_a_masked_network_is_judged_under_five_masks_of_each_image() -> None:
     nats = masked_nats(model, x.numpy().astype(np.uint16), keys, batch_size=3)
     for i in (0, 6):
         one = x[i : i + 1]
-        keeps = [objectives.keep_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
-        direct = [objectives.masked_pixel(model(one, keep), one, keep).item() for keep in keeps]
+        keeps = [losses.keep_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
+        direct = [losses.masked_pixel(model(one, keep), one, keep).item() for keep in keeps]
         assert nats[i] == pytest.approx(np.mean(direct), rel=1e-5)
     alone = masked_nats(model, x[4:5].numpy().astype(np.uint16), keys[4:5], batch_size=3)
     assert alone[0] == pytest.approx(nats[4], rel=1e-5)
@@ -90,7 +99,7 @@ def test_nats_add_up_over_images_as_over_positions() -> None:
     model = random_model()
     x = random_tokens(model, 11)
     by_image, by_position = nats_both_ways(model, x.numpy().astype(np.uint16), batch_size=4)
-    direct = objectives.next_pixel(model(x), x).double().numpy()
+    direct = losses.next_pixel(model(x), x).double().numpy()
     np.testing.assert_allclose(by_image, direct.sum(1), rtol=1e-5)
     np.testing.assert_allclose(by_position, direct.sum(0), rtol=1e-5)
 

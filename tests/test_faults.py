@@ -20,11 +20,14 @@ from conftest import Keyed
 from faults import ANYTHING, FaultProxy, one_by_one, running, seeded
 from test_layouts import LAYOUTS, everything, expected, tiny
 
-from igpt_ray import checkpoint, config, sources, storage, training
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import StorageError
 from igpt_ray.flows import prepare
-from igpt_ray.palette import Palette
-from igpt_ray.shards import TokenStore
+from igpt_ray.train import checkpoint, loop
 
 Through = Callable[[Sequence[str | None]], AbstractContextManager[FaultProxy]]
 
@@ -205,14 +208,14 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
         storage.write(f"{on_rclone}/images{entry.uri.removeprefix(pictures)}", storage.read(entry.uri))
     palette.save(storage.join(on_rclone, "palette.npy"))
 
-    def settings(source: str, tokens: str) -> config.Prepare:
-        return config.Prepare(
+    def settings(source: str, tokens: str) -> PrepareConfig:
+        return PrepareConfig(
             source=source,
             palette=storage.join(on_rclone, "palette.npy"),
             tokens=tokens,
             shard_images=4,
             budget=0.2,
-            pixels=config.Pixels(n_px=4),
+            pixels=PixelsConfig(n_px=4),
         )
 
     prepare.prepare(settings(pictures, str(tmp_path / "tokens")))
@@ -262,11 +265,11 @@ def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_c
         return False
 
     with through([]) as proxy, caplog.at_level(logging.WARNING):
-        report = training.train(cfg, torch.device("cpu"), each_step)
+        report = loop.train(cfg, torch.device("cpu"), each_step)
         ended = time.monotonic()
     assert begun[-1] - begun[5] < 2 <= seconds <= ended - begun[5]
     assert report["step"] == test_training.STEPS
     assert checkpoint.committed_steps(cfg.run.uri)[-1] == test_training.STEPS
     assert "no checkpoint at step 8: the one before is still being stored" in caplog.text
-    undisturbed = training.train(test_training.settings_for(store, tmp_path, "undisturbed"), torch.device("cpu"))
+    undisturbed = loop.train(test_training.settings_for(store, tmp_path, "undisturbed"), torch.device("cpu"))
     assert test_training.weights_of(report["run"]) == test_training.weights_of(undisturbed["run"])

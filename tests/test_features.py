@@ -14,13 +14,17 @@ import torch
 from conftest import HF_SHAPES, listing_of, manifest_of, random_hf, random_model, random_tokens, shifted
 from faults import one_by_one
 
-from igpt_ray import config, features, objectives, shards, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import token_store
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, SettingError
-from igpt_ray.features import FeatureStore
+from igpt_ray.evaluate import features
+from igpt_ray.evaluate.config import FeaturesConfig
+from igpt_ray.evaluate.features import FeatureStore
 from igpt_ray.flows import features as flow
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, TokenStore, tokens_of
+from igpt_ray.model import losses
+from igpt_ray.model.image_gpt import ImageGPT
 
 Extract = Callable[..., dict[str, object]]
 
@@ -46,7 +50,7 @@ def extract(store: TokenStore, release: str, tmp_path: Path, monkeypatch: pytest
 
     def extracted(**settings: object) -> dict[str, object]:
         given = {"release": release, "tokens": store.root, "out": str(tmp_path / "features"), "batch_size": 3}
-        return flow.extract(config.Features.model_validate(given | settings))
+        return flow.extract(FeaturesConfig.model_validate(given | settings))
 
     return extracted
 
@@ -111,9 +115,9 @@ def test_a_masked_network_looks_under_the_masks_of_an_image_s_key() -> None:
     model = random_model(std=0.15, objective="masked")
     x, keys = random_tokens(model, 4), ["a", "b", "c", "d"]
     found = features.pooled(model, x.numpy().astype(np.uint16), keys, [0, 1, 3], "mean", 3)
-    assert found.shape == (4, objectives.MASKS, 3, 32)
-    for mask in range(objectives.MASKS):
-        keep = objectives.keep_of_keys(["c"], mask, 16)
+    assert found.shape == (4, losses.MASKS, 3, 32)
+    for mask in range(losses.MASKS):
+        keep = losses.keep_of_keys(["c"], mask, 16)
         np.testing.assert_allclose(found[2, mask], model.features(x[2:3], keep=keep)[0, [0, 1, 3]], atol=1e-5)
 
 
@@ -201,11 +205,11 @@ def test_another_split_joins_a_folder_later(extract: Extract) -> None:
 def test_no_images_are_no_error(store: TokenStore, extract: Extract, release: str) -> None:
     """A unit all of whose images went to quarantine."""
     empty = store.manifest.shards[0].model_copy(update={"rows": 0, "path": "test/empty-v0.parquet"})
-    data = shards.encode([], [], np.empty((0, 16), np.uint16), store.kind, {"unit": "empty"})
+    data = token_store.encode([], [], np.empty((0, 16), np.uint16), store.kind, {"unit": "empty"})
     storage.write(storage.join(store.root, empty.path), data)
     empty = empty.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [empty, *store.manifest.shards]})
-    storage.write(storage.join(store.root, "manifest.json"), shards.seal(manifest.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), token_store.seal(manifest.model_dump_json()))
     folder = str(extract()["features"])
     assert FeatureStore(folder).layer("test", 1)[0].shape == (3, 32)
 
@@ -232,19 +236,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def wide_unit(root: str, rows: int) -> None:
     """A shard of many rows and a network of many layers, so that features are much and computing them is little."""
-    from igpt_ray import shards
+    from igpt_ray.data import token_store
 
     palette = Palette(np.random.default_rng(7).uniform(-1, 1, (16, 3)).astype(np.float32))
     kind = Kind(n_px=2, n_vocab=16, palette=palette.fingerprint, pipeline="reference-1")
     tokens = np.random.default_rng(0).integers(0, 16, (rows, 4)).astype(np.uint16)
-    data = shards.encode([str(i) for i in range(rows)], [0] * rows, tokens, kind, {"unit": "0"})
+    data = token_store.encode([str(i) for i in range(rows)], [0] * rows, tokens, kind, {"unit": "0"})
     storage.write(f"{root}/train/0-v0.parquet", data)
     palette.save(f"{root}/palette.npy")
-    store = shards.commit(root, manifest_of(kind, [listing_of("train/0-v0.parquet", "train", 0, rows, data)]))
+    store = token_store.commit(root, manifest_of(kind, [listing_of("train/0-v0.parquet", "train", 0, rows, data)]))
     model = random_model(n_layer=62, n_embd=32, n_head=1, n_px=2)
     uri = release_of(model, store, f"{root}/release")
     flow.spread = one_by_one
-    flow.extract(config.Features(release=uri, tokens=root, out=f"{root}/features"))
+    flow.extract(FeaturesConfig(release=uri, tokens=root, out=f"{root}/features"))
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -278,7 +282,7 @@ def test_features_of_another_release_or_store_are_refused_by_name(
     with pytest.raises(FeatureError, match=r"another kind: release [0-9a-f]{64}, not"):
         extract(release=other)
     changed = store.manifest.model_copy(update={"made_by": {"by": "another test"}})
-    storage.write(storage.join(store.root, "manifest.json"), shards.seal(changed.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), token_store.seal(changed.model_dump_json()))
     with pytest.raises(FeatureError, match=r"another kind: tokens [0-9a-f]{64}, not"):
         extract()
 

@@ -11,27 +11,19 @@ import torch.multiprocessing
 from conftest import listing_of, manifest_of, random_model
 from PIL import Image, ImageOps
 
-from igpt_ray import (
-    checkpoint,
-    config,
-    features,
-    finetuning,
-    metrics,
-    objectives,
-    optim,
-    probe,
-    shards,
-    storage,
-    training,
-    weights,
-)
-from igpt_ray.augment import Augment, moved
+from igpt_ray import storage, weights
+from igpt_ray.data import token_store
+from igpt_ray.data.augment import Augment, moved
+from igpt_ray.data.loader import Batch, SplitCache, global_batch, share
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
 from igpt_ray.errors import TokenStoreError
-from igpt_ray.evaluate import class_logits
-from igpt_ray.loader import Batch, SplitCache, global_batch, share
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, TokenStore, tokens_of
+from igpt_ray.evaluate import features, linear_probe
+from igpt_ray.evaluate.likelihood import class_logits
+from igpt_ray.model import losses
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train import checkpoint, finetune, loop, metrics, optim
+from igpt_ray.train.config import FinetuneConfig, FinetuneRunConfig
 
 CPU = torch.device("cpu")
 STEPS, LOOK = 40, 4
@@ -48,11 +40,11 @@ def classes(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
         tokens = (rng.integers(0, 8, (rows, kind.n_positions)) + 8 * labels[:, None]).astype(np.uint16)
         told = labels if split == "train" else rng.permutation(labels)
         keys = [f"{split}/{row}.png" for row in range(rows)]
-        data = shards.encode(keys, told.tolist(), tokens, kind, {"unit": "0", "split": split, "view": "0"})
+        data = token_store.encode(keys, told.tolist(), tokens, kind, {"unit": "0", "split": split, "view": "0"})
         path = f"{split}/00000-v0.parquet"
         storage.write(storage.join(root, path), data)
         listed.append(listing_of(path, split, 0, rows, data))
-    return shards.commit(root, manifest_of(kind, listed))
+    return token_store.commit(root, manifest_of(kind, listed))
 
 
 def released(folder: Path, store: TokenStore, **shape: Any) -> str:
@@ -65,7 +57,7 @@ def released(folder: Path, store: TokenStore, **shape: Any) -> str:
     return uri
 
 
-def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: dict[str, Any]) -> config.Tuning:
+def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: dict[str, Any]) -> FinetuneRunConfig:
     shape = changes.pop("shape", {})
     sections: dict[str, Any] = {
         "tune": {"pad": 1, "flip": False, "patience": 3},
@@ -78,7 +70,7 @@ def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: 
         sections[section] |= change
     release = str(folder / "pretrained") if (folder / "pretrained").exists() else released(folder, store, **shape)
     model = weights.load_config(release).model.model_copy(update={"n_class": 2})
-    settings = config.Finetune.model_validate({"release": release, "tokens": store.root, **sections})
+    settings = FinetuneConfig.model_validate({"release": release, "tokens": store.root, **sections})
     return settings.training(model)
 
 
@@ -130,16 +122,18 @@ def test_labels_go_with_their_images_and_none_may_be_missing(classes: TokenStore
     np.testing.assert_array_equal(split.labels_of(batch), (split[batch] >= 8).all(1))
 
     root = str(tmp_path / "unlabelled")
-    data = shards.encode(["a", "b"], [0, -1], split.views[0][:2], kind, {"unit": "0", "split": "train", "view": "0"})
+    data = token_store.encode(
+        ["a", "b"], [0, -1], split.views[0][:2], kind, {"unit": "0", "split": "train", "view": "0"}
+    )
     storage.write(storage.join(root, "train/00000-v0.parquet"), data)
-    store = shards.commit(root, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 2, data)]))
+    store = token_store.commit(root, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 2, data)]))
     with pytest.raises(TokenStoreError, match="1 images of train have no label"):
         SplitCache(store, "train", labelled=True)
 
 
 def test_the_rate_stays_where_it_is() -> None:
     """No cosine in fine-tuning (paper, section 3.3)."""
-    section = config.Finetune(release="r", tokens="t").optim
+    section = FinetuneConfig(release="r", tokens="t").optim
     rates = [optim.lr_at(step, section) for step in range(section.steps)]
     assert rates[: section.warmup_steps] == sorted(rates[: section.warmup_steps])
     assert set(rates[section.warmup_steps - 1 :]) == {section.lr}
@@ -155,12 +149,12 @@ def test_the_first_look_is_that_of_the_release_and_the_run_learns_the_classes(
     """Weights of the seed instead of the release's; labels of other images; a head that is not trained."""
     tiny_steps = {"lr": 1e-12, "steps": LOOK}
     still = settings_for(classes, tmp_path, "still", shape={"objective": objective}, optim=tiny_steps)
-    report = training.train(still, CPU)
+    report = loop.train(still, CPU)
     given, found = (weights.load_release(uri).model for uri in (still.release, report["release"]))
     for name, weight in given.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=1e-9)
 
-    learnt = training.train(settings_for(classes, tmp_path, "learnt", tune={"patience": 99}), CPU)
+    learnt = loop.train(settings_for(classes, tmp_path, "learnt", tune={"patience": 99}), CPU)
     assert learnt["accuracy"] > 0.9
     assert learnt["step"] == STEPS
 
@@ -171,8 +165,8 @@ def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
 ) -> None:
     """Bias and standardisation are in its weights, though it has neither."""
     cfg = settings_for(classes, tmp_path, tune={"head": "probe"}, shape={"objective": objective})
-    model = training.build(cfg, CPU)[0]
-    finetuning.start(model, cfg)
+    model = loop.build(cfg, CPU)[0]
+    finetune.start(model, cfg)
     whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
     given = weights.load_release(cfg.release).model.state_dict()
     assert all(torch.equal(whole[name], value) for name, value in given.items())
@@ -181,9 +175,11 @@ def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
     (table,) = classes.read_split("train")
     tokens, keys = tokens_of(table), table["key"].to_pylist()
     found = class_logits(headed, tokens, keys, 4)
-    seen = probe.Labelled(features.pooled(headed, tokens, keys, [2], "mean", 4)[..., 0, :], table["label"].to_numpy())
-    setting = probe.choose(seen, 2, cfg.seed, probe.Method()).setting
-    expected = probe.refit(seen, 2, setting, probe.Method()).logits(seen.features)
+    seen = linear_probe.Labelled(
+        features.pooled(headed, tokens, keys, [2], "mean", 4)[..., 0, :], table["label"].to_numpy()
+    )
+    setting = linear_probe.choose(seen, 2, cfg.seed, linear_probe.Method()).setting
+    expected = linear_probe.refit(seen, 2, setting, linear_probe.Method()).logits(seen.features)
     margin, wanted = (logits[..., 1] - logits[..., 0] for logits in (found, expected))
     assert np.square(margin - wanted).mean() ** 0.5 < 0.2 * wanted.std()
 
@@ -193,7 +189,7 @@ def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_com
 ) -> None:
     """The last weights instead of the best; held-out images that are moved, or counted by tokens."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 2})
-    report = training.train(cfg, CPU)
+    report = loop.train(cfg, CPU)
     looks = {line["step"]: line["val_accuracy"] for line in metrics.read(cfg.run.uri) if "val_accuracy" in line}
     assert report["val_accuracy"] == max(looks.values())
     assert report["best_step"] == min(step for step, accuracy in looks.items() if accuracy == max(looks.values()))
@@ -205,14 +201,14 @@ def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_com
     assert (release.config.model.n_class, release.config.classes) == (2, ["cat", "dog"])
     table = next(classes.read_split("holdout"))
     x = torch.from_numpy(tokens_of(table).astype(np.int64))
-    loss, nats, right = objectives.joint_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
+    loss, nats, right = losses.joint_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
     best = next(line for line in metrics.read(cfg.run.uri) if line["step"] == report["best_step"])
     assert best["val_accuracy"] == pytest.approx(right.mean().item())
     assert best["val_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
     assert best["val_nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-5)
 
     written = Path(report["release"], "model.safetensors").stat().st_mtime_ns
-    assert training.train(cfg, CPU) == report  # finished, it has nothing to do
+    assert loop.train(cfg, CPU) == report  # finished, it has nothing to do
     assert Path(report["release"], "model.safetensors").stat().st_mtime_ns == written
 
 
@@ -221,10 +217,10 @@ def test_a_run_resumed_before_its_best_look_ends_with_the_same_release(
 ) -> None:
     """A patience that begins anew, a start from the release again, or images moved otherwise the second time."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 4})
-    report = training.train(cfg, CPU)
+    report = loop.train(cfg, CPU)
     bits, lines = storage.read(storage.join(report["release"], "model.safetensors")), lines_of(cfg.run.uri)
     checkpoint.rewind(cfg.run.uri, 8)
-    again = training.train(cfg, CPU)
+    again = loop.train(cfg, CPU)
     assert storage.read(storage.join(again["release"], "model.safetensors")) == bits
     assert lines_of(cfg.run.uri) == lines
 
@@ -234,7 +230,7 @@ def _work(rank: int, n: int, folder: str, settings: str, cache: str) -> None:
     torch.set_num_threads(1)
     storage.CACHE = Path(cache)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{n}", rank=rank, world_size=n)
-    training.train(config.Tuning.model_validate_json(settings), CPU)
+    loop.train(FinetuneRunConfig.model_validate_json(settings), CPU)
     dist.destroy_process_group()
 
 
@@ -263,6 +259,6 @@ def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) ->
     assert logits.shape == ((7, 3) if objective == "next" else (7, 5, 3))
     np.testing.assert_allclose(class_logits(model, tokens[4:], keys[4:], batch_size=7), logits[4:], rtol=1e-4)
     x = torch.from_numpy(tokens[2:3].astype(np.int64))
-    keep = None if objective == "next" else objectives.keep_of_keys(["2.png"], 4, 16)
+    keep = None if objective == "next" else losses.keep_of_keys(["2.png"], 4, 16)
     one = logits[2] if objective == "next" else logits[2, 4]
     np.testing.assert_allclose(model.joint(x, keep)[1][0].numpy(), one, rtol=1e-4)

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from igpt_ray.flows import local
+from igpt_ray.flows import local_cluster
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ class Started(NamedTuple):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    with local.ray_cluster(tmp_path_factory.mktemp("logs"), 1, {}) as client:
+    with local_cluster.ray_cluster(tmp_path_factory.mktemp("logs"), 1, {}) as client:
         (head,) = [p for p in psutil.Process().children() if {"start", "--head"} <= set(p.cmdline())]
         words = ["ray", "job", "submit", "--no-wait", "--", sys.executable, "-c", JOB]
         subprocess.run(words, env=client, check=True, capture_output=True, timeout=250)

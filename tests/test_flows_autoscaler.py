@@ -24,7 +24,8 @@ import pytest
 from conftest import ROOT, free_port
 from raylets import Autoscaler, autoscaled, title, until
 
-from igpt_ray import images, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels as images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 

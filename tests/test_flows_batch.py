@@ -15,14 +15,16 @@ from conftest import tiny_store
 from PIL import Image
 from serving import KEY, Place, free_port, serving
 
-from igpt_ray import client as clients
-from igpt_ray import config, storage
-from igpt_ray.client import Client
+from igpt_ray import storage
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, TokenStore
 from igpt_ray.errors import CheckpointError, EndpointError, SourceError
-from igpt_ray.flows import batch, infer
-from igpt_ray.flows.serve.gate import Keys
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, TokenStore
+from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
+from igpt_ray.flows import batch, evaluate
+from igpt_ray.generate.config import CompleteConfig
+from igpt_ray.serve import client as clients
+from igpt_ray.serve.client import Client
+from igpt_ray.serve.middleware import Keys
 
 pytestmark = pytest.mark.ray
 
@@ -59,7 +61,7 @@ def test_a_store_and_its_images_by_a_release_and_by_a_server_score_the_same(
     store: str, digit_images: str, released: str, place: Place, tmp_path: Path
 ) -> None:
     """And as evaluation says: another view or palette, images left out or in another order, numbers cut on the way."""
-    expected = infer.evaluate(config.Evaluate(release=released, tokens=store, split="train"))
+    expected = evaluate.evaluate(EvaluateConfig(release=released, tokens=store, split="train"))
     ways: dict[str, dict[str, Any]] = {
         "store": {"release": released, "tokens": store},
         "images": {"release": released, "source": digit_images, "unit_images": 50},
@@ -67,7 +69,7 @@ def test_a_store_and_its_images_by_a_release_and_by_a_server_score_the_same(
         "images-by-server": {"endpoint": place.url, "model": "digits", "source": digit_images, "unit_images": 70},
     }
     for name, way in ways.items():
-        report = batch.score(config.Score(**way, split="train", out=str(tmp_path / name)))
+        report = batch.score(ScoreConfig(**way, split="train", out=str(tmp_path / name)))
         assert report["nats_per_token"] == pytest.approx(expected["nats_per_token"], rel=1e-6), name
         assert report["images"] == expected["images"]
         assert nats(tmp_path / name) == pytest.approx(nats(tmp_path / "store"), rel=1e-6)
@@ -84,7 +86,7 @@ def test_completions_are_the_same_by_a_release_and_by_a_server(
     }
     found = {}
     for name, way in ways.items():
-        report = batch.complete(config.Complete(**way, **ALL, out=str(tmp_path / name)))
+        report = batch.complete(CompleteConfig(**way, **ALL, out=str(tmp_path / name)))
         assert report["images"] == TokenStore.open(store).manifest.rows("train")
         found[name] = {key: (row["original"], row["completions"]) for key, row in rows(tmp_path / name).items()}
         assert (
@@ -96,14 +98,14 @@ def test_completions_are_the_same_by_a_release_and_by_a_server(
             == 3
         )
     assert found["here"] == found["there"] == found["images-there"]
-    few = batch.complete(config.Complete(**ways["there"], split="train", out=str(tmp_path / "few"), images=3))
-    same = batch.complete(config.Complete(**ways["here"], split="train", out=str(tmp_path / "same"), images=3))
+    few = batch.complete(CompleteConfig(**ways["there"], split="train", out=str(tmp_path / "few"), images=3))
+    same = batch.complete(CompleteConfig(**ways["here"], split="train", out=str(tmp_path / "same"), images=3))
     assert few["completions"] == same["completions"] == 12
     assert rows(tmp_path / "few") == rows(tmp_path / "same")
 
 
 def test_a_repeat_makes_what_is_missing_and_nothing_else(released: str, store: str, tmp_path: Path) -> None:
-    settings = config.Complete(release=released, tokens=store, **ALL, out=str(tmp_path))
+    settings = CompleteConfig(release=released, tokens=store, **ALL, out=str(tmp_path))
     batch.complete(settings)
     kept, damaged, missing = sorted((tmp_path / "train").glob("*.parquet"))
     whole, written = [path.read_bytes() for path in (kept, damaged, missing)], kept.stat().st_mtime_ns
@@ -120,13 +122,13 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_scored(
     pictures: str, released: str, place: Place, tmp_path: Path
 ) -> None:
     for name, who in (("here", {"release": released}), ("there", {"endpoint": place.url})):
-        report = batch.score(config.Score(**who, source=pictures, split="train", out=str(tmp_path / name)))
+        report = batch.score(ScoreConfig(**who, source=pictures, split="train", out=str(tmp_path / name)))
         assert (report["images"], report["unreadable"]) == (9, 1)
         bad = rows(tmp_path / name)["dog/1.png"]
         assert bad["nats"] is None
         assert "damaged PNG" in bad["unreadable"]
         report = batch.complete(
-            config.Complete(**who, source=pictures, split="train", out=str(tmp_path / f"{name}-done"), n=1, rows=7)
+            CompleteConfig(**who, source=pictures, split="train", out=str(tmp_path / f"{name}-done"), n=1, rows=7)
         )
         assert (report["images"], report["unreadable"]) == (9, 1)
 
@@ -136,17 +138,17 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 ) -> None:
     out = {"out": str(tmp_path)}
     with pytest.raises(SourceError, match="has no split 'val': it has test, train"):
-        batch.score(config.Score(release=released, source=digit_images, split="val", **out))
+        batch.score(ScoreConfig(release=released, source=digit_images, split="val", **out))
     with pytest.raises(EndpointError, match="has no model 'cats': digits"):
-        batch.score(config.Score(endpoint=place.url, model="cats", tokens=store, **out))
+        batch.score(ScoreConfig(endpoint=place.url, model="cats", tokens=store, **out))
     with pytest.raises(EndpointError, match="expected http"):
-        batch.score(config.Score(endpoint="ftp://x", tokens=store, **out))
+        batch.score(ScoreConfig(endpoint="ftp://x", tokens=store, **out))
     monkeypatch.setenv(batch.KEY, "wrong")
     with pytest.raises(EndpointError, match="401 this key is not one of ours"):
-        batch.score(config.Score(endpoint=place.url, tokens=store, **out))
+        batch.score(ScoreConfig(endpoint=place.url, tokens=store, **out))
     for wrong in ({}, {"release": "a", "endpoint": "b"}, {"release": "a", "tokens": "b", "source": "c"}):
         with pytest.raises(ValueError, match="one of them"):
-            config.Score(**wrong, **out)
+            ScoreConfig(**wrong, **out)
 
 
 def test_a_store_of_another_kind_than_the_server_s_is_refused(
@@ -155,7 +157,7 @@ def test_a_store_of_another_kind_than_the_server_s_is_refused(
     other = tiny_store(str(tmp_path / "tokens"), palette, kind)
     said = f"the model at {place.url} was trained with n_px 8, but {other.root} has {kind.n_px}"
     with pytest.raises(CheckpointError, match=said):
-        batch.score(config.Score(endpoint=place.url, tokens=other.root, out=str(tmp_path / "out")))
+        batch.score(ScoreConfig(endpoint=place.url, tokens=other.root, out=str(tmp_path / "out")))
 
 
 def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

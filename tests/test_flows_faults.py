@@ -19,9 +19,11 @@ import pytest
 from conftest import Keyed
 from faults import FaultProxy, running, seeded
 
-from igpt_ray import config, storage
+from igpt_ray import storage
+from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.flows import prepare
-from igpt_ray.shards import TokenStore
+from igpt_ray.settings import PoolConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,13 +55,13 @@ def test_a_preparation_whose_workers_are_killed_ends_with_the_same_shards(
     prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """SIGKILL of every actor at work, twice, while the driver lives: Ray starts others, which find half of the work."""
-    settings = config.Prepare(
+    settings = PrepareConfig(
         source=digit_images,
         palette=f"{prepared}/palette.npy",
         tokens=str(tmp_path / "tokens"),
         shard_images=3,
-        pixels=config.Pixels(n_px=8, crop="centre"),
-        pool=config.Pool(size=2),
+        pixels=PixelsConfig(n_px=8, crop="centre"),
+        pool=PoolConfig(size=2),
     )
     undisturbed = prepare.prepare(settings.model_copy(update={"tokens": str(tmp_path / "undisturbed")}))
     killed: list[int] = []

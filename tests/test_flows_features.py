@@ -8,14 +8,16 @@ import numpy as np
 import pyarrow.csv
 import pytest
 
-from igpt_ray import config, features, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, SettingError
-from igpt_ray.features import FeatureStore
+from igpt_ray.evaluate import features
+from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig, SgdConfig
+from igpt_ray.evaluate.features import FeatureStore
+from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method, choose, refit, summary
+from igpt_ray.evaluate.logistic import Linear
 from igpt_ray.flows.features import extract
 from igpt_ray.flows.probe import probe_layers, raw_pixels
-from igpt_ray.logistic import Linear
-from igpt_ray.probe import Choice, Labelled, Method, choose, refit, summary
-from igpt_ray.shards import TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
 
@@ -27,7 +29,7 @@ def both(prepared: str, released: str) -> dict[str, Any]:
 
 def test_features_from_a_cluster_are_those_of_the_network_asked_directly(both: dict[str, Any], tmp_path: Path) -> None:
     """Units in the order in which actors happened to end."""
-    settings = config.Features(**both, out=str(tmp_path), precision="float32", batch_size=7)
+    settings = FeaturesConfig(**both, out=str(tmp_path), precision="float32", batch_size=7)
     report = extract(settings)
     assert report["units_made"] == report["units"] == 4
     tokens = np.concatenate([tokens_of(table) for table in TokenStore.open(both["tokens"]).read_split("train")])
@@ -40,7 +42,7 @@ def test_features_from_a_cluster_are_those_of_the_network_asked_directly(both: d
 
 def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: dict[str, Any], tmp_path: Path) -> None:
     """A layer chosen by the test split, a baseline of other images, a figure that the files do not bear out."""
-    settings = config.Probe(**both, out=str(tmp_path), baselines=True, concatenate=2, low_data=(2, 4), seed=3)
+    settings = ProbeConfig(**both, out=str(tmp_path), baselines=True, concatenate=2, low_data=(2, 4), seed=3)
     report = probe_layers(settings)
     assert [tried["layer"] for tried in report["layers"]] == [0, 1, 2]
     best = report["best_layer"]
@@ -81,11 +83,9 @@ def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: 
 
 def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Path) -> None:
     """The memory map filled in another order than the labels."""
-    by_lbfgs = probe_layers(config.Probe(**both, out=str(tmp_path), layers=(1,)))
+    by_lbfgs = probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(1,)))
     by_sgd = probe_layers(
-        config.Probe(
-            **both, out=str(tmp_path), layers=(1,), method="sgd", sgd=config.Sgd(steps=2000, lrs=(1, 0.1, 0.01))
-        )
+        ProbeConfig(**both, out=str(tmp_path), layers=(1,), method="sgd", sgd=SgdConfig(steps=2000, lrs=(1, 0.1, 0.01)))
     )
     assert by_sgd["validation"] >= by_lbfgs["validation"] - 0.1  # 24 images
 
@@ -93,13 +93,13 @@ def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Pat
 def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(both: dict[str, Any], tmp_path: Path) -> None:
     """Labels that are missing, or too few; a layer that is not there; features of something else."""
     with pytest.raises(SettingError, match="the split train is in --fit-split and in --split"):
-        probe_layers(config.Probe(**both, out=str(tmp_path), split="train"))
+        probe_layers(ProbeConfig(**both, out=str(tmp_path), split="train"))
     with pytest.raises(SettingError, match="there is no layer 3: this network has 0 to 2"):
-        probe_layers(config.Probe(**both, out=str(tmp_path), layers=(3,)))
+        probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(3,)))
     assert not list(tmp_path.iterdir())
     with pytest.raises(FeatureError, match=r"the class '\d' has \d+ images to fit on, fewer than the 400 asked for"):
-        probe_layers(config.Probe(**both, out=str(tmp_path), low_data=(400,)))
+        probe_layers(ProbeConfig(**both, out=str(tmp_path), low_data=(400,)))
     assert not list(tmp_path.iterdir())
-    extract(config.Features(**both, out=str(tmp_path / "features"), splits=("test",)))
+    extract(FeaturesConfig(**both, out=str(tmp_path / "features"), splits=("test",)))
     with pytest.raises(FeatureError, match="holds features of another kind: pooling mean, not max"):
-        probe_layers(config.Probe(**both, out=str(tmp_path), pooling="max"))
+        probe_layers(ProbeConfig(**both, out=str(tmp_path), pooling="max"))

@@ -9,16 +9,21 @@ import pytest
 from conftest import listing_of
 from test_finetuning import released
 
-from igpt_ray import config, probe, shards, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import token_store
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
 from igpt_ray.errors import CheckpointError, IgptError, SettingError, TokenStoreError
-from igpt_ray.evaluate import class_logits
-from igpt_ray.flows import infer
+from igpt_ray.evaluate import linear_probe
+from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig
+from igpt_ray.evaluate.likelihood import class_logits
+from igpt_ray.flows import evaluate
+from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.finetune import finetune
 from igpt_ray.flows.probe import probe_layers
 from igpt_ray.flows.report import write_report
 from igpt_ray.flows.serve.replica import Replica
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, TokenStore, tokens_of
+from igpt_ray.train.config import FinetuneConfig, FinetuningConfig
 
 Splits = dict[str, list[int]]
 
@@ -32,26 +37,28 @@ def labelled(
     for split, labels in sorted(splits.items()):
         tokens = (rng.integers(0, 8, (len(labels), kind.n_positions)) + 8 * np.array(labels)[:, None] % 16) % 16
         keys = [f"{split}/{row}.png" for row in range(len(labels))]
-        data = shards.encode(keys, labels, tokens.astype(np.uint16), kind, {"unit": "0", "split": split, "view": "0"})
+        data = token_store.encode(
+            keys, labels, tokens.astype(np.uint16), kind, {"unit": "0", "split": split, "view": "0"}
+        )
         path = f"{split}/00000-v0.parquet"
         storage.write(storage.join(str(root), path), data)
         listed.append(listing_of(path, split, 0, len(labels), data))
-    manifest = shards.Manifest(
-        format=shards.FORMAT, kind=kind, classes=list(classes), shards=listed, made_by={"by": "a test"}
+    manifest = token_store.Manifest(
+        format=token_store.FORMAT, kind=kind, classes=list(classes), shards=listed, made_by={"by": "a test"}
     )
-    return shards.commit(str(root), manifest).root
+    return token_store.commit(str(root), manifest).root
 
 
 GOOD: Splits = {"train": [0, 1] * 10, "holdout": [0, 1, 1, 0], "test": [1, 0, 1]}
 
 
-def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> config.Finetune:
+def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> FinetuneConfig:
     sections: dict[str, Any] = {
         "tune": {"pad": 1},
         "optim": {"lr": 1e-2, "batch_size": 4, "steps": 8, "warmup_steps": 0, "cooldown": 0},
         "run": {"root": str(folder / "runs"), "checkpoint_every": 4, "log_every": 2, "validate_every": 4},
     }
-    return config.Finetune.model_validate({"release": release, "tokens": tokens, **(sections | changes)})
+    return FinetuneConfig.model_validate({"release": release, "tokens": tokens, **(sections | changes)})
 
 
 @pytest.mark.ray
@@ -68,12 +75,12 @@ def test_what_comes_out_is_evaluated_probed_and_served(
     table = next(TokenStore.open(tokens).read_split("test"))
     model = weights.load_release(report["release"]).model
     logits = class_logits(model, tokens_of(table), table["key"].to_pylist(), 64)
-    judged = probe.judge_logits(logits, table["label"].to_numpy().astype(np.int64), 2)
-    said = infer.evaluate(config.Evaluate(**both))["classification"]
+    judged = linear_probe.judge_logits(logits, table["label"].to_numpy().astype(np.int64), 2)
+    said = evaluate.evaluate(EvaluateConfig(**both))["classification"]
     assert said == pytest.approx({"images": 3, **judged.report()}, rel=1e-5)
     assert said["top_5"] == 1
 
-    assert len(probe_layers(config.Probe(**both, out=str(tmp_path / "probe")))["layers"]) == 3
+    assert len(probe_layers(ProbeConfig(**both, out=str(tmp_path / "probe")))["layers"]) == 3
     if objective == "next":
         assert Replica("tuned", report["release"], {}, 1).model.config.n_class == 2
     again = finetune(settings_for(tokens, report["release"], tmp_path / "again"))
@@ -141,8 +148,8 @@ def test_the_report_s_accuracies_are_those_of_its_releases(
     """Accuracy of images that were held out, or of the run from scratch under the other's name."""
     tokens = labelled(tmp_path / "tokens", palette, kind, {split: labels * 3 for split, labels in GOOD.items()})
     release = released(tmp_path, TokenStore.open(tokens))
-    how = settings_for(tokens, release, tmp_path).model_dump(include=set(config.Finetuning.model_fields))
-    settings = config.Report.model_validate(
+    how = settings_for(tokens, release, tmp_path).model_dump(include=set(FinetuningConfig.model_fields))
+    settings = ReportConfig.model_validate(
         {"release": release, "tokens": tokens, "out": str(tmp_path / "report"), "images": 2, "low_data": ()}
         | {"finetune": True, "finetuning": how}
     )
@@ -151,7 +158,7 @@ def test_the_report_s_accuracies_are_those_of_its_releases(
     begun = {start: weights.load_config(said["release"]).trained["settings"]["tune"] for start, said in found.items()}
     assert {start: tune["scratch"] for start, tune in begun.items()} == {"network": False, "scratch": True}
     for said in found.values():
-        asked = infer.evaluate(config.Evaluate(release=said["release"], tokens=tokens))
+        asked = evaluate.evaluate(EvaluateConfig(release=said["release"], tokens=tokens))
         assert said["accuracy"] == asked["classification"]["accuracy"]
         assert said["nats_per_token"] == asked["nats_per_token"]
     assert write_report(settings)["made"] == []

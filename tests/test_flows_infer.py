@@ -9,11 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from igpt_ray import config, sampling, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
-from igpt_ray.evaluate import image_nats
-from igpt_ray.flows import batch, infer, prepare
-from igpt_ray.shards import TokenStore, tokens_of
+from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
+from igpt_ray.evaluate.likelihood import image_nats
+from igpt_ray.flows import batch, evaluate, prepare
+from igpt_ray.generate import sampler
+from igpt_ray.generate.config import CompleteConfig
 
 pytestmark = pytest.mark.ray
 
@@ -30,7 +34,7 @@ def tokens_in_order(both: dict[str, Any], split: str) -> np.ndarray:
 def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> None:
     """Catches shards left out, counted twice, or averaged by shard instead of by token."""
     nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 7)
-    report = infer.evaluate(config.Evaluate(**both, split="train", baselines="test"))
+    report = evaluate.evaluate(EvaluateConfig(**both, split="train", baselines="test"))
     assert report["nats_per_token"] == pytest.approx(nats.mean() / 64, rel=1e-6)
     assert report["tokens"] == nats.size * 64
     assert 0 < report["baselines"]["context_2d"] < report["baselines"]["unigram_by_position"]
@@ -38,8 +42,8 @@ def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> Non
 
 def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str, Any], tmp_path: Path) -> None:
     """Parts that do not add up to the whole: shards joined in another order, classes or positions left out."""
-    settings = config.Evaluate(**both, split="test", out=str(tmp_path / "report"), against=both["tokens"])
-    report = infer.evaluate(settings)
+    settings = EvaluateConfig(**both, split="test", out=str(tmp_path / "report"), against=both["tokens"])
+    report = evaluate.evaluate(settings)
     assert report["against"]["auroc"] == 0.5  # the store against itself
     said = json.loads((tmp_path / "report/likelihood.json").read_text())
     assert said["nats_per_token"] == report["nats_per_token"]
@@ -54,8 +58,8 @@ def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str
 
 
 def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
-    report = batch.score(config.Score(**both, out=str(tmp_path), split="train"))
-    evaluated = infer.evaluate(config.Evaluate(**both, split="train"))
+    report = batch.score(ScoreConfig(**both, out=str(tmp_path), split="train"))
+    evaluated = evaluate.evaluate(EvaluateConfig(**both, split="train"))
     assert report["nats_per_token"] == pytest.approx(evaluated["nats_per_token"], rel=1e-6)
     rows = [row for path in sorted((tmp_path / "train").iterdir()) for row in pq.read_table(path).to_pylist()]
     nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 64)
@@ -66,7 +70,7 @@ def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, A
 def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_release(
     both: dict[str, Any], released: str, tmp_path: Path
 ) -> None:
-    settings = config.Score(**both, out=str(tmp_path), split="train")
+    settings = ScoreConfig(**both, out=str(tmp_path), split="train")
     batch.score(settings)
     kept, damaged, missing = sorted((tmp_path / "train").iterdir())
     whole = [path.read_bytes() for path in (kept, damaged, missing)]
@@ -85,7 +89,7 @@ def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_relea
 
 
 def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
-    settings = config.Complete(**both, out=str(tmp_path), images=3, n=2, rows=5)
+    settings = CompleteConfig(**both, out=str(tmp_path), images=3, n=2, rows=5)
     report = batch.complete(settings)
     table = pq.read_table(tmp_path / "completions.parquet")
     originals = table["original"].combine_chunks().to_numpy_ndarray()
@@ -95,7 +99,7 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
     assert report["sampled_tokens"] == 3 * 2 * 24
     figure = np.asarray(Image.open(tmp_path / "completions.png"))
     palette = TokenStore.open(both["tokens"]).palette()
-    scale = sampling.TILE // 8
+    scale = sampler.TILE // 8
     assert (figure[2, -3] == palette.decode(originals[0, 7])).all()  # the top right corner is the original's
     assert (figure[2 + 6 * scale, 3] == 128).all()  # what is not given is grey
 
@@ -107,15 +111,15 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
 def test_a_store_of_another_kind_and_a_missing_release_are_refused(
     both: dict[str, Any], prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
-    pixels = config.Pixels(n_px=4, crop="centre")
+    pixels = PixelsConfig(n_px=4, crop="centre")
     palette = storage.join(prepared, "palette.npy")
-    other = config.Prepare(source=digit_images, palette=palette, tokens=str(tmp_path / "tokens"), pixels=pixels)
+    other = PrepareConfig(source=digit_images, palette=palette, tokens=str(tmp_path / "tokens"), pixels=pixels)
     prepare.prepare(other)
     with pytest.raises(CheckpointError, match=r"trained with n_px 8, but .* has 4"):
-        infer.evaluate(config.Evaluate(release=both["release"], tokens=other.tokens))
+        evaluate.evaluate(EvaluateConfig(release=both["release"], tokens=other.tokens))
     with pytest.raises(CheckpointError, match="no release at"):
-        infer.evaluate(config.Evaluate(release=str(tmp_path), tokens=both["tokens"]))
+        evaluate.evaluate(EvaluateConfig(release=str(tmp_path), tokens=both["tokens"]))
     with pytest.raises(TokenStoreError, match="no split 'dev'"):
-        infer.evaluate(config.Evaluate(**both, split="dev"))
+        evaluate.evaluate(EvaluateConfig(**both, split="dev"))
     with pytest.raises(SettingError, match="9 rows are given; a picture has 8"):
-        batch.complete(config.Complete(**both, out=str(tmp_path), rows=9))
+        batch.complete(CompleteConfig(**both, out=str(tmp_path), rows=9))

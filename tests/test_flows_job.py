@@ -15,11 +15,16 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
-from igpt_ray import config, sources, storage
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.config import PaletteConfig, PixelsConfig
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import IgptError, NotFound
-from igpt_ray.flows import infer, job, prepare, train
-from igpt_ray.flows.pool import spread
-from igpt_ray.shards import TokenStore
+from igpt_ray.evaluate.config import EvaluateConfig
+from igpt_ray.flows import evaluate, job, prepare, train
+from igpt_ray.flows.actor_map import spread
+from igpt_ray.settings import PoolConfig
+from igpt_ray.train.config import DataConfig, PretrainConfig
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +60,8 @@ assert told == ray.get_runtime_context().gcs_address, told
 def test_bad_places_are_one_line_that_says_what_to_do(
     cluster: str, on_rclone: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def palette(source: str) -> config.Palette:
-        return config.Palette(source=source, out=str(tmp_path / "palette.npy"))
+    def palette(source: str) -> PaletteConfig:
+        return PaletteConfig(source=source, out=str(tmp_path / "palette.npy"))
 
     said = error_line(capsys, prepare.fit_palette, palette("s3://no-such-bucket/images"))
     assert "bucket 'no-such-bucket' does not exist" in said
@@ -71,9 +76,11 @@ def test_bad_places_are_one_line_that_says_what_to_do(
     said = error_line(capsys, prepare.fit_palette, palette(on_rclone))
     assert "refused the key" in said
     assert "AWS_SECRET_ACCESS_KEY" in said
-    said = error_line(capsys, train.pretrain, config.Pretrain(data=config.Data(tokens=on_rclone)))
+    said = error_line(capsys, train.pretrain, PretrainConfig(data=DataConfig(tokens=on_rclone)))
     assert "refused the key" in said
-    said = error_line(capsys, infer.evaluate, config.Evaluate(release=str(tmp_path / "r"), tokens=str(tmp_path / "t")))
+    said = error_line(
+        capsys, evaluate.evaluate, EvaluateConfig(release=str(tmp_path / "r"), tokens=str(tmp_path / "t"))
+    )
     assert "run jobs/prepare.py" in said
 
 
@@ -85,9 +92,9 @@ def test_an_error_inside_an_actor_reaches_the_user_as_itself(
     unit = sources.plan(digit_images, 10).units[0]
     vanished = replace(unit, content=replace(unit.content, root=str(tmp_path / "vanished")))
     for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
-        arguments = {"root": root, "kind": kind, "pixels": config.Pixels(n_px=8), "holdout": 0.0, "committed": {}}
+        arguments = {"root": root, "kind": kind, "pixels": PixelsConfig(n_px=8), "holdout": 0.0, "committed": {}}
         with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):
-            list(spread([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, config.Pool()))
+            list(spread([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, PoolConfig()))
 
 
 def test_a_bug_keeps_its_traceback(cluster: str) -> None:
@@ -95,11 +102,11 @@ def test_a_bug_keeps_its_traceback(cluster: str) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        job.finish(broken, config.Pool())
+        job.finish(broken, PoolConfig())
 
 
 def test_a_job_ends_with_one_json_line(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
-    job.finish(lambda _: {"answer": 42}, config.Pool())
+    job.finish(lambda _: {"answer": 42}, PoolConfig())
     assert json.loads(capsys.readouterr().out) == {"answer": 42}
 
 

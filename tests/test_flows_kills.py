@@ -28,9 +28,10 @@ from conftest import free_port, tiny_store
 from metadata import Metadata
 from raylets import Autoscaler, autoscaled, children, title, until
 
-from igpt_ray import checkpoint, metrics, storage
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind
+from igpt_ray import storage
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind
+from igpt_ray.train import checkpoint, metrics
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent

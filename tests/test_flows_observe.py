@@ -16,8 +16,10 @@ from conftest import free_port
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from igpt_ray import config, images, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels
 from igpt_ray.flows import serve
+from igpt_ray.serve.config import ServeConfig
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,12 +52,12 @@ def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     """A run under way and a few requests, then the text that Prometheus would read."""
     port = free_port()
     ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-    ray_serve.run(serve.build(config.Serve(release=(f"digits={released}",), open=True)), route_prefix="/")
+    ray_serve.run(serve.build(ServeConfig(release=(f"digits={released}",), open=True)), route_prefix="/")
     command = [sys.executable, "jobs/pretrain.py", "tiny", "--data.tokens", storage.join(prepared, "tokens")]
     command += ["--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-px", "8"]
     command += ["--model.n-vocab", "16", "--run.root", str(tmp_path), "--run.name", "shown", "--optim.steps", "100000"]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    picture = base64.b64encode(images.png(np.zeros((8, 8, 3), np.uint8))).decode()
+    picture = base64.b64encode(pixels.png(np.zeros((8, 8, 3), np.uint8))).decode()
     url, body = f"http://127.0.0.1:{port}/v1/completions", json.dumps({"image": picture}).encode()
     wanted, missing = names_asked_for() - OF_GPUS, {"all"}
     deadline = time.monotonic() + 300

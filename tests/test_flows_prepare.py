@@ -16,23 +16,25 @@ from pathlib import Path
 import pytest
 from test_layouts import LAYOUTS, expected, real
 
-from igpt_ray import config, images, sources, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels, sources
+from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.sources import Layout
+from igpt_ray.data.token_store import Kind, Shard, Statistics, TokenStore, parse, tokens_of
 from igpt_ray.errors import SourceError, TokenStoreError
 from igpt_ray.flows import prepare
-from igpt_ray.loader import SplitCache
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Shard, Statistics, TokenStore, parse, tokens_of
-from igpt_ray.sources import Layout
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
-PIXELS = config.Pixels(n_px=8, crop="centre")
-SAMPLED = config.Pixels(n_px=32)
+PIXELS = PixelsConfig(n_px=8, crop="centre")
+SAMPLED = PixelsConfig(n_px=32)
 
 
-def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> config.Prepare:
+def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> PrepareConfig:
     palette = storage.join(prepared, "palette.npy")
-    return config.Prepare(source=source, palette=palette, tokens=str(tokens), pixels=PIXELS, **others)
+    return PrepareConfig(source=source, palette=palette, tokens=str(tokens), pixels=PIXELS, **others)
 
 
 def test_a_palette_comes_with_a_report_and_a_picture(prepared: str) -> None:
@@ -40,7 +42,7 @@ def test_a_palette_comes_with_a_report_and_a_picture(prepared: str) -> None:
     report = json.loads(storage.read(storage.join(prepared, "palette.json")))
     assert report["k"] == 16
     assert {"mse", "psnr_db", "entropy_nats", "colours_used", "made_by"} <= report.keys()
-    assert images.decode(storage.read(storage.join(prepared, "palette.png"))).ndim == 3
+    assert pixels.decode(storage.read(storage.join(prepared, "palette.png"))).ndim == 3
 
 
 def test_every_token_is_the_palette_s_nearest_colour_of_its_picture(prepared: str, digit_images: str) -> None:
@@ -52,7 +54,7 @@ def test_every_token_is_the_palette_s_nearest_colour_of_its_picture(prepared: st
         for table in store.read_split(split):
             for row, tokens in zip(table.select(["key", "label"]).to_pylist(), tokens_of(table), strict=True):
                 data = storage.read(storage.join(digit_images, split, row["key"]))
-                expected = palette.encode(images.centre_view(data, 8)).reshape(-1)
+                expected = palette.encode(pixels.centre_view(data, 8)).reshape(-1)
                 assert (tokens == expected).all()
                 assert store.manifest.classes[row["label"]] == row["key"].split("/")[0]
                 seen += 1
@@ -101,12 +103,12 @@ def test_a_committed_store_is_never_overwritten_by_another(prepared: str, digit_
     Palette(-Palette.load(storage.join(prepared, "palette.npy")).colours).save(str(other))
     fits = settings_for(digit_images, prepared, tokens, shard_images=50)
     for change, complaint in (
-        ({"pixels": config.Pixels(n_px=4, crop="centre")}, "n_px 8, not 4"),
+        ({"pixels": PixelsConfig(n_px=4, crop="centre")}, "n_px 8, not 4"),
         ({"palette": str(other)}, "palette"),
         ({"shard_images": 49}, "another listing"),
         ({"views": 2}, "another listing"),
         ({"holdout": 0.1}, "made with holdout 0.0, not 0.1"),
-        ({"pixels": config.Pixels(n_px=8)}, "made with pixels .*centre.*, not .*random"),
+        ({"pixels": PixelsConfig(n_px=8)}, "made with pixels .*centre.*, not .*random"),
     ):
         with pytest.raises(TokenStoreError, match=complaint):
             prepare.prepare(fits.model_copy(update=change))
@@ -159,7 +161,7 @@ def test_a_link_in_a_tar_of_images_is_quarantined(prepared: str, digit_images: s
 
 
 def test_views_of_the_training_split_are_different_crops(prepared: str, digit_images: str, tmp_path: Path) -> None:
-    random = config.Pixels(n_px=8, crop="random")
+    random = PixelsConfig(n_px=8, crop="random")
     settings = settings_for(digit_images, prepared, tmp_path / "tokens", views=2, shard_images=200)
     prepare.prepare(settings.model_copy(update={"pixels": random}))
     store = TokenStore.open(str(tmp_path / "tokens"))
@@ -171,7 +173,7 @@ def test_views_of_the_training_split_are_different_crops(prepared: str, digit_im
 def test_a_hold_out_is_drawn_by_key_and_can_be_folded_back(prepared: str, digit_images: str, tmp_path: Path) -> None:
     """An image on both sides or on neither, in one view here and in another there; or a part that cannot come back."""
     settings = settings_for(digit_images, prepared, tmp_path / "tokens", views=2, holdout=0.3, shard_images=30)
-    report = prepare.prepare(settings.model_copy(update={"pixels": config.Pixels(n_px=8, crop="random")}))
+    report = prepare.prepare(settings.model_copy(update={"pixels": PixelsConfig(n_px=8, crop="random")}))
     store = TokenStore.open(str(tmp_path / "tokens"))
     whole = TokenStore.open(storage.join(prepared, "tokens"))
     keys = [{split: keys_of(store, split, view) for split in ("train", "holdout", "train+holdout")} for view in (0, 1)]
@@ -191,7 +193,7 @@ def keys_of(store: TokenStore, split: str, view: int) -> list[str]:
 
 
 def test_a_contact_sheet_shows_what_the_tokens_say(prepared: str) -> None:
-    sheet = images.decode(storage.read(storage.join(prepared, "tokens/train.png")))
+    sheet = pixels.decode(storage.read(storage.join(prepared, "tokens/train.png")))
     store = TokenStore.open(storage.join(prepared, "tokens"))
     first = store.palette().decode(tokens_of(next(store.read_split("train")))[0].reshape(8, 8))
     assert sheet.shape == (8 * 66 + 2, 8 * 66 + 2, 3)
@@ -202,7 +204,7 @@ def test_statistics_add_up_to_what_a_look_at_every_image_gives(prepared: str, di
     store = TokenStore.open(storage.join(prepared, "tokens"))
     palette, error, size = store.palette(), 0, 0
     for path in Path(digit_images, "test").glob("*/*.png"):
-        rgb = images.centre_view(path.read_bytes(), 8)
+        rgb = pixels.centre_view(path.read_bytes(), 8)
         error += int(((rgb.astype(int) - palette.decode(palette.encode(rgb))) ** 2).sum())
         size += path.stat().st_size
     said = [shard.statistics for shard in store.manifest.select("test")]
@@ -248,7 +250,7 @@ def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
     LAYOUTS[layout](place, real(shared))
     palette, root = Palette.load("openai"), str(tmp_path / "tokens")
     palette.save(storage.join(root, "palette.npy"))
-    kind = Kind(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=images.FAST)
+    kind = Kind(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=pixels.FAST)
     make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
     found = {}
     for task in prepare.tasks_of(sources.plan(place, 30), views=1):

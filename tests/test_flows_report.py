@@ -8,9 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from igpt_ray import audit, config, features, ieat, storage, weights
+from igpt_ray import storage, weights
 from igpt_ray.errors import FeatureError, SettingError
+from igpt_ray.evaluate import bias, features, ieat
+from igpt_ray.evaluate.config import AuditConfig, ProbeConfig
 from igpt_ray.flows.audit import run_audit
+from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.probe import probe_layers
 from igpt_ray.flows.report import write_report
 
@@ -24,7 +27,7 @@ def both(prepared: str, released: str) -> dict[str, Any]:
 
 def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: dict[str, Any], tmp_path: Path) -> None:
     """A figure on the page that its part does not bear out; a part that is made anew, or kept for other settings."""
-    settings = config.Report(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
+    settings = ReportConfig(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
     report = write_report(settings)
     assert report["made"] == ["likelihood", "completions", "probe"]
     page = (tmp_path / "report.html").read_text()
@@ -47,7 +50,7 @@ def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: d
 
 def test_a_report_that_cannot_be_made_is_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the split test is in --fit-split and in --split"):
-        write_report(config.Report(**both, out=str(tmp_path), fit_split="test"))
+        write_report(ReportConfig(**both, out=str(tmp_path), fit_split="test"))
     assert not list(tmp_path.iterdir())
 
 
@@ -60,10 +63,10 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
         for entry in list(storage.walk(f"{digit_images}/train/{digit}"))[:n]:
             storage.write(f"{stimuli}/{folder}/{storage.name(entry.uri)}", storage.read(entry.uri))
     probe = str(tmp_path / "probe")
-    probe_layers(config.Probe(**both, out=probe, layers=(1,)))
+    probe_layers(ProbeConfig(**both, out=probe, layers=(1,)))
     named = {"digits": {letter: letter for letter in "XYAB"}}
     storage.write(f"{stimuli}/tests.json", json.dumps(named).encode())
-    settings = config.Audit(
+    settings = AuditConfig(
         release=both["release"],
         out=str(tmp_path / "audit"),
         ieat=f"{stimuli}/tests.json",
@@ -76,10 +79,10 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
     report = run_audit(settings)
 
     release = weights.load_release(both["release"])
-    (test,) = audit.tests_of(settings.ieat)
+    (test,) = bias.tests_of(settings.ieat)
     rows = {}
     for letter, uris in test.sets.items():
-        tokens = np.stack([audit.read(uri, release.config.kind, release.palette) for uri in uris])
+        tokens = np.stack([bias.read(uri, release.config.kind, release.palette) for uri in uris])
         rows[letter] = features.pooled(release.model, tokens, uris, [0, 2], "mean", 8)
     for i, found in enumerate(report["ieat"]):
         expected = ieat.test(*(rows[letter][:, i] for letter in "XYAB"))
@@ -88,11 +91,11 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
         assert found["exact"]
     assert [found["layer"] for found in report["ieat"]] == [0, 2]
     every = [*report["ieat"], report["completions"]]
-    assert [one["p_holm"] for one in every] == audit.holm([one["p_value"] for one in every])
+    assert [one["p_holm"] for one in every] == bias.holm([one["p_value"] for one in every])
 
     table = pq.read_table(tmp_path / "audit/completions.parquet").to_pydict()
     assert table["group"] == ["a", "a", "b", "b", "b"]
-    judge = audit.classifier(probe, release.config.kind, "cpu", 8)
+    judge = bias.classifier(probe, release.config.kind, "cpu", 8)
     for group, found in report["completions"]["groups"].items():
         tokens = [t for g, t in zip(table["group"], table["completions"], strict=True) if g == group]
         chosen = judge.choose(np.array(tokens, np.uint16).reshape(-1, 64), [""] * 3 * len(tokens))
@@ -107,18 +110,18 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
 def test_an_audit_of_nothing_and_half_a_question_are_refused(both: dict[str, Any], tmp_path: Path) -> None:
     asked = {"release": both["release"], "out": str(tmp_path)}
     with pytest.raises(SettingError, match="nothing to audit: name --ieat"):
-        run_audit(config.Audit(**asked))
+        run_audit(AuditConfig(**asked))
     with pytest.raises(SettingError, match="--groups and --classifier go together"):
-        run_audit(config.Audit(**asked, groups=str(tmp_path)))
+        run_audit(AuditConfig(**asked, groups=str(tmp_path)))
     with pytest.raises(SettingError, match="there is no layer 9"):
-        run_audit(config.Audit(**asked, ieat=_stimuli(tmp_path), layers=(9,)))
+        run_audit(AuditConfig(**asked, ieat=_stimuli(tmp_path), layers=(9,)))
     with pytest.raises(FeatureError, match="nothing to test"):  # all pictures are the same
-        run_audit(config.Audit(**asked, ieat=_stimuli(tmp_path)))
+        run_audit(AuditConfig(**asked, ieat=_stimuli(tmp_path)))
 
 
 def _stimuli(folder: Path) -> str:
-    from igpt_ray import images
+    from igpt_ray.data import pixels
 
     for letter in "XYAB":
-        storage.write(f"{folder}/same/{letter}/0.png", images.png(np.zeros((8, 8, 3), np.uint8)))
+        storage.write(f"{folder}/same/{letter}/0.png", pixels.png(np.zeros((8, 8, 3), np.uint8)))
     return f"{folder}/same"

@@ -29,10 +29,10 @@ from serving import (
     until,
 )
 
-from igpt_ray import config
 from igpt_ray.errors import CheckpointError, FeatureError, SettingError
 from igpt_ray.flows import serve
 from igpt_ray.flows.serve import check
+from igpt_ray.serve.config import ServeConfig
 
 pytestmark = pytest.mark.ray
 
@@ -55,12 +55,12 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(release: str, keys: str) -> config.Serve:
-    return config.Serve(release=f"slow={release}", keys=keys, replicas=2, lanes=LANES, queue=64)
+def settings(release: str, keys: str) -> ServeConfig:
+    return ServeConfig(release=f"slow={release}", keys=keys, replicas=2, lanes=LANES, queue=64)
 
 
 @pytest.fixture(scope="module")
-def client(cluster: str, settings: config.Serve) -> Iterator[Client]:
+def client(cluster: str, settings: ServeConfig) -> Iterator[Client]:
     with on_ray(settings) as client:
         yield client
 
@@ -174,21 +174,21 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
         busy.listen()
         port = busy.getsockname()[1]
         with pytest.raises(SettingError, match=f"cannot listen on 127.0.0.1:{port} .*--port"):
-            serve.run(config.Serve(release=release, port=port, open=True))
+            serve.run(ServeConfig(release=release, port=port, open=True))
     with pytest.raises(CheckpointError, match="no release at"):
-        serve.run(config.Serve(release=str(tmp_path / "none"), open=True))
+        serve.run(ServeConfig(release=str(tmp_path / "none"), open=True))
     with pytest.raises(SettingError, match="expected a line for each key"):
-        serve.run(config.Serve(release=release, keys="env:IGPT_NO_SUCH_KEYS"))
+        serve.run(ServeConfig(release=release, keys="env:IGPT_NO_SUCH_KEYS"))
     head = f"pets={probe_head(str(tmp_path / 'pets'), release, ['cat', 'dog'])}"
     other = tiny_release(str(tmp_path / "other"), seed=1)
-    assert serve.build(config.Serve(release=(f"a={release}", f"b={release}", other), heads=head, open=True))
+    assert serve.build(ServeConfig(release=(f"a={release}", f"b={release}", other), heads=head, open=True))
     with pytest.raises(FeatureError, match="no release served is the one that the head pets was fitted on"):
-        serve.build(config.Serve(release=other, heads=head, open=True))
+        serve.build(ServeConfig(release=other, heads=head, open=True))
     for wrong in ({}, {"open": True, "keys": keys}, {"open": True, "host": "0.0.0.0"}):
         with pytest.raises(ValueError, match=r"say who may ask|must be a loopback address"):
-            config.Serve(release=release, **wrong)  # type: ignore[arg-type]
+            ServeConfig(release=release, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two are called 'a'"):
-        config.Serve(release=("a=/x", "a=/y"), open=True)
+        ServeConfig(release=("a=/x", "a=/y"), open=True)
 
 
 def test_the_cluster_s_file_passes_the_check() -> None:

@@ -12,31 +12,38 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from igpt_ray import checkpoint, config, metrics, shards, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import token_store
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
-from igpt_ray.evaluate import masked_nats
-from igpt_ray.features import FeatureStore
-from igpt_ray.flows import batch, infer, serve, train
+from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig, ScoreConfig
+from igpt_ray.evaluate.features import FeatureStore
+from igpt_ray.evaluate.likelihood import masked_nats
+from igpt_ray.flows import batch, evaluate, serve, train
 from igpt_ray.flows.probe import probe_layers
 from igpt_ray.flows.serve.replica import Replica
-from igpt_ray.shards import TokenStore, tokens_of
+from igpt_ray.generate.config import CompleteConfig
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.serve.config import ServeConfig
+from igpt_ray.train import checkpoint, metrics
+from igpt_ray.train.config import DataConfig, OptimConfig, PretrainConfig, RunConfig, WorkersConfig
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
 
 
-def settings_for(prepared: str, name: str, **changes: Any) -> config.Pretrain:
-    return config.Pretrain(
-        model=config.Model(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16),
-        optim=config.Optim(batch_size=9, steps=STEPS, warmup_steps=4),
-        data=config.Data(tokens=storage.join(prepared, "tokens")),
-        workers=config.Workers(n=2, micro_batch=2),
-        run=config.Run(root=storage.join(prepared, "runs"), name=name, checkpoint_every=4, keep_every=4, log_every=4),
+def settings_for(prepared: str, name: str, **changes: Any) -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig(n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16),
+        optim=OptimConfig(batch_size=9, steps=STEPS, warmup_steps=4),
+        data=DataConfig(tokens=storage.join(prepared, "tokens")),
+        workers=WorkersConfig(n=2, micro_batch=2),
+        run=RunConfig(root=storage.join(prepared, "runs"), name=name, checkpoint_every=4, keep_every=4, log_every=4),
     ).model_copy(update=changes)
 
 
-def words_of(settings: config.Pretrain) -> list[str]:
+def words_of(settings: PretrainConfig) -> list[str]:
     """The settings that differ from the preset tiny, as a user would type them."""
     s = settings
     return [
@@ -80,14 +87,14 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
 
 def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str) -> None:
     """The same batches in the same order: losses differ by the order of float32 sums only."""
-    report = train.pretrain(settings_for(prepared, "alone", workers=config.Workers(n=1, micro_batch=32)))
+    report = train.pretrain(settings_for(prepared, "alone", workers=WorkersConfig(n=1, micro_batch=32)))
     alone, together = losses_of(report["run"]), losses_of(undisturbed["run"])
     assert alone == pytest.approx(together, rel=1e-5)
 
 
 def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tmp_path: Path) -> None:
     """A likelihood, a completion or a server from a network that has none; a probe of unmasked pictures."""
-    model = config.Model(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
+    model = ModelConfig(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
     trained = train.pretrain(settings_for(prepared, "masked", model=model))
     losses = losses_of(trained["run"])
     assert losses[4] > losses[STEPS]
@@ -97,24 +104,24 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
     nats = masked_nats(
         weights.load_release(both["release"]).model, tokens_of(table), table["key"].to_pylist(), batch_size=7
     )
-    report = infer.evaluate(config.Evaluate(**both))
+    report = evaluate.evaluate(EvaluateConfig(**both))
     assert report["nats_per_masked_token"] == pytest.approx(nats.mean(), rel=1e-6)
     assert (report["masks"], report["images"]) == (5, len(nats))
 
-    probed = probe_layers(config.Probe(**both, out=str(tmp_path)))
+    probed = probe_layers(ProbeConfig(**both, out=str(tmp_path)))
     assert len(probed["layers"]) == 3
     assert FeatureStore(str(tmp_path / "features")).layer("test", 2)[0].shape == (len(nats), 5, 32)
 
     for refused in (
-        lambda: batch.complete(config.Complete(**both, out=str(tmp_path))),
-        lambda: batch.score(config.Score(**both, out=str(tmp_path))),
-        lambda: serve.run(config.Serve(release=both["release"], open=True)),
+        lambda: batch.complete(CompleteConfig(**both, out=str(tmp_path))),
+        lambda: batch.score(ScoreConfig(**both, out=str(tmp_path))),
+        lambda: serve.run(ServeConfig(release=both["release"], open=True)),
         lambda: Replica("masked", both["release"], {}, 1),
     ):
         with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
             refused()
     with pytest.raises(SettingError, match="leave --baselines, --out and --against out"):
-        infer.evaluate(config.Evaluate(**both, baselines="train"))
+        evaluate.evaluate(EvaluateConfig(**both, baselines="train"))
 
 
 def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str, Any], prepared: str) -> None:
@@ -138,10 +145,10 @@ def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     before = weights_of(undisturbed["run"])
     again = train.pretrain(settings_for(prepared, "undisturbed"))
     assert again["step"] == STEPS
-    other = config.Optim(batch_size=9, steps=STEPS, warmup_steps=4, lr=1e-4)
+    other = OptimConfig(batch_size=9, steps=STEPS, warmup_steps=4, lr=1e-4)
     with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.003, now 0\.0001.*--run\.name"):
         train.pretrain(settings_for(prepared, "undisturbed", optim=other))
-    wider = config.Model(n_layer=2, n_embd=64, n_head=2, n_px=8, n_vocab=16)
+    wider = ModelConfig(n_layer=2, n_embd=64, n_head=2, n_px=8, n_vocab=16)
     with pytest.raises(CheckpointError, match=r"model\.n_embd was 32, now 64"):
         train.pretrain(settings_for(prepared, "undisturbed", model=wider))
     assert weights_of(undisturbed["run"]) == before
@@ -171,10 +178,10 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for_or_not_at_all(
 def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_path: Path, cluster: str) -> None:
     fits = settings_for(prepared, "refused")
     for change, error, complaint in (
-        ({"data": config.Data()}, SettingError, "--data.tokens is not set"),
-        ({"data": config.Data(tokens=str(tmp_path))}, TokenStoreError, "no token store is committed"),
-        ({"data": config.Data(tokens=fits.data.tokens, split="dev")}, TokenStoreError, "has test, train"),
-        ({"data": config.Data(tokens=fits.data.tokens, val_split="val")}, TokenStoreError, "has test, train"),
+        ({"data": DataConfig()}, SettingError, "--data.tokens is not set"),
+        ({"data": DataConfig(tokens=str(tmp_path))}, TokenStoreError, "no token store is committed"),
+        ({"data": DataConfig(tokens=fits.data.tokens, split="dev")}, TokenStoreError, "has test, train"),
+        ({"data": DataConfig(tokens=fits.data.tokens, val_split="val")}, TokenStoreError, "has test, train"),
         (
             {"run": fits.run.model_copy(update={"validate_every": 4})},
             SettingError,
@@ -191,7 +198,7 @@ def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_pat
         ({"model": fits.model.model_copy(update={"n_px": 16})}, SettingError, r"n_px is 16, but .* n_px 8"),
         ({"model": fits.model.model_copy(update={"n_vocab": 512})}, SettingError, "n_vocab is 512"),
         ({"model": fits.model.model_copy(update={"n_class": 10})}, SettingError, "--model.n-class is for fine-tuning"),
-        ({"workers": config.Workers(n=10)}, SettingError, "batch_size 9 is smaller than workers.n 10"),
+        ({"workers": WorkersConfig(n=10)}, SettingError, "batch_size 9 is smaller than workers.n 10"),
     ):
         with pytest.raises(error, match=complaint):
             train.pretrain(fits.model_copy(update=change))
@@ -205,9 +212,9 @@ def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared
     data = shard.read_bytes()
     shard.write_bytes(data[:200] + bytes([data[200] ^ 4]) + data[201:])
     manifest = tmp_path / "tokens/manifest.json"  # another store's hash, or the node's cache would serve its tokens
-    manifest.write_bytes(shards.seal(json.dumps(json.loads(shards.unseal(manifest.read_bytes())))))
+    manifest.write_bytes(token_store.seal(json.dumps(json.loads(token_store.unseal(manifest.read_bytes())))))
     with pytest.raises(TokenStoreError, match=f"{shard} is damaged"):
-        train.pretrain(settings_for(prepared, "damaged", data=config.Data(tokens=str(tmp_path / "tokens"))))
+        train.pretrain(settings_for(prepared, "damaged", data=DataConfig(tokens=str(tmp_path / "tokens"))))
 
 
 def test_settings_may_be_mended_until_the_first_checkpoint(prepared: str, cluster: str) -> None:

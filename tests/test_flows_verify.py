@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ray import config, images, shards, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels, token_store
+from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
+from igpt_ray.data.token_store import Manifest, TokenStore, tokens_of
 from igpt_ray.errors import TokenStoreError
 from igpt_ray.flows import prepare, verify
-from igpt_ray.shards import Manifest, TokenStore, tokens_of
 
 pytestmark = pytest.mark.ray
-PIXELS = config.Pixels(n_px=8, crop="centre")
+PIXELS = PixelsConfig(n_px=8, crop="centre")
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def tokens(prepared: str, digit_images: str, tmp_path: Path) -> Path:
     """A store of its own, with its source beside it."""
     shutil.copytree(digit_images, tmp_path / "images")
     prepare.prepare(
-        config.Prepare(
+        PrepareConfig(
             source=str(tmp_path / "images"),
             palette=storage.join(prepared, "palette.npy"),
             tokens=str(tmp_path / "tokens"),
@@ -40,10 +42,10 @@ def test_a_whole_store_passes_and_foreign_files_are_removed_only_when_asked(toke
         path.write_bytes(b"left over")
     mine = tokens / "notes.txt"
     mine.write_text("somebody's")
-    report = verify.verify(config.Verify(tokens=str(tokens), remake=9))
+    report = verify.verify(VerifyConfig(tokens=str(tokens), remake=9))
     assert (report["shards"], report["images"], report["unnamed_files"]) == (4, 160, 3)
     assert all(path.exists() for path in stray)
-    report = verify.verify(config.Verify(tokens=str(tokens), remove=True))
+    report = verify.verify(VerifyConfig(tokens=str(tokens), remove=True))
     assert report["removed_files"] == 3
     assert not any(path.exists() for path in stray)
     assert mine.exists()
@@ -64,7 +66,7 @@ def test_damage_is_found_and_the_file_named(tokens: Path, damage: Callable[[Path
     victim = tokens / "train/00001-v0.parquet"
     damage(victim)
     with pytest.raises(TokenStoreError, match=r"1 problem.*train/00001-v0\.parquet.*repeat jobs/prepare\.py"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=0))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
 
 
 def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], None]) -> None:
@@ -74,12 +76,12 @@ def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], 
     table = store.read(first)
     values, labels, keys = tokens_of(table).copy(), table["label"].to_pylist(), table["key"].to_pylist()
     change(values, labels, keys)
-    said = {k: v for k, v in shards.about(table.schema).items() if k in ("unit", "split", "view", "source")}
-    data = shards.encode(keys, labels, values, store.kind, said)
+    said = {k: v for k, v in token_store.about(table.schema).items() if k in ("unit", "split", "view", "source")}
+    data = token_store.encode(keys, labels, values, store.kind, said)
     (tokens / first.path).write_bytes(data)
     again = first.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [again, *store.manifest.shards[1:]]})
-    (tokens / "manifest.json").write_bytes(shards.seal(Manifest.model_dump_json(manifest)))
+    (tokens / "manifest.json").write_bytes(token_store.seal(Manifest.model_dump_json(manifest)))
 
 
 def test_wrong_tokens_labels_and_keys_are_found_even_if_every_hash_agrees(tokens: Path) -> None:
@@ -92,7 +94,7 @@ def test_wrong_tokens_labels_and_keys_are_found_even_if_every_hash_agrees(tokens
 
     recommit(tokens, change)
     with pytest.raises(TokenStoreError, match=r"token 99 in a palette of 16.*labels 0 to 77.*a key occurs twice"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=0))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
 
 
 def test_tokens_that_the_source_does_not_give_are_found(tokens: Path) -> None:
@@ -100,13 +102,13 @@ def test_tokens_that_the_source_does_not_give_are_found(tokens: Path) -> None:
         values[4] = (values[4] + 1) % 16
 
     recommit(tokens, change)
-    verify.verify(config.Verify(tokens=str(tokens), remake=0))
+    verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
     with pytest.raises(TokenStoreError, match=r"1 of 40 rows are not what the source gives"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=4))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=4))
 
 
 def test_a_source_that_has_changed_is_said_to_have(tokens: Path) -> None:
     picture = next((tokens.parent / "images/test").rglob("*.png"))
-    picture.write_bytes(images.png(np.zeros((300, 300, 3), np.uint8)))
+    picture.write_bytes(pixels.png(np.zeros((300, 300, 3), np.uint8)))
     with pytest.raises(TokenStoreError, match="the source has changed since"):
-        verify.verify(config.Verify(tokens=str(tokens), remake=4))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=4))

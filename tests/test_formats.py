@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from igpt_ray import formats, images
+from igpt_ray.data import image_files, pixels
+from igpt_ray.data.image_files import RGB
 from igpt_ray.errors import ImageError
-from igpt_ray.formats import RGB
 
 # ------------------------------------------------------------------------------------------------ decoding
 
@@ -23,8 +23,8 @@ from igpt_ray.formats import RGB
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options: dict[str, object]) -> None:
     """Channels in another order, or rows upside down."""
-    np.testing.assert_array_equal(formats.decode(encoded(smooth, kind, **options)), smooth)
-    np.testing.assert_array_equal(formats.decode(images.png(smooth)), smooth)
+    np.testing.assert_array_equal(image_files.decode(encoded(smooth, kind, **options)), smooth)
+    np.testing.assert_array_equal(image_files.decode(pixels.png(smooth)), smooth)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options:
 def test_every_colour_model_becomes_rgb(smooth: RGB, kind: str, mode: str) -> None:
     """ImageNet has CMYK JPEGs; taken for RGB they are negatives."""
     expected = np.asarray(Image.fromarray(smooth).convert(mode).convert("RGB"))
-    decoded = formats.decode(encoded(smooth, kind, mode))
+    decoded = image_files.decode(encoded(smooth, kind, mode))
     assert decoded.shape == smooth.shape
     assert decoded.dtype == np.uint8
     assert np.abs(decoded.astype(int) - expected).mean() < (1e-9 if kind == "PNG" else 4)
@@ -43,10 +43,10 @@ def test_grey_becomes_three_equal_channels(smooth: RGB) -> None:
     """(H, W) arrays would fail late, in the palette; 16-bit greys are clipped to white by a plain convert."""
     grey = smooth[..., 0]
     expected = np.repeat(grey[..., None], 3, axis=2)
-    np.testing.assert_array_equal(formats.decode(encoded(smooth[..., :1].repeat(3, 2), "PNG", "L")), expected)
+    np.testing.assert_array_equal(image_files.decode(encoded(smooth[..., :1].repeat(3, 2), "PNG", "L")), expected)
     deep = io.BytesIO()
     Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
-    np.testing.assert_array_equal(formats.decode(deep.getvalue()), expected)
+    np.testing.assert_array_equal(image_files.decode(deep.getvalue()), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -58,13 +58,13 @@ def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
     turned = encoded(smooth, "JPEG", quality=95, exif=exif)
     broken = encoded(smooth, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
     for data in (turned, broken):
-        np.testing.assert_array_equal(formats.decode(data), formats.decode(plain))
+        np.testing.assert_array_equal(image_files.decode(data), image_files.decode(plain))
 
 
 def png_of(width: int, height: int, rows: bytes, depth: int = 8, colours: int = 2, more: bytes = b"") -> bytes:
     """A PNG with good checksums whose header may say anything."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
-    return formats.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return image_files.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -87,7 +87,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 def test_what_is_not_a_picture_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     """A decoder's own exception would end the job; an announced size must be refused before memory is taken."""
     with pytest.raises(ImageError, match=reason):
-        formats.decode(data)
+        image_files.decode(data)
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 17])
@@ -98,10 +98,10 @@ def test_every_png_has_the_number_of_rows_that_its_header_says(side: int, depth:
     """A wrong count of bytes would refuse good files. All samples are of one grey, so that its value can be told."""
     samples = {0: 1, 2: 3, 4: 2, 6: 4}[colours]
     row = b"\0" + b"\xff" * -(-side * samples * depth // 8)
-    assert (formats.decode(png_of(side, side, row * side, depth, colours)) == 255).all()
+    assert (image_files.decode(png_of(side, side, row * side, depth, colours)) == 255).all()
     for wrong in (row * (side - 1), row * side + b"\0"):
         with pytest.raises(ImageError, match="bytes of rows"):
-            formats.decode(png_of(side, side, wrong, depth, colours))
+            image_files.decode(png_of(side, side, wrong, depth, colours))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 5), (4, 4), (5, 1), (9, 13), (31, 33)])
@@ -112,10 +112,10 @@ def test_interlaced_pngs_have_as_many_rows_as_pil_reads(width: int, height: int)
         data[28] = 1
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
         if n_bytes == _adam7_bytes(width, height):
-            assert formats.decode(bytes(data)).shape == (height, width, 3)
+            assert image_files.decode(bytes(data)).shape == (height, width, 3)
         else:
             with pytest.raises(ImageError, match="bytes of rows"):
-                formats.decode(bytes(data))
+                image_files.decode(bytes(data))
 
 
 def _adam7_bytes(width: int, height: int) -> int:
@@ -134,7 +134,7 @@ def test_transparency_is_laid_on_white(smooth: RGB) -> None:
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
         out = io.BytesIO()
         Image.fromarray(rgba).save(out, kind, **options)
-        decoded = formats.decode(out.getvalue())
+        decoded = image_files.decode(out.getvalue())
         assert (decoded[:, :80] == 255).all()
         half = smooth[:, 80:160] * (128 / 255) + 255 * (127 / 255)
         assert np.abs(decoded[:, 80:160] - half).max() <= 0.5 + 1e-9
@@ -148,7 +148,7 @@ def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
     indexed.save(out, "PNG", transparency=3)
     expected = np.asarray(indexed.convert("RGB")).copy()
     expected[np.asarray(indexed) == 3] = 255
-    np.testing.assert_array_equal(formats.decode(out.getvalue()), expected)
+    np.testing.assert_array_equal(image_files.decode(out.getvalue()), expected)
 
 
 @pytest.mark.parametrize("colourspace", ["CMYK", "YCCK"])
@@ -162,25 +162,25 @@ def test_cmyk_is_read_as_adobe_writes_it(smooth: RGB, colourspace: str) -> None:
     else:
         data = simplejpeg.encode_jpeg(255 - np.asarray(cmyk), 95, "CMYK")
     assert simplejpeg.decode_jpeg_header(data)[2] == colourspace
-    assert np.abs(formats.decode(data).astype(int) - smooth).mean() < 3
-    assert np.abs(images.centre_view(data, 32).astype(int) - images.centre_view(images.png(smooth), 32)).mean() < 3
+    assert np.abs(image_files.decode(data).astype(int) - smooth).mean() < 3
+    assert np.abs(pixels.centre_view(data, 32).astype(int) - pixels.centre_view(pixels.png(smooth), 32)).mean() < 3
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("pipeline", [images.FAST, images.REFERENCE])
+@pytest.mark.parametrize("pipeline", [pixels.FAST, pixels.REFERENCE])
 def test_bytes_after_the_picture_do_not_matter(smooth: RGB, kind: str, pipeline: str) -> None:
     """Cameras and web servers append things."""
     data = encoded(smooth, kind)
-    plain = images.centre_view(data, 32, pipeline)
-    np.testing.assert_array_equal(images.centre_view(data + b"\0\xff\xd8\xff more", 32, pipeline), plain)
+    plain = pixels.centre_view(data, 32, pipeline)
+    np.testing.assert_array_equal(pixels.centre_view(data + b"\0\xff\xd8\xff more", 32, pipeline), plain)
 
 
 def test_progressive_jpegs_are_the_same_picture(smooth: RGB) -> None:
     """The same coefficients in another order."""
     plain, progressive = (encoded(smooth, "JPEG", progressive=p) for p in (False, True))
     assert plain != progressive
-    np.testing.assert_array_equal(formats.decode(plain), formats.decode(progressive))
-    np.testing.assert_array_equal(images.centre_view(plain, 32), images.centre_view(progressive, 32))
+    np.testing.assert_array_equal(image_files.decode(plain), image_files.decode(progressive))
+    np.testing.assert_array_equal(pixels.centre_view(plain, 32), pixels.centre_view(progressive, 32))
 
 
 def test_of_an_animation_the_first_picture_counts(smooth: RGB) -> None:
@@ -188,7 +188,7 @@ def test_of_an_animation_the_first_picture_counts(smooth: RGB) -> None:
     for kind in ("PNG", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(smooth, kind, save_all=True, append_images=[Image.fromarray(255 - smooth)], **options)
-        np.testing.assert_array_equal(formats.decode(data), smooth)
+        np.testing.assert_array_equal(image_files.decode(data), smooth)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -196,9 +196,9 @@ def test_of_an_animation_the_first_picture_counts(smooth: RGB) -> None:
 
 def both_refuse(data: bytes, reason: str) -> None:
     """Both pipelines must refuse the same files, or a store's rows would depend on its pipeline."""
-    for pipeline in (images.FAST, images.REFERENCE):
+    for pipeline in (pixels.FAST, pixels.REFERENCE):
         with pytest.raises(ImageError, match=reason) as caught:
-            images.centre_view(data, 32, pipeline)
+            pixels.centre_view(data, 32, pipeline)
         assert "\n" not in str(caught.value)
 
 
@@ -267,7 +267,7 @@ def test_text_named_jpeg_is_refused_and_png_named_jpeg_is_read(smooth: RGB) -> N
     """ImageNet's n02105855_2933.JPEG is a PNG. Names are not even asked for."""
     both_refuse(b"<!DOCTYPE html><title>404 Not Found</title>" * 100, "not a JPEG, PNG, WEBP")
     both_refuse(b"\xff\xd8\xff" + b"<html>" * 100, "damaged JPEG")
-    assert images.centre_view(encoded(smooth, "PNG"), 32).shape == (32, 32, 3)
+    assert pixels.centre_view(encoded(smooth, "PNG"), 32).shape == (32, 32, 3)
 
 
 STRIPES = (np.indices((48, 40)).sum(0)[..., None] * [1, 2, 3] % 256).astype(np.uint8)
@@ -275,7 +275,7 @@ WHOLE = [encoded(STRIPES, kind) for kind in ("JPEG", "PNG", "WEBP")] + [encoded(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("read", [formats.decode, lambda data: images.centre_view(data, 8)], ids=["decode", "fast"])
+@pytest.mark.parametrize("read", [image_files.decode, lambda data: pixels.centre_view(data, 8)], ids=["decode", "fast"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.sampled_from(WHOLE),

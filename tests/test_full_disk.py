@@ -13,12 +13,15 @@ import test_training
 import torch
 from faults import one_by_one
 
-from igpt_ray import cache, checkpoint, config, images, storage, training
+from igpt_ray import storage
+from igpt_ray.data import node_cache, pixels
+from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import StorageError
 from igpt_ray.flows import prepare
-from igpt_ray.loader import SplitCache
-from igpt_ray.palette import Palette
-from igpt_ray.shards import TokenStore
+from igpt_ray.train import checkpoint, loop
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def many_pictures(tmp_path: Path) -> str:
     """120 noisy pictures of 32 pixels, whose tokens do not compress: 2 KiB each."""
     rng = np.random.default_rng(6)
     for i in range(120):
-        data = images.png(rng.integers(0, 256, (32, 32, 3), np.uint8))
+        data = pixels.png(rng.integers(0, 256, (32, 32, 3), np.uint8))
         storage.write(str(tmp_path / "pictures/train/noise" / f"{i:03d}.png"), data)
     return str(tmp_path / "pictures")
 
@@ -60,12 +63,12 @@ def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
     monkeypatch.setattr(prepare, "spread", one_by_one)
     colours = np.random.default_rng(7).uniform(-1, 1, (512, 3)).astype(np.float32)
     Palette(colours).save(str(tmp_path / "palette.npy"))
-    settings = config.Prepare(
+    settings = PrepareConfig(
         source=many_pictures,
         palette=str(tmp_path / "palette.npy"),
         tokens=str(disk / "tokens"),
         shard_images=20,
-        pixels=config.Pixels(n_px=32, crop="centre"),
+        pixels=PixelsConfig(n_px=32, crop="centre"),
     )
     undisturbed = settings.model_copy(update={"tokens": str(tmp_path / "undisturbed")})
     prepare.prepare(undisturbed)
@@ -137,10 +140,10 @@ def test_a_disk_that_fills_while_the_cache_is_made_leaves_no_part_of_it(disk: Pa
 
     path = disk / "a.u16"
     with pytest.raises(StorageError, match=r"a\.u16: its disk is full: \d+ bytes are free, 80000 bytes are needed"):
-        cache.mapped(path, array.shape, pieces)
+        node_cache.mapped(path, array.shape, pieces)
     assert {p.name for p in disk.iterdir()} == {".ballast", "a.lock"}
     (disk / ".ballast").unlink()
-    np.testing.assert_array_equal(cache.mapped(path, array.shape, lambda: iter([array])), array)
+    np.testing.assert_array_equal(node_cache.mapped(path, array.shape, lambda: iter([array])), array)
 
 
 @pytest.mark.parametrize("disk", ["2m"], indirect=True)
@@ -171,7 +174,7 @@ def test_a_disk_that_fills_under_a_run_costs_a_checkpoint_and_no_step(
         return False
 
     with caplog.at_level(logging.WARNING):
-        report = training.train(cfg, torch.device("cpu"), each_step)
+        report = loop.train(cfg, torch.device("cpu"), each_step)
     assert re.search(r"no checkpoint at step 8, training goes on: .*/step_00000008/\w+: its disk is full", caplog.text)
     assert checkpoint.committed_steps(cfg.run.uri) == [4, 12]
     assert report["step"] == 12

@@ -66,8 +66,8 @@ def test_the_walk_would_see_a_forbidden_import(tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text("def f():\n    from igpt_ray.flows import train\n    import ray.data\n")
     assert imports_of(tmp_path / "f.py") == {"igpt_ray.flows.train", "ray.data"}
     assert file_of("igpt_ray.flows.train") == ROOT / "igpt_ray/flows/train.py"
-    assert file_of("igpt_ray.palette.Palette") == ROOT / "igpt_ray/palette.py"
-    assert file_of("igpt_ray.sources.plan") == ROOT / "igpt_ray/sources/__init__.py"
+    assert file_of("igpt_ray.data.palette.Palette") == ROOT / "igpt_ray/palette.py"
+    assert file_of("igpt_ray.data.sources.plan") == ROOT / "igpt_ray/sources/__init__.py"
 
 
 def test_the_readme_s_tree_names_every_file_with_a_clause() -> None:

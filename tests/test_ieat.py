@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ray import ieat
 from igpt_ray.errors import FeatureError
+from igpt_ray.evaluate import ieat
 
 Groups = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

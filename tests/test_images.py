@@ -12,10 +12,10 @@ import pytest
 import simplejpeg
 from conftest import encoded
 
-from igpt_ray import formats, images
+from igpt_ray.data import image_files, pixels
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.pixels import FAST, REFERENCE, RGB
 from igpt_ray.errors import ImageError
-from igpt_ray.images import FAST, REFERENCE, RGB
-from igpt_ray.palette import Palette
 
 # ------------------------------------------------------------------------------------------------ views
 
@@ -29,7 +29,7 @@ def test_the_centre_view_is_the_mean_over_boxes_of_the_middle(height_first: bool
     if not height_first:
         rgb, middle = rgb.transpose(1, 0, 2).copy(), middle.transpose(1, 0, 2)
     boxes = middle.reshape(32, 7, 32, 7, 3).mean((1, 3))
-    assert np.abs(images.centre_view(images.png(rgb), 32, pipeline) - boxes).max() <= 1  # PIL's two passes round
+    assert np.abs(pixels.centre_view(pixels.png(rgb), 32, pipeline) - boxes).max() <= 1  # PIL's two passes round
 
 
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
@@ -39,8 +39,8 @@ def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int]
     """Rounding that makes the shorter side 223 leaves a black edge, or fails; weights must sum to one."""
     white = simplejpeg.encode_jpeg(np.full((*shape, 3), 255, np.uint8))
     for view in (
-        images.centre_view(white, n_px, pipeline),
-        images.random_view(white, n_px, "key", 0, pipeline),
+        pixels.centre_view(white, n_px, pipeline),
+        pixels.random_view(white, n_px, "key", 0, pipeline),
     ):
         assert view.shape == (n_px, n_px, 3)
         assert (view == 255).all()
@@ -50,8 +50,8 @@ def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int]
 def test_random_views_are_crops_as_the_paper_draws_them(pipeline: str) -> None:
     """A crop of the wrong size, always in a corner, or squashed. The picture's colours tell where each pixel was."""
     y, x = np.mgrid[0:512, 0:512] / 511 * 255
-    position = images.png(np.stack([x, y, x], -1).astype(np.uint8))
-    drawn = [images.random_view(position, 32, f"{i}.png", 0, pipeline) for i in range(80)]
+    position = pixels.png(np.stack([x, y, x], -1).astype(np.uint8))
+    drawn = [pixels.random_view(position, 32, f"{i}.png", 0, pipeline) for i in range(80)]
     views = np.stack(drawn).astype(float) / 255
     widths = (views[:, 0, -1, 0] - views[:, 0, 0, 0]) * 32 / 31  # share of the shorter side
     heights = (views[:, -1, 0, 1] - views[:, 0, 0, 1]) * 32 / 31
@@ -70,10 +70,10 @@ def test_random_views_are_crops_as_the_paper_draws_them(pipeline: str) -> None:
 def test_a_random_view_is_a_function_of_key_and_view(smooth: RGB, pipeline: str) -> None:
     """A generator shared over images: a repeated task would write other bytes than the first."""
     data = encoded(smooth, "JPEG")
-    first = images.random_view(data, 32, "a/b.jpg", 0, pipeline)
-    np.testing.assert_array_equal(images.random_view(data, 32, "a/b.jpg", 0, pipeline), first)
-    assert (images.random_view(data, 32, "a/b.jpg", 1, pipeline) != first).any()
-    assert (images.random_view(data, 32, "a/c.jpg", 0, pipeline) != first).any()
+    first = pixels.random_view(data, 32, "a/b.jpg", 0, pipeline)
+    np.testing.assert_array_equal(pixels.random_view(data, 32, "a/b.jpg", 0, pipeline), first)
+    assert (pixels.random_view(data, 32, "a/b.jpg", 1, pipeline) != first).any()
+    assert (pixels.random_view(data, 32, "a/c.jpg", 0, pipeline) != first).any()
 
 
 def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> None:
@@ -81,8 +81,8 @@ def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> No
     jpeg = simplejpeg.encode_jpeg(smooth.repeat(2, 0).repeat(2, 1), 90)
     made = {}
     for pipeline in (FAST, REFERENCE):
-        views = [images.centre_view(jpeg, 32, pipeline), images.random_view(jpeg, 32, "a/b.jpg", 3, pipeline)]
-        views += [images.centre_view(images.png(smooth), 32, pipeline)]
+        views = [pixels.centre_view(jpeg, 32, pipeline), pixels.random_view(jpeg, 32, "a/b.jpg", 3, pipeline)]
+        views += [pixels.centre_view(pixels.png(smooth), 32, pipeline)]
         made[pipeline] = [hashlib.sha256(view.tobytes()).hexdigest()[:8] for view in views]
     assert made == {
         FAST: ["319592d3", "1cdd1048", "c7ed8a6c"],
@@ -95,13 +95,13 @@ def test_a_picture_too_narrow_to_resize_is_refused(pipeline: str) -> None:
     """One pixel by 60,000 is a small file, and three billion pixels once its shorter side is 224."""
     strip = simplejpeg.encode_jpeg(np.zeros((1, 60_000, 3), np.uint8))
     with pytest.raises(ImageError, match="too narrow"):
-        images.centre_view(strip, 32, pipeline)
+        pixels.centre_view(strip, 32, pipeline)
 
 
 def test_an_unknown_pipeline_is_refused_with_the_known_ones(smooth: RGB) -> None:
     """A store made by a later version must not be read with today's pixels."""
     with pytest.raises(ImageError, match=r"'fast-2'.*fast-1 and reference-1"):
-        images.centre_view(images.png(smooth), 32, "fast-2")
+        pixels.centre_view(pixels.png(smooth), 32, "fast-2")
 
 
 # ------------------------------------------------------------------------------------------------ fast
@@ -124,8 +124,8 @@ def photographs(shared: Path) -> dict[str, bytes]:
 def test_fast_makes_the_tokens_of_the_reference(photographs: dict[str, bytes], shared: Path) -> None:
     """Another filter, half a pixel's shift or a forgotten normalisation cost 4 to 20 dB. Promised: 50 dB and 94 %."""
     openai = Palette.load(str(shared / "data" / "openai_palette.npy"))
-    fast = np.stack([images.centre_view(data, 32, FAST) for data in photographs.values()])
-    reference = np.stack([images.centre_view(data, 32, REFERENCE) for data in photographs.values()])
+    fast = np.stack([pixels.centre_view(data, 32, FAST) for data in photographs.values()])
+    reference = np.stack([pixels.centre_view(data, 32, REFERENCE) for data in photographs.values()])
     assert np.mean(psnr(fast, reference)) >= 53
     assert np.mean(openai.encode(fast) == openai.encode(reference)) >= 0.94
 
@@ -133,8 +133,8 @@ def test_fast_makes_the_tokens_of_the_reference(photographs: dict[str, bytes], s
 def test_fast_draws_the_crops_of_the_reference(photographs: dict[str, bytes]) -> None:
     """A crop folded into the matrices one pixel off, or drawn in another order."""
     some = list(photographs.items())[::4]
-    fast = np.stack([images.random_view(data, 32, key, 1, FAST) for key, data in some])
-    reference = np.stack([images.random_view(data, 32, key, 1, REFERENCE) for key, data in some])
+    fast = np.stack([pixels.random_view(data, 32, key, 1, FAST) for key, data in some])
+    reference = np.stack([pixels.random_view(data, 32, key, 1, REFERENCE) for key, data in some])
     assert np.mean(psnr(fast, reference)) >= 53
 
 
@@ -145,8 +145,8 @@ def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], 
 
     Grey enough that PIL clips nothing between its passes. It rounds halves up there, which lifts means of two.
     """
-    data = images.png(np.random.default_rng(2).integers(64, 192, (*shape, 3)).astype(np.uint8))
-    fast, reference = (images.centre_view(data, n_px, pipeline).astype(int) for pipeline in (FAST, REFERENCE))
+    data = pixels.png(np.random.default_rng(2).integers(64, 192, (*shape, 3)).astype(np.uint8))
+    fast, reference = (pixels.centre_view(data, n_px, pipeline).astype(int) for pipeline in (FAST, REFERENCE))
     assert np.abs(fast - reference).max() <= 2
     assert np.abs(fast - reference).mean() <= 0.5
 
@@ -154,7 +154,7 @@ def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], 
 def test_real_photographs_are_decoded_alike_by_both_decoders(photographs: dict[str, bytes]) -> None:
     """simplejpeg and Pillow each bring a libjpeg-turbo: one with other defaults would move every pixel."""
     for data in list(photographs.values())[::5]:
-        np.testing.assert_array_equal(simplejpeg.decode_jpeg(data), formats.decode(data))
+        np.testing.assert_array_equal(simplejpeg.decode_jpeg(data), image_files.decode(data))
 
 
 def psnr(a: RGB, b: RGB) -> np.ndarray:
@@ -170,9 +170,9 @@ def psnr(a: RGB, b: RGB) -> np.ndarray:
 def test_no_sum_of_products_can_leave_the_integers_of_its_float(n_px: int, eighths: int) -> None:
     """The proof that the order of additions, and so BLAS, threads and processors, cannot change a bit."""
     for n_in in (40, 97, 224, 375, 500, 2047):
-        _, length = images._resized(500, n_in, 224)
+        _, length = pixels._resized(500, n_in, 224)
         place = (n_in, length, (length - 224) // 2, eighths, n_px)
-        rows, columns = (images._side_of(*place, bits) for bits in (images.ROW_BITS, images.COLUMN_BITS))
+        rows, columns = (pixels._side_of(*place, bits) for bits in (pixels.ROW_BITS, pixels.COLUMN_BITS))
         by_row, by_column = (
             max(np.abs(band.matrix).astype(np.float64).sum(1).max() for band in side) for side in (rows, columns)
         )
@@ -216,7 +216,7 @@ def test_a_sheet_holds_every_picture_at_its_place() -> None:
     """Rows for columns, or an enlargement that smooths."""
     rng = np.random.default_rng(3)
     tiles = rng.integers(0, 255, (2, 3, 4, 4, 3), dtype=np.uint8)
-    sheet = images.sheet([list(row) for row in tiles], scale=2, gap=2, wide_gaps=(2,))
+    sheet = pixels.sheet([list(row) for row in tiles], scale=2, gap=2, wide_gaps=(2,))
     lefts, tops = [2, 12, 12 + 10 + 8], [2, 12]
     assert sheet.shape == (2 * 10 + 2, 30 + 8 + 2, 3)
     covered = np.zeros(sheet.shape[:2], bool)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from igpt_ray import storage
-from igpt_ray.palette import Palette
-from igpt_ray.shards import TokenStore
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 

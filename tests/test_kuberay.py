@@ -18,9 +18,10 @@ import pytest
 import yaml
 from test_cluster import ROOT, keys_of, misspelt, render, rendered
 
-from igpt_ray import config
-from igpt_ray.flows.pool import PART
+from igpt_ray.flows.actor_map import PART
 from igpt_ray.flows.serve.check import check_config
+from igpt_ray.serve.config import ServeConfig
+from igpt_ray.train.config import WorkersConfig
 
 KINDS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
 FOLDER = ROOT / "cluster" / "kuberay"
@@ -207,10 +208,10 @@ def test_workers_hold_what_jobs_ask_for() -> None:
         sizes = {g["groupName"]: g["template"]["spec"]["containers"][0]["resources"] for g in spec["workerGroupSpecs"]}
         gpus = {name: int(size["limits"].get("nvidia.com/gpu", 0)) for name, size in sizes.items()}
         assert gpus == {"cpu": 0, "gpu1": 1, "gpu8": 8}
-        served = config.Serve.model_validate(rendered("serve.yaml")["applications"][0]["args"])
+        served = ServeConfig.model_validate(rendered("serve.yaml")["applications"][0]["args"])
         assert served.gpus <= gpus["gpu1"]
         assert served.cpus <= int(sizes["gpu1"]["limits"]["cpu"])
-        assert config.Workers().cpus * 8 <= int(sizes["gpu8"]["limits"]["cpu"])
+        assert WorkersConfig().cpus * 8 <= int(sizes["gpu8"]["limits"]["cpu"])
 
 
 def test_only_friends_reach_the_pods() -> None:

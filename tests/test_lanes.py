@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import random_model, random_tokens
 from torch import Tensor, nn
 
-from igpt_ray import lanes
 from igpt_ray.errors import SettingError
-from igpt_ray.lanes import Int8, Lanes, Packed, Precision
+from igpt_ray.generate import kv_cache
+from igpt_ray.generate.kv_cache import Int8, Lanes, Packed, Precision
 
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 SHAPES: list[dict[str, Any]] = [
@@ -85,7 +85,7 @@ def test_the_number_of_rows_is_found_from_which_products_stay_the_same(monkeypat
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight) if len(x) >= 5 else F.linear(x * 3, self.weight / 3)
 
-    monkeypatch.setattr(lanes, "Packed", Fickle)
+    monkeypatch.setattr(kv_cache, "Packed", Fickle)
     assert Lanes(random_model(), 2, "float32").fewest >= 5
 
 
@@ -122,7 +122,7 @@ def test_all_lanes_at_once_behind_a_mask_are_what_a_graph_replays() -> None:
     model = random_model(**SHAPES[1])
     x = random_tokens(model, 3)
     cache = Lanes(model, 4, "float32")
-    graph = lanes.Graph(cache)
+    graph = kv_cache.Graph(cache)
     cache.fill([1], x[0, :6])
     cache.fill([3], x[1, :15])
     graph.place([0, 1, 3], [0, 6, 15], [0, int(x[0, 5]), int(x[1, 14])])

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from igpt_ray import sources, storage
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.sources import Image, Layout, Unreadable, imagenet, parquet, ranges, units, webdataset
 from igpt_ray.errors import SourceError
-from igpt_ray.sources import Image, Layout, Unreadable, imagenet, parquet, ranges, units, webdataset
 
 
 class Picture(NamedTuple):
@@ -350,7 +351,7 @@ def test_a_hostile_member_goes_to_quarantine_and_its_neighbours_through(
 def test_a_picture_too_large_to_be_one_is_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of a terabyte under the name of an image takes the worker's memory."""
     for module in ("folders", "imagenet", "webdataset", "parquet"):
-        monkeypatch.setattr(f"igpt_ray.sources.{module}.MOST_BYTES", 10_000)
+        monkeypatch.setattr(f"igpt_ray.data.sources.{module}.MOST_BYTES", 10_000)
     big = [p._replace(data=b"x" * 20_000) if p.name.endswith("3_7.JPEG") else p for p in tiny()]
     for layout, build in LAYOUTS.items():
         build(f"{tmp_path}/{layout}", big)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from igpt_ray import loader, shards
+from igpt_ray.data import loader, token_store
+from igpt_ray.data.loader import Batch, SplitCache, global_batch, permute, share
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import TokenStoreError
-from igpt_ray.feed import passes
-from igpt_ray.loader import Batch, SplitCache, global_batch, permute, share
-from igpt_ray.shards import TokenStore
+from igpt_ray.train.batches import passes
 
 quick = settings(deadline=None, max_examples=40, derandomize=True)
 seeds, epochs = st.integers(0, 2**32 - 1), st.integers(0, 10**6)
@@ -124,7 +124,7 @@ def test_a_run_whose_workers_change_sees_the_same_batches_pass_by_pass(
 
 
 def rows_of(store: TokenStore, split: str, view: int) -> np.ndarray:
-    return np.concatenate([shards.tokens_of(store.read(shard)) for shard in store.manifest.select(split, view)])
+    return np.concatenate([token_store.tokens_of(store.read(shard)) for shard in store.manifest.select(split, view)])
 
 
 def test_the_cache_holds_the_rows_of_the_store(store: TokenStore, tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from igpt_ray import config
-from igpt_ray.config import Sgd
-from igpt_ray.digits import digits
-from igpt_ray.features import Features, Labels, pooled
-from igpt_ray.images import centre_view
-from igpt_ray.logistic import Linear, fit_lbfgs, fit_sgd, gradient, minimised, moments
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.probe import L2
+from igpt_ray.data.digits import digits
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.pixels import centre_view
+from igpt_ray.evaluate.config import SgdConfig
+from igpt_ray.evaluate.features import Features, Labels, pooled
+from igpt_ray.evaluate.linear_probe import L2
+from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, fit_sgd, gradient, minimised, moments
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def real() -> tuple[Features, Labels]:
     pictures = list(digits(seed=0))
     tokens = np.stack([palette.encode(centre_view(p.png, 8, "fast-1").reshape(-1, 3)) for p in pictures])
     torch.manual_seed(0)
-    model = ImageGPT(config.Model(n_layer=4, n_embd=128, n_head=4, n_px=8, n_vocab=64)).eval()
+    model = ImageGPT(ModelConfig(n_layer=4, n_embd=128, n_head=4, n_px=8, n_vocab=64)).eval()
     found = pooled(model, tokens, [p.key for p in pictures], [2], "mean", 256)[:, 0]
     mean, deviation = moments(found, np.arange(len(found)))
     return (found - mean) / deviation, np.array([int(p.key.split("/")[1]) for p in pictures])
@@ -97,7 +97,7 @@ def test_rows_outside_the_fit_are_never_looked_at(real: tuple[Features, Labels])
     spoilt[900:] = np.nan
     for first, second in (
         (fit_lbfgs(x, y, rows, 10, (1e-3,))[1e-3], fit_lbfgs(spoilt, y, rows, 10, (1e-3,))[1e-3]),
-        (fit_sgd(x, y, rows, 10, Sgd(steps=5), 0)[1], fit_sgd(spoilt, y, rows, 10, Sgd(steps=5), 0)[1]),
+        (fit_sgd(x, y, rows, 10, SgdConfig(steps=5), 0)[1], fit_sgd(spoilt, y, rows, 10, SgdConfig(steps=5), 0)[1]),
     ):
         assert np.array_equal(first.weight, second.weight)
         assert np.array_equal(first.mean, second.mean)
@@ -113,7 +113,7 @@ def test_sgd_comes_within_three_thousandths_of_l_bfgs(real: tuple[Features, Labe
         return max(float((linear.logits(x[others]).argmax(1) == y[others]).mean()) for linear in fitted.values())
 
     by_lbfgs = best(fit_lbfgs(x, y, rows, 10, L2))
-    by_sgd = best(fit_sgd(x, y, rows, 10, Sgd(steps=4000), seed=0))
+    by_sgd = best(fit_sgd(x, y, rows, 10, SgdConfig(steps=4000), seed=0))
     assert by_sgd >= by_lbfgs - 0.003
 
 
@@ -121,10 +121,10 @@ def test_sgd_is_a_function_of_its_seed_and_its_rates_do_not_meet(real: tuple[Fea
     """Rates side by side that leak into one another."""
     x, y = real
     rows = np.arange(len(x))
-    both = fit_sgd(x, y, rows, 10, Sgd(steps=30, lrs=(1, 0.1)), seed=3)
-    alone = fit_sgd(x, y, rows, 10, Sgd(steps=30, lrs=(0.1,)), seed=3)
+    both = fit_sgd(x, y, rows, 10, SgdConfig(steps=30, lrs=(1, 0.1)), seed=3)
+    alone = fit_sgd(x, y, rows, 10, SgdConfig(steps=30, lrs=(0.1,)), seed=3)
     np.testing.assert_allclose(both[0.1].weight, alone[0.1].weight, atol=1e-6)
-    other = fit_sgd(x, y, rows, 10, Sgd(steps=30, lrs=(0.1,)), seed=4)
+    other = fit_sgd(x, y, rows, 10, SgdConfig(steps=30, lrs=(0.1,)), seed=4)
     assert not np.allclose(other[0.1].weight, alone[0.1].weight, atol=1e-4)
 
 
@@ -133,11 +133,11 @@ def test_sgd_reads_features_from_a_file(real: tuple[Features, Labels], tmp_path:
     mapped = np.memmap(f"{tmp_path}/x.f32", np.float32, "w+", shape=x.shape)
     mapped[:] = x
     rows = np.arange(len(x))
-    first, second = (fit_sgd(features, y, rows, 10, Sgd(steps=20), 0) for features in (x, mapped))
+    first, second = (fit_sgd(features, y, rows, 10, SgdConfig(steps=20), 0) for features in (x, mapped))
     assert all(np.array_equal(first[lr].weight, second[lr].weight) for lr in first)
 
 
 def test_a_rate_that_diverges_is_left_out(real: tuple[Features, Labels]) -> None:
     x, y = real
-    found = fit_sgd(x, y, np.arange(len(x)), 10, Sgd(steps=20, lrs=(3e38, 0.1)), 0)
+    found = fit_sgd(x, y, np.arange(len(x)), 10, SgdConfig(steps=20, lrs=(3e38, 0.1)), 0)
     assert list(found) == [0.1]

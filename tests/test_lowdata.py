@@ -7,8 +7,8 @@ from sklearn.preprocessing import StandardScaler
 from test_probe import clusters
 
 from igpt_ray.errors import FeatureError
-from igpt_ray.lowdata import SUBSETS, draw, few_labels, linear, spread_of
-from igpt_ray.probe import Labelled
+from igpt_ray.evaluate.few_shot import SUBSETS, draw, few_labels, linear, spread_of
+from igpt_ray.evaluate.linear_probe import Labelled
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 

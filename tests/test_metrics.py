@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from igpt_ray import metrics, storage
-from igpt_ray.metrics import Metrics
+from igpt_ray import storage
+from igpt_ray.train import metrics
+from igpt_ray.train.metrics import Metrics
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
-from igpt_ray import config, objectives, weights
-from igpt_ray.lanes import Lanes
-from igpt_ray.model import ImageGPT, attended, turned
+from igpt_ray import weights
+from igpt_ray.generate.kv_cache import Lanes
+from igpt_ray.model import losses
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT, attended, turned
 
 Golden = tuple[ImageGPT, dict[str, Tensor]]
 
@@ -39,7 +41,7 @@ def test_logits_and_loss_are_openais(golden: Golden) -> None:
     model, computed = golden
     logits = model(computed["tokens"])
     torch.testing.assert_close(logits, computed["gen_logits"], rtol=0, atol=2e-5)
-    loss = objectives.next_pixel(logits, computed["tokens"]).mean()
+    loss = losses.next_pixel(logits, computed["tokens"]).mean()
     torch.testing.assert_close(loss, computed["gen_loss"], rtol=0, atol=1e-6)
 
 
@@ -84,17 +86,17 @@ def test_features_may_stop_early(last: int) -> None:
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_the_first_loss_is_the_logarithm_of_the_colours(objective: Literal["next", "masked"]) -> None:
     """A head that is not zero, or tied to the input: every published curve begins at ln 512."""
-    model = ImageGPT(config.Model(n_layer=2, n_embd=32, n_head=4, n_px=16, objective=objective))
+    model = ImageGPT(ModelConfig(n_layer=2, n_embd=32, n_head=4, n_px=16, objective=objective))
     x = random_tokens(model, 2)
     keep = random_keep(model, 2) if objective == "masked" else None
-    nats = objectives.generative(model, x, keep).item() / (x.numel() if keep is None else len(x))
+    nats = losses.generative(model, x, keep).item() / (x.numel() if keep is None else len(x))
     assert nats == pytest.approx(math.log(512), abs=1e-6)
 
 
 def test_weights_start_as_openais_did() -> None:
     """torch's defaults: the loss still falls, only worse."""
     torch.manual_seed(0)
-    shape = config.Model(n_layer=4, n_embd=256, n_head=4, n_px=16)
+    shape = ModelConfig(n_layer=4, n_embd=256, n_head=4, n_px=16)
     C, L = shape.n_embd, shape.n_layer
     expected = {"wte.weight": 0.02, "wpe": 0.01, "sos": 0.02}
     for i in range(L):
@@ -117,7 +119,7 @@ def test_equal_seeds_give_equal_weights() -> None:
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        states.append(ImageGPT(config.Model(n_layer=1, n_embd=16, n_head=2, n_px=4)).state_dict())
+        states.append(ImageGPT(ModelConfig(n_layer=1, n_embd=16, n_head=2, n_px=4)).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["sos"], states[2]["sos"])
 
@@ -146,7 +148,7 @@ def test_every_weight_learns() -> None:
     """A parameter that the forward pass forgot, such as the last position or the start vector."""
     model = random_model().requires_grad_(True)
     x = random_tokens(model, 8)
-    objectives.next_pixel(model(x), x).mean().backward()
+    losses.next_pixel(model(x), x).mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         used = parameter.grad if name != "wte.weight" else parameter.grad[x[:, :-1].unique()]
@@ -186,7 +188,7 @@ def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    nats = objectives.generative(model, x)
+    nats = losses.generative(model, x)
     nats.backward()
     assert torch.equal(nats, expected)
     for name, parameter in model.named_parameters():
@@ -196,7 +198,7 @@ def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
 def test_options_do_not_change_the_weights_of_a_seed() -> None:
     """One more number drawn, and every run of that seed is another."""
     torch.manual_seed(4)
-    c = config.Model(n_layer=2, n_embd=16, n_head=2, n_px=4, n_vocab=8)
+    c = ModelConfig(n_layer=2, n_embd=16, n_head=2, n_px=4, n_vocab=8)
     own = ImageGPT(c).state_dict()
     torch.manual_seed(4)
     torch.nn.Embedding(8, 16)  # torch initialises its modules, in the order in which they are made
@@ -292,7 +294,7 @@ def test_features_of_a_modern_network_end_with_its_hidden_states() -> None:
 
 
 def random_keep(model: ImageGPT, n: int) -> Tensor:
-    return objectives.keep_masks(list(range(n)), model.config.n_positions)
+    return losses.keep_masks(list(range(n)), model.config.n_positions)
 
 
 def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
@@ -336,7 +338,7 @@ def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None
 @pytest.mark.parametrize("n_class", [0, 10])
 def test_parameters_are_counted_with_every_option(objective: Literal["next", "masked"], n_class: int) -> None:
     """The masked networks lack `sos`, the head adds one row a class."""
-    c = config.Model(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, objective=objective, n_class=n_class)
+    c = ModelConfig(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, objective=objective, n_class=n_class)
     assert sum(p.numel() for p in ImageGPT(c).parameters()) == c.n_params
     default = c.model_copy(update={"objective": "next", "n_class": 0}).n_params
     assert c.n_params == default - (32 if objective == "masked" else 0) + 32 * n_class

@@ -8,8 +8,8 @@ import torch
 from conftest import random_model, random_tokens
 from numpy.typing import NDArray
 
-from igpt_ray import objectives
-from igpt_ray.model import ImageGPT
+from igpt_ray.model import losses as objectives
+from igpt_ray.model.image_gpt import ImageGPT
 
 
 def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:

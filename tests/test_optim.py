@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from torch.nn import Parameter
 from torch.optim import Adam, Muon
 
-from igpt_ray import objectives, optim
-from igpt_ray.config import PRESETS, Optim
-from igpt_ray.model import ImageGPT
+from igpt_ray.model import losses
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train import optim
+from igpt_ray.train.config import OptimConfig
+from igpt_ray.train.presets import PRESETS
 
-SCHEDULE = Optim(lr=2e-3, steps=110, warmup_steps=10)
+SCHEDULE = OptimConfig(lr=2e-3, steps=110, warmup_steps=10)
 
 
 COS_45 = 0.5**0.5
@@ -37,8 +39,8 @@ def test_the_learning_rate_at_known_points(step: int, share: float) -> None:
     assert optim.lr_at(step, SCHEDULE) == pytest.approx(share * 2e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, Optim(warmup_steps=0, steps=7), PRESETS["tiny"][1].optim])
-def test_the_learning_rate_rises_once_and_falls_once(schedule: Optim) -> None:
+@pytest.mark.parametrize("schedule", [SCHEDULE, OptimConfig(warmup_steps=0, steps=7), PRESETS["tiny"][1].optim])
+def test_the_learning_rate_rises_once_and_falls_once(schedule: OptimConfig) -> None:
     """A jump where warm-up meets cosine, or a rate of zero before the last step."""
     rates = np.array([optim.lr_at(step, schedule) for step in range(schedule.steps)])
     assert rates.max() == pytest.approx(schedule.lr)
@@ -49,13 +51,13 @@ def test_the_learning_rate_rises_once_and_falls_once(schedule: Optim) -> None:
 
 def test_a_run_shorter_than_its_warm_up_only_rises() -> None:
     """A division by zero, or a negative share of the cosine."""
-    rates = [optim.lr_at(step, Optim(steps=10, warmup_steps=100)) for step in range(10)]
+    rates = [optim.lr_at(step, OptimConfig(steps=10, warmup_steps=100)) for step in range(10)]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
 
 
 def adam(
-    weight: NDArray[np.float64], gradients: list[NDArray[np.float64]], lrs: list[float], o: Optim
+    weight: NDArray[np.float64], gradients: list[NDArray[np.float64]], lrs: list[float], o: OptimConfig
 ) -> NDArray[np.float64]:
     """Kingma and Ba, algorithm 1, in float64."""
     m, v = np.zeros_like(weight), np.zeros_like(weight)
@@ -69,14 +71,14 @@ def adam(
 def test_steps_are_adams() -> None:
     """Weight decay, other betas, or an epsilon of another size; and a rate that is set after the step it is for."""
     model = random_model(std=0.1).requires_grad_(True)
-    settings = Optim(lr=1e-2, betas=(0.8, 0.9), eps=1e-3)
+    settings = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-3)
     optimizer, lrs = optim.build(model, settings), [1e-2, 3e-3, 5e-3]
     before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
     gradients: dict[str, list[NDArray[np.float64]]] = {name: [] for name in before}
     for i, lr in enumerate(lrs):
         x = random_tokens(model, 4, seed=i)
         optimizer.zero_grad()
-        objectives.next_pixel(model(x), x).mean().backward()
+        losses.next_pixel(model(x), x).mean().backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
             gradients[name].append(p.grad.double().numpy().copy())
@@ -91,14 +93,14 @@ def test_steps_are_adams() -> None:
 def test_the_default_is_the_papers_adam() -> None:
     """(0.9, 0.999), torch's own, would differ after the first step."""
     model = random_model()
-    (group,) = optim.build(model, Optim()).param_groups
+    (group,) = optim.build(model, OptimConfig()).param_groups
     assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0, 3e-3)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
 
 
 # ------------------------------------------------------------------------------------------------ the modern recipe
 
-MUON = Optim(lr=1e-2, muon_lr=0.03)
+MUON = OptimConfig(lr=1e-2, muon_lr=0.03)
 
 
 def matrices_inside(model: ImageGPT) -> dict[str, Parameter]:
@@ -108,7 +110,7 @@ def matrices_inside(model: ImageGPT) -> dict[str, Parameter]:
 def backward(model: ImageGPT, seed: int) -> None:
     x = random_tokens(model, 4, seed=seed)
     model.zero_grad()
-    objectives.next_pixel(model(x), x).mean().backward()
+    losses.next_pixel(model(x), x).mean().backward()
 
 
 class Torchs:
@@ -176,12 +178,12 @@ def test_only_the_matrices_inside_the_blocks_are_muons_and_the_rates_keep_their_
 )
 def test_a_cool_down_stays_at_the_peak_and_then_falls_in_a_line(step: int, share: float) -> None:
     """A share of what is left after the warm-up instead of all steps, or a last step of zero."""
-    schedule = Optim(lr=2e-3, steps=110, warmup_steps=10, cooldown=50 / 110)
+    schedule = OptimConfig(lr=2e-3, steps=110, warmup_steps=10, cooldown=50 / 110)
     assert optim.lr_at(step, schedule) == pytest.approx(share * 2e-3, abs=1e-12)
 
 
 def test_a_warm_up_that_meets_the_cool_down_does_not_jump_above_it() -> None:
-    schedule = Optim(lr=1.0, steps=100, warmup_steps=40, cooldown=0.8)
+    schedule = OptimConfig(lr=1.0, steps=100, warmup_steps=40, cooldown=0.8)
     rates = np.array([optim.lr_at(step, schedule) for step in range(101)])
     assert rates.max() <= 1
     assert (np.diff(rates[40:]) <= 0).all()

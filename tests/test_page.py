@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from serving import KEY, Place, picture, probe_head, serving, tiny_release, until
 
-from igpt_ray.flows.serve.gate import Keys
+from igpt_ray.serve.middleware import Keys
 
 pytestmark = pytest.mark.slow
 

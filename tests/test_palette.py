@@ -17,9 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from igpt_ray import config, images, kmeans, palette, storage
+from igpt_ray import storage
+from igpt_ray.data import kmeans, palette
+from igpt_ray.data import pixels as images
+from igpt_ray.data.config import PrepareConfig
+from igpt_ray.data.palette import Palette, nearest_table
 from igpt_ray.errors import PaletteError
-from igpt_ray.palette import Palette, nearest_table
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +248,7 @@ def test_a_setting_names_openais_palette_or_a_place() -> None:
     """Settings make paths absolute: the name must stay a name, and a file called so must stay within reach."""
 
     def asked(uri: str) -> str:
-        return config.Prepare(source="images", palette=uri, tokens="tokens").palette
+        return PrepareConfig(source="images", palette=uri, tokens="tokens").palette
 
     assert asked("openai") == "openai"
     assert asked("./openai") == str(Path("openai").absolute())

@@ -15,11 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from igpt_ray import config, objectives, optim, parallel
-from igpt_ray.model import ImageGPT
+from igpt_ray.model import losses as objectives
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train import optim, parallelize
+from igpt_ray.train.config import OptimConfig, WorkersConfig
+from igpt_ray.train.presets import PRESETS
 
 MODERN = {"qk_norm": True, "rotary": True}
-MUON = config.Optim(lr=1e-2, muon_lr=0.02)
+MUON = OptimConfig(lr=1e-2, muon_lr=0.02)
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def mesh(process_group: None) -> DeviceMesh:
 def pair(mesh: DeviceMesh, precision: str = "float32") -> tuple[ImageGPT, ImageGPT]:
     """The same network, plain and sharded."""
     plain, sharded = (random_model(std=0.15).requires_grad_(True).train() for _ in range(2))
-    return plain, parallel.shard(sharded, mesh, config.Workers(precision=precision))
+    return plain, parallelize.shard(sharded, mesh, WorkersConfig(precision=precision))
 
 
 def both(plain: ImageGPT, sharded: ImageGPT, of: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -56,7 +59,7 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
     for name, a, b in both(plain, sharded, "grad"):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=name)
     for model in (plain, sharded):
-        optim.build(model, config.Optim(lr=1e-2)).step()
+        optim.build(model, OptimConfig(lr=1e-2)).step()
     for name, a, b in both(plain, sharded, "weight"):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7, msg=name)
 
@@ -64,7 +67,7 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
 def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
     """`joint` is not `forward`: unregistered, it would meet weights that nobody gathered."""
     plain, sharded = (random_model(std=0.15, n_class=3).requires_grad_(True).train() for _ in range(2))
-    sharded = parallel.shard(sharded, mesh, config.Workers())
+    sharded = parallelize.shard(sharded, mesh, WorkersConfig())
     x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0])
     for model in (plain, sharded):
         objectives.joint(model, x, labels).mean().backward()
@@ -86,7 +89,7 @@ def test_gradients_accumulate_before_they_are_reduced(mesh: DeviceMesh) -> None:
     (objectives.next_pixel(plain(x), x).sum() / x.numel()).backward()
     parts = x.split(2)
     for i, part in enumerate(parts):
-        parallel.reduce_gradients(sharded, now=i == len(parts) - 1)
+        parallelize.reduce_gradients(sharded, now=i == len(parts) - 1)
         (objectives.next_pixel(sharded(part), part).sum() / x.numel()).backward()
     for name, a, b in both(plain, sharded, "grad"):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
@@ -131,7 +134,7 @@ def worker(rank: int, world_size: int, folder: str, sharing: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    model = parallel.shard(fresh(), parallel.mesh_of("cpu", sharing), config.Workers())
+    model = parallelize.shard(fresh(), parallelize.mesh_of("cpu", sharing), WorkersConfig())
     assert {cast(DTensor, p).device_mesh.shape for p in model.parameters()} == {(2, 2) if sharing else (world_size,)}
     losses = train(model, rank, world_size)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
@@ -157,16 +160,16 @@ def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, sha
 
 
 def test_a_mesh_has_copies_only_where_they_are_asked_for(process_group: None) -> None:
-    assert parallel.mesh_of("cpu", 0).shape == (1,)
-    assert parallel.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
+    assert parallelize.mesh_of("cpu", 0).shape == (1,)
+    assert parallelize.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
 
 
 @pytest.mark.parametrize(("n", "sharing"), [(1024, 0), (1024, 64), (24, 0), (24, 8)])
 def test_a_large_mesh_is_tried_in_one_process(n: int, sharing: int) -> None:
     """What `jobs/estimate.py` shows: 8 and 64 divide every matrix of iGPT-XL, other numbers give some workers less."""
-    model = config.PRESETS["igpt-xl"][1].model
+    model = PRESETS["igpt-xl"][1].model
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # this process has its own group
-        fewest, most = one.submit(parallel.rehearsal, model, config.Workers(n=n, shard=sharing)).result()
+        fewest, most = one.submit(parallelize.rehearsal, model, WorkersConfig(n=n, shard=sharing)).result()
     even = model.n_params / (sharing or n)
     assert fewest <= even <= most
     assert (fewest == even == most) == (sharing in (8, 64))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from igpt_ray.config import Sgd
 from igpt_ray.errors import FeatureError
-from igpt_ray.probe import L2, Labelled, Method, choose, judge_logits, refit, summary, votes
+from igpt_ray.evaluate.config import SgdConfig
+from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, choose, judge_logits, refit, summary, votes
 
 
 def clusters(n: int, d: int, classes: int, spread: float, seed: int) -> Labelled:
@@ -173,7 +173,7 @@ def test_sgd_chooses_and_refits_as_l_bfgs_does() -> None:
     noisy = Labelled(
         (data.features[:, None].repeat(5, 1) + rng.normal(0, 2, (300, 5, 8))).astype(np.float32), data.labels
     )
-    by_sgd = probed(noisy, noisy, 3, seed=0, method=Method("sgd", Sgd(steps=500, lrs=(1, 0.1, 1e-6))))
+    by_sgd = probed(noisy, noisy, 3, seed=0, method=Method("sgd", SgdConfig(steps=500, lrs=(1, 0.1, 1e-6))))
     assert by_sgd["l2"] != 1e-6
     assert by_sgd["test"] >= probed(noisy, noisy, 3, seed=0)["test"] - 0.01
 

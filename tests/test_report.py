@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from igpt_ray import images, report
-from igpt_ray.report import Dot, Line, Picture
+from igpt_ray.data import pixels as images
+from igpt_ray.evaluate import report_page
+from igpt_ray.evaluate.report_page import Dot, Line, Picture
 
 HOSTILE = "<script>alert('x')</script>\"|"
 PICTURE = Picture(images.png(np.zeros((2, 2, 3), np.uint8)), f"1.234 {HOSTILE}")
@@ -17,7 +18,7 @@ PICTURES = {name: [PICTURE] for name in ("surprise", "completions", "palette", "
 
 
 def runs(mean: float) -> dict[str, Any]:
-    return {name: {"mean": mean, "sd": 0.01, "runs": [mean] * 5} for name in report.CLASSIFIERS}
+    return {name: {"mean": mean, "sd": 0.01, "runs": [mean] * 5} for name in report_page.CLASSIFIERS}
 
 
 def probed(validation: list[float]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def found(**change: Any) -> dict[str, Any]:
             "raw_pixels": pixels,
             "protocol": protocol,
         },
-        "finetuned": {start: {**nats, **tuned} for start in report.TUNED},
+        "finetuned": {start: {**nats, **tuned} for start in report_page.TUNED},
         "left_out": [HOSTILE],
         "made_by": {"settings": HOSTILE},
         **change,
@@ -85,21 +86,21 @@ class Names(HTMLParser):
 
 def test_a_class_called_script_stays_text() -> None:
     """Names of classes, files and places are whatever somebody called a folder."""
-    page = report.page(found(), PICTURES)
+    page = report_page.page(found(), PICTURES)
     assert "script" not in Names(page).tags
     assert page.count("&lt;script&gt;") >= 8
     assert "<script" not in page
 
 
 def test_the_page_needs_no_network() -> None:
-    fetched = Names(report.page(found(), PICTURES)).fetched
+    fetched = Names(report_page.page(found(), PICTURES)).fetched
     assert len(fetched) == len(PICTURES)
     assert all(uri.startswith("data:image/png;base64,") for uri in fetched)
 
 
 def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
     """Labels and lines that run out of the picture are cut off without a word."""
-    plots = re.findall(r'<svg class="plot".*?</svg>', report.page(found(), PICTURES), re.DOTALL)
+    plots = re.findall(r'<svg class="plot".*?</svg>', report_page.page(found(), PICTURES), re.DOTALL)
     assert len(plots) == 3
     for plot in plots:
         svg = ElementTree.fromstring(plot)
@@ -114,7 +115,7 @@ def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
 
 def test_points_lie_where_their_values_are() -> None:
     """An axis upside down: 0.6 must lie above 0.4, and half way up where the axis says 0.5."""
-    plot = ElementTree.fromstring(report.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
+    plot = ElementTree.fromstring(report_page.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
     y = [float(circle.attrib["cy"]) for circle in plot.iter("circle")]
     x = [float(circle.attrib["cx"]) for circle in plot.iter("circle")]
     assert y[0] > y[1] > y[2]
@@ -126,16 +127,16 @@ def test_points_lie_where_their_values_are() -> None:
     "values", [[0.0, 1.0], [0.31, 0.33], [2.9999, 3.0001], [5.0, 5.0], [-0.4, 0.1], [0.0], [1e-5, 3e-5]]
 )
 def test_an_axis_holds_its_values_and_its_ticks_differ(values: list[float]) -> None:
-    low, high = report.ticks(values)
+    low, high = report_page.ticks(values)
     assert low - 1e-9 <= min(values)
     assert max(values) <= high + 1e-9
-    shown = [f"{low + (high - low) * i / 4:.{report.digits(high - low)}f}" for i in range(5)]
+    shown = [f"{low + (high - low) * i / 4:.{report_page.digits(high - low)}f}" for i in range(5)]
     assert len(set(shown)) == 5
 
 
 def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
-    plot = report.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
-    assert plot.count("<circle") == report.MOST_CLASSES
+    plot = report_page.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
+    assert plot.count("<circle") == report_page.MOST_CLASSES
     assert "of 1000 classes" in plot
     assert ">class 0<" in plot
     assert ">class 999<" in plot
@@ -144,7 +145,7 @@ def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
 def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
     masked = {"nats_per_masked_token": 1.2, "standard_error": 0.1, "masks": 5, "images": 40}
     network = {**found()["network"], "objective": "masked"}
-    page = report.page(found(likelihood=masked, network=network, probe=None, finetuned={}), {"palette": [PICTURE]})
+    page = report_page.page(found(likelihood=masked, network=network, probe=None, finetuned={}), {"palette": [PICTURE]})
     assert "1.2000 ± 0.1000" in page
     assert "Completions" not in page
     assert "Linear probe" not in page
@@ -152,7 +153,7 @@ def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
 
 def test_the_markdown_row_has_a_cell_for_every_heading() -> None:
     """A bar in a name would be one column more."""
-    lines = report.row(found(network={**found()["network"], "n_layer": "2|3"})).splitlines()
+    lines = report_page.row(found(network={**found()["network"], "n_layer": "2|3"})).splitlines()
     assert len(lines) == 3
     assert len({len(re.split(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "1.5000 ± 0.0200" in lines[2]

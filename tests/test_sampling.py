@@ -7,9 +7,9 @@ from conftest import random_model, random_tokens
 from scipy.stats import chisquare
 from torch import Tensor
 
-from igpt_ray import sampling
 from igpt_ray.errors import SettingError
-from igpt_ray.model import ImageGPT
+from igpt_ray.generate import sampler
+from igpt_ray.model.image_gpt import ImageGPT
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def given(model: ImageGPT) -> Tensor:
 
 def test_given_pixels_are_kept_and_the_rest_is_filled(model: ImageGPT, given: Tensor) -> None:
     """A picture shifted by one position, or its samples apart instead of side by side."""
-    done = sampling.complete(model, given, 2, list(range(6)))
+    done = sampler.complete(model, given, 2, list(range(6)))
     assert done.shape == (6, 16)
     assert torch.equal(done[:, :6], given.repeat_interleave(2, 0))
     assert done.min() >= 0
@@ -38,29 +38,29 @@ def test_given_pixels_are_kept_and_the_rest_is_filled(model: ImageGPT, given: Te
 
 def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> None:
     """A global generator: a served completion could not be repeated."""
-    first = sampling.complete(model, given, 1, [5, 6, 7])
+    first = sampler.complete(model, given, 1, [5, 6, 7])
     torch.manual_seed(123)
     np.random.seed(123)
-    assert torch.equal(sampling.complete(model, given, 1, [5, 6, 7]), first)
-    assert not torch.equal(sampling.complete(model, given, 1, [8, 9, 10]), first)
+    assert torch.equal(sampler.complete(model, given, 1, [5, 6, 7]), first)
+    assert not torch.equal(sampler.complete(model, given, 1, [8, 9, 10]), first)
 
 
 def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -> None:
     """One stream of random numbers for all lanes: a neighbour, or one more sample, would change the picture."""
     seeds = [11, 12, 13, 14, 15, 16]
-    together = sampling.complete(model, given, 2, seeds)
+    together = sampler.complete(model, given, 2, seeds)
     for i, seed in enumerate(seeds):
-        alone = sampling.complete(model, given[i // 2 : i // 2 + 1], 1, [seed])
+        alone = sampler.complete(model, given[i // 2 : i // 2 + 1], 1, [seed])
         assert torch.equal(alone[0], together[i])
-    backwards = sampling.complete(model, given.flip(0), 2, seeds[::-1])
+    backwards = sampler.complete(model, given.flip(0), 2, seeds[::-1])
     assert torch.equal(backwards.flip(0), together)
 
 
 def test_a_sample_goes_on_from_its_own_beginning(model: ImageGPT) -> None:
     """Random numbers counted from the first new pixel: more rows given would change those that follow."""
-    whole = sampling.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
+    whole = sampler.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
     for rows in (1, 5, 15, 16):
-        assert torch.equal(sampling.complete(model, whole[:, :rows], 1, [3]), whole)
+        assert torch.equal(sampler.complete(model, whole[:, :rows], 1, [3]), whole)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-6}])
@@ -72,7 +72,7 @@ def test_the_likeliest_colours_are_those_of_the_uncached_network(
     for t in range(6, 16):
         padded = torch.nn.functional.pad(expected, (0, 16 - t))
         expected = torch.cat([expected, model(padded)[:, t].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(sampling.complete(model, given, 1, [0, 1, 2], **how), expected)
+    assert torch.equal(sampler.complete(model, given, 1, [0, 1, 2], **how), expected)
 
 
 def test_pixels_given_anywhere_are_kept_and_seen(model: ImageGPT) -> None:
@@ -83,7 +83,7 @@ def test_pixels_given_anywhere_are_kept_and_seen(model: ImageGPT) -> None:
     expected = torch.where(given, x, 0)
     for t in range(16):
         expected[:, t] = torch.where(given[:, t], x[:, t], model(expected)[:, t].argmax(-1))
-    assert torch.equal(sampling.complete(model, x, 1, [0, 1, 2], temperature=0, given=given), expected)
+    assert torch.equal(sampler.complete(model, x, 1, [0, 1, 2], temperature=0, given=given), expected)
 
 
 def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
@@ -91,30 +91,30 @@ def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, :6] = True
     padded = torch.nn.functional.pad(given, (0, 10), value=3)
-    masked = sampling.complete(model, padded, 2, seeds, given=mask)
-    assert torch.equal(masked, sampling.complete(model, given, 2, seeds))
+    masked = sampler.complete(model, padded, 2, seeds, given=mask)
+    assert torch.equal(masked, sampler.complete(model, given, 2, seeds))
 
 
 def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Tensor) -> None:
     """A picture's samples that lose their order, or those beyond the lanes."""
-    n = sampling.LANES + 3
-    done = sampling.complete(model, given[:2], n, list(range(2 * n)))
+    n = sampler.LANES + 3
+    done = sampler.complete(model, given[:2], n, list(range(2 * n)))
     assert done.shape == (2 * n, 16)
     for i in (0, n - 1, n, 2 * n - 1):
-        assert torch.equal(sampling.complete(model, given[i // n][None], 1, [i])[0], done[i])
+        assert torch.equal(sampler.complete(model, given[i // n][None], 1, [i])[0], done[i])
 
 
 def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
     """An index error from inside the position embedding."""
     with pytest.raises(SettingError, match="17 pixels are given; a picture has 16"):
-        sampling.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
+        sampler.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
 
 
 def test_a_masked_network_is_refused() -> None:
     """It has no start vector: an AttributeError from inside."""
     masked = random_model(objective="masked")
     with pytest.raises(SettingError, match="a masked network has no next pixel"):
-        sampling.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
+        sampler.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
 
 
 # ------------------------------------------------------------------------------------------------ one pixel
@@ -124,10 +124,10 @@ def test_frequencies_follow_the_softmax() -> None:
     """A cumulative sum shifted by one colour, or float32 that starves the rare ones."""
     n = 200_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 2
-    u = sampling.uniforms([77], n)[0]
+    u = sampler.uniforms([77], n)[0]
     for temperature in (1.0, 0.7, 2.0):
         p = torch.softmax(logits.double() / temperature, 0).numpy()
-        counts = torch.bincount(sampling.pick(logits.expand(n, -1), u, temperature), minlength=16).numpy()
+        counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, temperature), minlength=16).numpy()
         assert chisquare(counts, n * p).pvalue > 1e-3
         assert chisquare(counts, n * np.roll(p, 1)).pvalue < 1e-9
 
@@ -136,30 +136,30 @@ def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
     """The k lowest indices, or probabilities that no longer sum to one."""
     n = 100_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
-    u = sampling.uniforms([78], n)[0]
+    u = sampler.uniforms([78], n)[0]
     best = logits.topk(4).indices.sort().values
-    counts = torch.bincount(sampling.pick(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
+    counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
     assert set(np.flatnonzero(counts)) == set(best.tolist())
     p = torch.softmax(logits[best].double(), 0).numpy()
     assert chisquare(counts[best.numpy()], n * p).pvalue > 1e-3
-    everything = sampling.pick(logits.expand(n, -1), u)
+    everything = sampler.pick(logits.expand(n, -1), u)
     for k in (0, 16, 100):
-        assert torch.equal(sampling.pick(logits.expand(n, -1), u, top_k=k), everything)
+        assert torch.equal(sampler.pick(logits.expand(n, -1), u, top_k=k), everything)
 
 
 def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
     """Which of equals survives would depend on the sorting of a library."""
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
-    seen = sampling.pick(logits, sampling.uniforms([79], 1000)[0], top_k=2).unique()
+    seen = sampler.pick(logits, sampler.uniforms([79], 1000)[0], top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
 
 
 def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
     """A nucleus without the colour that crosses the line, or with one beyond it."""
     p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
-    u = sampling.uniforms([80], 20_000)[0]
+    u = sampler.uniforms([80], 20_000)[0]
     for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
-        counts = torch.bincount(sampling.pick(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4).numpy()
+        counts = torch.bincount(sampler.pick(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4).numpy()
         assert np.flatnonzero(counts).tolist() == left
         share = p[left].numpy() / p[left].sum().item()
         assert len(left) == 1 or chisquare(counts[left], len(u) * share).pvalue > 1e-3
@@ -168,9 +168,9 @@ def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
 def test_top_p_is_of_what_top_k_left() -> None:
     """transformers filters in this order: of 0.5 and 0.3 the first has 0.625."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
-    u = sampling.uniforms([81], 1000)[0]
-    assert sampling.pick(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
-    assert sampling.pick(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
+    u = sampler.uniforms([81], 1000)[0]
+    assert sampler.pick(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
+    assert sampler.pick(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
 
 
 def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
@@ -180,10 +180,10 @@ def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
     temperature = torch.tensor([0, 1, 0.5, 2.0, 1e-6, 1], dtype=torch.float64).repeat(10)
     top_k = torch.tensor([0, 0, 3, 100, 1]).repeat(12)
     top_p = torch.tensor([1, 0.9, 0.3, 1], dtype=torch.float64).repeat(15)
-    together = sampling.pick(logits, u, temperature, top_k, top_p)
+    together = sampler.pick(logits, u, temperature, top_k, top_p)
     for i in range(60):
         how = temperature[i].item(), int(top_k[i]), top_p[i].item()
-        assert sampling.pick(logits[i : i + 1], u[i : i + 1], *how).item() == together[i]
+        assert sampler.pick(logits[i : i + 1], u[i : i + 1], *how).item() == together[i]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
@@ -193,15 +193,15 @@ def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
     logits[0, 3], logits[0, 5] = 1.0, 2.0
     expected = 3 if u == 0 else 5
     for top_k in (0, 2):
-        assert sampling.pick(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
+        assert sampler.pick(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
 
 
 def test_each_seed_has_a_stream_of_its_own() -> None:
     """Seeds 1 and 2 that give shifted copies; or a stream that changes with the number of seeds asked for."""
-    u = sampling.uniforms([0, 1, 2, 2**64], 5000)
+    u = sampler.uniforms([0, 1, 2, 2**64], 5000)
     assert u.shape == (4, 5000)
     assert u.dtype == torch.float64
-    assert torch.equal(sampling.uniforms([2], 100)[0], u[2, :100])
+    assert torch.equal(sampler.uniforms([2], 100)[0], u[2, :100])
     assert abs(np.corrcoef(u.numpy()) - np.eye(4)).max() < 0.06
     assert abs(np.corrcoef(u[1, 1:], u[2, :-1])[0, 1]) < 0.06
     assert u.min() >= 0

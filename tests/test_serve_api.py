@@ -19,12 +19,15 @@ import torch
 from PIL import Image
 from serving import KEY, Place, base64_of, events, picture, probe_head, serving, tiny_release, until
 
-from igpt_ray import features, images, sampling, weights, wire
-from igpt_ray.evaluate import image_nats
-from igpt_ray.flows.serve import gate
-from igpt_ray.flows.serve.gate import Keys
-from igpt_ray.heads import load_head
-from igpt_ray.wire import CompletionRequest, Reader
+from igpt_ray import weights
+from igpt_ray.data import pixels
+from igpt_ray.evaluate import features
+from igpt_ray.evaluate.heads import load_head
+from igpt_ray.evaluate.likelihood import image_nats
+from igpt_ray.generate import sampler
+from igpt_ray.serve import middleware, schemas
+from igpt_ray.serve.middleware import Keys
+from igpt_ray.serve.schemas import CompletionRequest, Reader
 
 PICTURE = base64_of(picture())
 
@@ -66,10 +69,10 @@ def test_completions_are_those_of_sampling_and_keep_what_is_given(place: Place, 
     """Another view of the picture, rows counted wrong, seeds mixed up."""
     loaded = weights.load_release(release)
     said = complete(place, rows=3, n=2, seed=5, temperature=0.8, top_k=4)
-    rgb = images.centre_view(base64.b64decode(PICTURE), 8, images.FAST)
+    rgb = pixels.centre_view(base64.b64decode(PICTURE), 8, pixels.FAST)
     tokens = loaded.palette.encode(rgb).reshape(1, -1).astype(np.int64)
     assert said["original"]["tokens"] == tokens[0].tolist()
-    expected = sampling.complete(loaded.model, torch.from_numpy(tokens[:, :24]), 2, [5, 6], 0.8, 4)
+    expected = sampler.complete(loaded.model, torch.from_numpy(tokens[:, :24]), 2, [5, 6], 0.8, 4)
     assert [x["tokens"] for x in said["data"]] == expected.tolist()
     assert [x["seed"] for x in said["data"]] == [5, 6]
     assert said["usage"] == {"painted_pixels": 2 * 40}
@@ -350,7 +353,7 @@ def test_a_body_that_is_too_large_is_refused_by_its_length_and_while_it_is_read(
 
 
 def test_a_body_that_comes_slowly_is_cut(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "BODY_SECONDS", 1)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 1)
     with serving({"tiny": release}) as place:
         started = time.perf_counter()
         answered = raw(place, f"{POST}Content-Length: 1000\n\n", *[b" "] * 20, pause=0.1)
@@ -377,7 +380,7 @@ def test_every_route_behaves_with_and_without_a_key(keyed: Place) -> None:
         assert basic.code == "missing_key"
         expected = {"/nothing": 404, "/v1/classify": 404}.get(path, 200)
         assert keyed.ask(path, data, key=KEY).status == expected
-    for path in gate.PUBLIC:
+    for path in middleware.PUBLIC:
         assert keyed.ask(path).status == keyed.ask(path, key="wrong").status == 200
 
 
@@ -407,8 +410,8 @@ def test_without_keys_only_this_machine_is_answered_and_no_page_of_another_site(
     assert place.ask("/v1/models", Origin="https://evil.example").code == "foreign_origin"
     assert place.ask("/v1/models", Origin=place.url).status == 200
     scope = {"type": "http", "client": ("10.0.0.7", 1), "path": "/v1/models", "headers": []}
-    with pytest.raises(gate.Refused, match="own machine"):
-        gate.Gate(lambda *_: None, None, 1)._check_who(scope, gate.Headers(scope=scope))  # type: ignore[arg-type]
+    with pytest.raises(middleware.Refused, match="own machine"):
+        middleware.Gate(lambda *_: None, None, 1)._check_who(scope, middleware.Headers(scope=scope))  # type: ignore[arg-type]
 
 
 def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: str) -> None:
@@ -435,10 +438,10 @@ def test_a_request_of_one_pixel_is_never_forgotten(place: Place) -> None:
 
 def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many large ones would fill the memory, each within its limit; what was refused is forgotten."""
-    monkeypatch.setattr(gate, "MAX_HELD", 100_000)
+    monkeypatch.setattr(middleware, "MAX_HELD", 100_000)
     large = b'{"image": "' + bytes(200_000).replace(b"\0", b"A") + b'"}'
     assert place.ask("/v1/score", large).code == "overloaded"
-    monkeypatch.setattr(gate, "MAX_HELD", 300_000)
+    monkeypatch.setattr(middleware, "MAX_HELD", 300_000)
     for _ in range(3):
         assert place.ask("/v1/score", large).code == "invalid_image"
 
@@ -485,7 +488,7 @@ def test_seeds_masks_and_limits_read_as_documented(release: str) -> None:
     assert asked.seeds == (2**64 - 1, 2**64, 2**64 + 1)
     assert CompletionRequest(tokens=[[0] * 64], n=2, seed=[9, 1]).seeds == (9, 1)
     assert reader.given(asked).sum() == 32
-    assert wire.MAX_BASE64 < wire.MAX_BODY
+    assert schemas.MAX_BASE64 < schemas.MAX_BODY
 
 
 def test_many_at_once_are_all_answered(place: Place) -> None:

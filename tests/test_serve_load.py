@@ -19,8 +19,8 @@ import psutil
 import pytest
 from serving import KEY, Client, ask, base64_of, events, on_ray, picture, processes, tiny_release, until
 
-from igpt_ray import config
 from igpt_ray.flows.serve import build
+from igpt_ray.serve.config import ServeConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -29,10 +29,10 @@ CLIENTS = 6
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> config.Serve:
+def settings(tmp_path: Path) -> ServeConfig:
     (tmp_path / "keys").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} a test\n")
     release = tiny_release(str(tmp_path / "release"), n_px=16)
-    return config.Serve(release=f"slow={release}", keys=str(tmp_path / "keys"), replicas=2, lanes=4, queue=8, cpus=0.5)
+    return ServeConfig(release=f"slow={release}", keys=str(tmp_path / "keys"), replicas=2, lanes=4, queue=8, cpus=0.5)
 
 
 def in_use() -> int:
@@ -100,7 +100,7 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(b, list) else bool(a == b)
 
 
-def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, settings: config.Serve) -> None:
+def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, settings: ServeConfig) -> None:
     """Every answer is right, few requests fail, no lane is lost, memory stays."""
     import ray.serve
 
@@ -132,7 +132,7 @@ def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, se
 
 
 def test_ten_thousand_requests_beyond_capacity_are_refused_and_it_recovers_at_once(
-    cluster: str, settings: config.Serve
+    cluster: str, settings: ServeConfig
 ) -> None:
     with on_ray(settings) as client:
         body = {"image": base64_of(picture()), "rows": 0, "n": 4, "response_format": "tokens"}

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import listing_of, manifest_of
 
-from igpt_ray import shards, storage
+from igpt_ray import storage
+from igpt_ray.data import token_store
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, Tokens, TokenStore
 from igpt_ray.errors import NotFound, PaletteError, TokenStoreError
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Tokens, TokenStore
 
 UNIT = {"unit": "00003", "split": "train", "view": "1"}
 
@@ -33,28 +34,28 @@ def rows(kind: Kind) -> tuple[list[str], list[int], Tokens]:
 def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
     """Rows in another order, labels of another type, tokens transposed or widened."""
     keys, labels, tokens = rows
-    table = shards.parse(shards.encode(keys, labels, tokens, kind, UNIT))
+    table = token_store.parse(token_store.encode(keys, labels, tokens, kind, UNIT))
     assert table.column_names == ["key", "label", "tokens"]
     assert table["key"].to_pylist() == keys
     assert table["label"].to_pylist() == labels
-    back = shards.tokens_of(table)
+    back = token_store.tokens_of(table)
     assert back.dtype == np.uint16
     np.testing.assert_array_equal(back, tokens)
 
 
 def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
     """A file copied out of its store would be 20 rows of unexplained numbers."""
-    said = shards.about(shards.parse(shards.encode(*rows, kind, UNIT)).schema)
-    assert said == {"format": shards.FORMAT, **kind.model_dump(), **UNIT}
-    assert shards.about(pa.table({"a": [1]}).schema) == {}
+    said = token_store.about(token_store.parse(token_store.encode(*rows, kind, UNIT)).schema)
+    assert said == {"format": token_store.FORMAT, **kind.model_dump(), **UNIT}
+    assert token_store.about(pa.table({"a": [1]}).schema) == {}
 
 
 def test_a_shard_without_rows_is_a_shard(kind: Kind) -> None:
     """A unit whose every image is in quarantine: the preparation would die at its end, not report it."""
     none = np.zeros((0, kind.n_positions), np.uint16)
-    table = shards.parse(shards.encode([], [], none, kind, UNIT))
-    assert shards.tokens_of(table).shape == none.shape
-    assert table.schema.equals(shards.parse(shards.encode(["a"], [0], np.zeros((1, 16)), kind, UNIT)).schema)
+    table = token_store.parse(token_store.encode([], [], none, kind, UNIT))
+    assert token_store.tokens_of(table).shape == none.shape
+    assert table.schema.equals(token_store.parse(token_store.encode(["a"], [0], np.zeros((1, 16)), kind, UNIT)).schema)
 
 
 def test_any_parquet_reader_sees_plain_columns(
@@ -63,7 +64,7 @@ def test_any_parquet_reader_sees_plain_columns(
     """A format that only this project reads holds its users' data hostage."""
     keys, labels, tokens = rows
     path = tmp_path / "shard.parquet"
-    path.write_bytes(shards.encode(keys, labels, tokens, kind, UNIT))
+    path.write_bytes(token_store.encode(keys, labels, tokens, kind, UNIT))
     plain = pq.read_table(path, columns=["key", "label", "tokens"]).to_pylist()
     frame = pd.read_parquet(path)
     assert list(frame.columns) == ["key", "label", "tokens"]
@@ -76,11 +77,11 @@ def test_any_parquet_reader_sees_plain_columns(
 def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
     """A time or a path in the file: a repeated task would overwrite its shard with one of another hash."""
     keys, labels, tokens = rows
-    first = shards.encode(keys, labels, tokens, kind, UNIT)
+    first = token_store.encode(keys, labels, tokens, kind, UNIT)
     reversed_unit = dict(reversed(UNIT.items()))
     strided = np.asfortranarray(tokens.astype(np.int64))
-    assert shards.encode(list(keys), list(labels), strided, kind, reversed_unit) == first
-    assert shards.encode(keys[::-1], labels, tokens, kind, UNIT) != first
+    assert token_store.encode(list(keys), list(labels), strided, kind, reversed_unit) == first
+    assert token_store.encode(keys[::-1], labels, tokens, kind, UNIT) != first
 
 
 # ------------------------------------------------------------------------------------------------ a whole store
@@ -98,7 +99,7 @@ def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: Kind, pa
     assert (opened.manifest.rows("test"), opened.manifest.views("test")) == (3, 1)
     assert [len(table) for table in opened.read_split("train")] == [7, 5]
     tables = [opened.read(shard) for shard in opened.manifest.select("train", 1)]
-    assert [shards.about(t.schema)["view"] for t in tables] == ["1", "1"]
+    assert [token_store.about(t.schema)["view"] for t in tables] == ["1", "1"]
 
 
 def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> None:
@@ -177,7 +178,7 @@ def test_a_store_without_a_manifest_is_none(store: TokenStore) -> None:
     [
         lambda text: text[: len(text) // 2],
         lambda text: text.replace('"rows"', '"rowz"'),
-        lambda text: text.replace(shards.FORMAT, "igpt_ray tokens 2"),
+        lambda text: text.replace(token_store.FORMAT, "igpt_ray tokens 2"),
         lambda text: json.dumps(json.loads(text) | {"surprise": 1}),
     ],
     ids=["cut", "misspelt", "another version", "foreign field"],
@@ -185,8 +186,8 @@ def test_a_store_without_a_manifest_is_none(store: TokenStore) -> None:
 def test_a_manifest_of_another_shape_is_refused(store: TokenStore, change: object) -> None:
     """A field that is ignored, or a default where one is missing, is a store misread. The seal is whole."""
     path = Path(store.root, "manifest.json")
-    text = shards.unseal(path.read_bytes()).decode()
-    path.write_bytes(shards.seal(change(text)))
+    text = token_store.unseal(path.read_bytes()).decode()
+    path.write_bytes(token_store.seal(change(text)))
     with pytest.raises(TokenStoreError, match=r"version: |this version reads"):
         TokenStore.open(store.root)
 
@@ -202,7 +203,7 @@ def test_a_repeated_commit_changes_nothing(store: TokenStore) -> None:
     """A retry of the last step must not fail, nor write another time of day over the first."""
     before = storage.read(store.root + "/manifest.json")
     later = store.manifest.model_copy(update={"made_by": {"by": "the same, an hour later"}})
-    assert shards.commit(store.root, later).sha256 == store.sha256
+    assert token_store.commit(store.root, later).sha256 == store.sha256
     assert storage.read(store.root + "/manifest.json") == before
 
 
@@ -213,7 +214,7 @@ def test_a_commit_over_another_store_is_refused(store: TokenStore, what: str) ->
     other = {"shards": m.shards[:-1]} if what == "shards" else {"kind": m.kind.model_copy(update={"pipeline": "x-1"})}
     before = storage.read(store.root + "/manifest.json")
     with pytest.raises(TokenStoreError, match="another token store was committed"):
-        shards.commit(store.root, m.model_copy(update=other))
+        token_store.commit(store.root, m.model_copy(update=other))
     assert storage.read(store.root + "/manifest.json") == before
 
 
@@ -221,8 +222,8 @@ def test_a_store_lives_in_a_bucket_as_it_does_on_disk(
     place: str, kind: Kind, rows: tuple[list[str], list[int], Tokens]
 ) -> None:
     """A path spelled with os.path somewhere."""
-    data = shards.encode(*rows, kind, UNIT)
+    data = token_store.encode(*rows, kind, UNIT)
     storage.write(storage.join(place, "train/00000-v0.parquet"), data)
-    shards.commit(place, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 20, data)]))
+    token_store.commit(place, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 20, data)]))
     (table,) = TokenStore.open(place + "/").read_split("train")
     assert table.equals(pq.read_table(io.BytesIO(data)))

@@ -6,22 +6,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ray import config, simulate
-from igpt_ray.config import PRESETS, Cluster, Estimate, Workers
-from igpt_ray.estimate import estimate
-from igpt_ray.simulate import Group
+from igpt_ray.train import simulate
+from igpt_ray.train.config import ClusterConfig, EstimateConfig, PretrainConfig, WorkersConfig
+from igpt_ray.train.estimate import estimate
+from igpt_ray.train.presets import PRESETS
+from igpt_ray.train.simulate import Group
 
 FAST = {"node_gb_per_second": 1e12, "bus_gb_per_second": 1e12}
 
 
-def of(preset: str, batch_size: int = 1024, cluster: dict[str, float] | None = None, **workers: int | str) -> Estimate:
+def of(
+    preset: str, batch_size: int = 1024, cluster: dict[str, float] | None = None, **workers: int | str
+) -> EstimateConfig:
     chosen = PRESETS[preset][1]
-    sections = {name: getattr(chosen, name) for name in config.Pretrain.model_fields} | {
+    sections = {name: getattr(chosen, name) for name in PretrainConfig.model_fields} | {
         "optim": chosen.optim.model_copy(update={"batch_size": batch_size}),
-        "workers": Workers(precision="bfloat16", micro_batch=0, **workers),
-        "cluster": Cluster(**(cluster or {})),
+        "workers": WorkersConfig(precision="bfloat16", micro_batch=0, **workers),
+        "cluster": ClusterConfig(**(cluster or {})),
     }
-    return Estimate(**sections)
+    return EstimateConfig(**sections)
 
 
 @pytest.mark.parametrize("preset", ["igpt-s", "igpt-l", "igpt-s-bert", "igpt-s-modern"])

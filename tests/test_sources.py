@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ray import sources, storage
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.sources import Image, folders
 from igpt_ray.errors import SourceError, StorageError
-from igpt_ray.sources import Image, folders
 
 
 def fill(place: str, *keys: str) -> None:

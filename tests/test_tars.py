@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from igpt_ray import storage
+from igpt_ray.data.sources import ranges
+from igpt_ray.data.sources.ranges import RangeFile, Window, ahead
+from igpt_ray.data.sources.tars import Bad, Member, members
 from igpt_ray.errors import SourceError
-from igpt_ray.sources import ranges
-from igpt_ray.sources.ranges import RangeFile, Window, ahead
-from igpt_ray.sources.tars import Bad, Member, members
 
 QUICK = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from test_training import CPU, settings_for, weights_of
 
-from igpt_ray import checkpoint, config, metrics, trackers, training
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import SettingError
-from igpt_ray.shards import TokenStore
+from igpt_ray.train import checkpoint, loop, metrics, trackers
+from igpt_ray.train.config import PretrainConfig
 
 Found = dict[int, dict[str, float]]
 
@@ -83,10 +84,10 @@ def test_a_tracker_has_every_line_once_whatever_was_resumed(
 ) -> None:
     """A second run beside the first, or steps there twice, or settings that nobody can find."""
     cfg = settings_for(store, tmp_path, run={"track": track})
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     first = {line["step"]: line for line in metrics.read(cfg.run.uri)}
     checkpoint.rewind(cfg.run.uri, 4)
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     found = tracked(track, tmp_path)
     assert sorted(found) == [2, 4, 6, 8, 10, 12]
     for step, line in first.items():
@@ -106,12 +107,12 @@ def test_a_tracker_has_every_line_once_whatever_was_resumed(
 def test_a_tracker_that_fails_costs_a_warning(
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    plain = training.train(settings_for(store, tmp_path, "plain"), CPU)
+    plain = loop.train(settings_for(store, tmp_path, "plain"), CPU)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with caplog.at_level(logging.WARNING, "igpt_ray.trackers"):
-        report = training.train(settings_for(store, tmp_path, run={"track": "mlflow"}), CPU)
-    assert [r.message[:40] for r in caplog.records if r.name == "igpt_ray.trackers"] == [
+    with caplog.at_level(logging.WARNING, "igpt_ray.train.trackers"):
+        report = loop.train(settings_for(store, tmp_path, run={"track": "mlflow"}), CPU)
+    assert [r.message[:40] for r in caplog.records if r.name == "igpt_ray.train.trackers"] == [
         "metrics are not tracked any more, traini"
     ]
     assert weights_of(report["run"]) == weights_of(plain["run"])
@@ -129,16 +130,16 @@ def test_a_tracker_that_is_not_installed_is_named(
 def test_runs_of_one_name_in_two_places_are_two(store: TokenStore, tmp_path: Path) -> None:
     here, there = (settings_for(store, tmp_path / place) for place in ("a", "b"))
     assert trackers.identity(here) != trackers.identity(there)
-    assert trackers.identity(here) == trackers.identity(config.Pretrain.model_validate(here.model_dump()))
+    assert trackers.identity(here) == trackers.identity(PretrainConfig.model_validate(here.model_dump()))
 
 
 def test_the_profiler_leaves_a_trace_and_a_table_of_three_steps(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
     """Begun and never ended, or a run that it changes."""
-    plain = training.train(settings_for(store, tmp_path, "plain"), CPU)
+    plain = loop.train(settings_for(store, tmp_path, "plain"), CPU)
     for at in (5, STEPS_LEFT):
-        report = training.train(settings_for(store, tmp_path, f"at-{at}", run={"profile_at": at}), CPU)
+        report = loop.train(settings_for(store, tmp_path, f"at-{at}", run={"profile_at": at}), CPU)
         folder = Path(report["run"], "profile")
         events = json.loads(folder.joinpath("trace.json").read_text())["traceEvents"]
         adam = [e for e in events if e.get("name") == "Optimizer.step#Adam.step"]

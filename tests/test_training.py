@@ -17,20 +17,23 @@ from PIL import Image
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
-from igpt_ray import checkpoint, config, metrics, progress, shards, storage, training, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import token_store
+from igpt_ray.data.loader import SplitCache, global_batch, share
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
 from igpt_ray.errors import TrainingError
-from igpt_ray.evaluate import image_nats, masked_nats
-from igpt_ray.feed import keep_masks
+from igpt_ray.evaluate.likelihood import image_nats, masked_nats
 from igpt_ray.flows.serve.replica import Replica
-from igpt_ray.loader import SplitCache, global_batch, share
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, TokenStore, tokens_of
+from igpt_ray.train import checkpoint, loop, metrics, monitor
+from igpt_ray.train.batches import keep_masks
+from igpt_ray.train.config import PretrainConfig
 
 CPU = torch.device("cpu")
 STEPS = 12
 
 
-def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: dict[str, Any]) -> config.Pretrain:
+def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: dict[str, Any]) -> PretrainConfig:
     sections: dict[str, dict[str, Any]] = {
         "model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_px": 4, "n_vocab": 16},
         "optim": {"batch_size": 5, "steps": STEPS, "warmup_steps": 2},
@@ -40,7 +43,7 @@ def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: 
     }
     for section, change in changes.items():
         sections[section] |= change
-    return config.Pretrain.model_validate(sections)
+    return PretrainConfig.model_validate(sections)
 
 
 def losses_of(run: str) -> dict[int, float]:
@@ -74,13 +77,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
     root = str(tmp_path / "tokens")
     palette.save(storage.join(root, "palette.npy"))
     keys = [f"cat/{row}.png" for row in range(12)]
-    data = shards.encode(keys, [0] * 12, tokens, kind, {"unit": "0", "split": "train", "view": "0"})
+    data = token_store.encode(keys, [0] * 12, tokens, kind, {"unit": "0", "split": "train", "view": "0"})
     storage.write(storage.join(root, "train/00000-v0.parquet"), data)
-    store = shards.commit(root, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 12, data)]))
+    store = token_store.commit(root, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 12, data)]))
     cfg = settings_for(store, tmp_path, run={"checkpoint_every": 1, "keep_every": 1})
 
     built: list[Any] = []
-    build = training.build
+    build = loop.build
 
     def poisoned(*arguments: Any) -> Any:
         built[:] = build(*arguments)
@@ -88,11 +91,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
             built[0].wte.weight.to_local()[15] = torch.nan
         return tuple(built)
 
-    monkeypatch.setattr(training, "build", poisoned)
+    monkeypatch.setattr(loop, "build", poisoned)
     step = next(s for s in range(STEPS) if 7 in global_batch(cfg.seed, s, 5, 12).rows)
     named = rf"step {step + 1}, images {5 * step} to {5 * step + 4} .* the loss .* epoch 0: .*cat/7\.png \(row 7\)"
     with pytest.raises(TrainingError, match=named) as refused:
-        training.train(cfg, CPU)
+        loop.train(cfg, CPU)
     assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the pass that went wrong, not the batch
     assert step > 0
     assert checkpoint.committed_steps(cfg.run.uri) == list(range(1, step + 1))
@@ -111,7 +114,7 @@ def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss whose backward pass is not: a norm looked at only when it is logged comes too late."""
-    build = training.build
+    build = loop.build
 
     def steep(*arguments: Any) -> Any:
         model, optimizer = build(*arguments)
@@ -120,10 +123,10 @@ def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
         model.wtet.register_full_backward_hook(lambda m, gi, go: (gi[0] * 1e38,))
         return model, optimizer
 
-    monkeypatch.setattr(training, "build", steep)
+    monkeypatch.setattr(loop, "build", steep)
     cfg = settings_for(store, tmp_path)
     with pytest.raises(TrainingError, match=r"step 1, .* the gradient \(norm (inf|nan)\) .* 5 image\(s\) of train"):
-        training.train(cfg, CPU)
+        loop.train(cfg, CPU)
     assert checkpoint.committed_steps(cfg.run.uri) == []
 
 
@@ -135,11 +138,11 @@ def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
 ) -> None:
     """Lines of the abandoned end that stay in the stream; checkpoints of it that are taken for the newest."""
     cfg = settings_for(store, tmp_path)
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     bits, losses = weights_of(cfg.run.uri), losses_of(cfg.run.uri)
     checkpoint.rewind(cfg.run.uri, 4)
     assert checkpoint.committed_steps(cfg.run.uri) == [4]
-    resumed = training.train(cfg, CPU)
+    resumed = loop.train(cfg, CPU)
     assert resumed["step"] == STEPS
     assert losses_of(cfg.run.uri) == losses
     assert [line["step"] for line in metrics.read(cfg.run.uri)] == list(range(2, STEPS + 1, 2))
@@ -152,13 +155,13 @@ def test_a_run_that_is_told_to_leave_saves_where_it_is_and_ends_with_the_same_bi
 ) -> None:
     """Steps lost since the checkpoint before, although there was time; told at its last step, a run just ends."""
     undisturbed = settings_for(store, tmp_path, "undisturbed")
-    training.train(undisturbed, CPU)
+    loop.train(undisturbed, CPU)
     cfg = settings_for(store, tmp_path)
     for reached in (5, 11):
         told = itertools.count(0 if reached == 5 else 5)
-        assert training.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"left": reached}
+        assert loop.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"left": reached}
         assert checkpoint.committed_steps(cfg.run.uri)[-1] == reached
-    report = training.train(cfg, CPU, lambda: True)
+    report = loop.train(cfg, CPU, lambda: True)
     assert report["step"] == STEPS
     assert weights_of(cfg.run.uri) == weights_of(undisturbed.run.uri)
     assert [line["step"] for line in metrics.read(cfg.run.uri)] == [2, 4, 5, 6, 8, 10, 11, 12]
@@ -168,7 +171,7 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
     """Recomputing, and the micro-batch: how a step is done, not what it is."""
-    plain = training.train(settings_for(store, tmp_path), CPU)
+    plain = loop.train(settings_for(store, tmp_path), CPU)
     expected = losses_of(plain["run"])
     for name, workers in (
         ("again", {"recompute": "full"}),
@@ -176,7 +179,7 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
         ("fits", {"micro_batch": 0}),
         ("one", {"micro_batch": 1}),
     ):
-        other = training.train(settings_for(store, tmp_path, name, workers=workers), CPU)
+        other = loop.train(settings_for(store, tmp_path, name, workers=workers), CPU)
         assert losses_of(other["run"]) == pytest.approx(expected, rel=1e-6), name
 
 
@@ -186,9 +189,9 @@ def test_compiled_blocks_give_the_same_losses(
     process_group: None, store: TokenStore, tmp_path: Path, recompute: str
 ) -> None:
     """Compiled in place, under the names that checkpoints and releases know."""
-    plain = training.train(settings_for(store, tmp_path), CPU)
+    plain = loop.train(settings_for(store, tmp_path), CPU)
     workers = {"compile": True, "recompute": recompute}
-    other = training.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
+    other = loop.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
     assert losses_of(other["run"]) == pytest.approx(losses_of(plain["run"]), rel=1e-6)
     names = [weights.load_release(report["release"]).model.state_dict().keys() for report in (plain, other)]
     assert names[0] == names[1]
@@ -205,7 +208,7 @@ def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
     assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
 
 
-def on_workers(n: int, folder: Path, cache: Path, cfg: config.Pretrain, leave_after: int = STEPS) -> None:
+def on_workers(n: int, folder: Path, cache: Path, cfg: PretrainConfig, leave_after: int = STEPS) -> None:
     """Train on n workers, the last of which is told to leave as it takes this step of theirs."""
     rendezvous = str(folder / secrets.token_hex(4))
     arguments = (n, rendezvous, cfg.model_dump_json(), str(cache), leave_after)
@@ -219,9 +222,7 @@ def _work(rank: int, n: int, rendezvous: str, settings: str, cache: str, leave_a
     checkpoint.PAUSE = 0.1
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
     steps = itertools.count(1)
-    training.train(
-        config.Pretrain.model_validate_json(settings), CPU, lambda: rank == n - 1 and next(steps) >= leave_after
-    )
+    loop.train(PretrainConfig.model_validate_json(settings), CPU, lambda: rank == n - 1 and next(steps) >= leave_after)
     dist.destroy_process_group()
 
 
@@ -310,8 +311,8 @@ def test_a_checkpoint_of_two_workers_loads_on_one_and_three_and_its_release_ever
 def _load(rank: int, n: int, rendezvous: str, settings: str, file: str) -> None:
     """One of n workers that load a run's newest checkpoint; the first writes what it holds, gathered, to `file`."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
-    cfg = config.Pretrain.model_validate_json(settings)
-    built = list(training.build(cfg, CPU))
+    cfg = PretrainConfig.model_validate_json(settings)
+    built = list(loop.build(cfg, CPU))
     loaded = checkpoint.load_newest(cfg.run.uri, *built)
     assert loaded is not None
     assert loaded.step == STEPS
@@ -331,7 +332,7 @@ def test_the_held_out_loss_is_that_of_the_network_so_far(
     """Measured on other images, with a mean of means, or on weights gathered before the step."""
     changes = {"data": {"val_split": "test", "val_images": 2}, "run": {"validate_every": 5}}
     cfg = settings_for(store, tmp_path, model={"objective": objective}, **changes)
-    report = training.train(cfg, CPU)
+    report = loop.train(cfg, CPU)
     measured = {x["step"]: x["val_nats_per_token"] for x in metrics.read(cfg.run.uri) if "val_nats_per_token" in x}
     assert list(measured) == [5, 10, 12]
     model = weights.load_release(report["release"]).model
@@ -340,7 +341,7 @@ def test_the_held_out_loss_is_that_of_the_network_so_far(
         assert measured[12] == pytest.approx(image_nats(model, images, 2).sum() / images.size, rel=1e-6)
     else:  # under masks of its own, so only near
         assert measured[12] == pytest.approx(masked_nats(model, images, ["a", "b"], 2).mean(), rel=0.2)
-    without = training.train(settings_for(store, tmp_path, "without", model={"objective": objective}), CPU)
+    without = loop.train(settings_for(store, tmp_path, "without", model={"objective": objective}), CPU)
     assert weights_of(without["run"]) == weights_of(cfg.run.uri)  # looking does not touch
 
 
@@ -349,28 +350,28 @@ def test_samples_are_finished_pictures_of_the_network_so_far(
 ) -> None:
     """A sheet of another network, or random numbers that differ between sheets."""
     cfg = settings_for(store, tmp_path, run={"sample_every": 8})
-    report = training.train(cfg, CPU)
+    report = loop.train(cfg, CPU)
     folder = Path(cfg.run.uri) / "samples"
     assert [path.name for path in sorted(folder.iterdir())] == ["step_00000008.png", "step_00000012.png"]
     sheet = np.asarray(Image.open(folder / "step_00000012.png"))
 
     split = SplitCache(store, "train")
-    again = training.build(cfg, CPU)[0]
+    again = loop.build(cfg, CPU)[0]
     state = weights.load_release(report["release"]).model.state_dict()
     for name, parameter in again.named_parameters():
         parameter.data.to_local().copy_(state[name])
-    progress.draw_samples(again, split, store.palette(), CPU, str(tmp_path / "other"), 0)
+    monitor.draw_samples(again, split, store.palette(), CPU, str(tmp_path / "other"), 0)
     assert (np.asarray(Image.open(tmp_path / "other/samples/step_00000000.png")) == sheet).all()
 
 
 def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: TokenStore, tmp_path: Path) -> None:
     """Shares of time that add up to more than the time; an epoch counted in steps."""
     cfg = settings_for(store, tmp_path, run={"tensorboard": True})
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     lines = metrics.read(cfg.run.uri)
     for line in lines:
         assert line["epoch"] == pytest.approx(line["step"] * 5 / 12, abs=1e-4)
-        assert 0 <= sum(line[name] for name in progress.SPENT) < 1
+        assert 0 <= sum(line[name] for name in monitor.SPENT) < 1
         assert 0.05 < line["memory_gb"] < 20
         assert "mfu" not in line  # no sheet says what this processor can
     assert events_of(cfg.run.uri) == {
@@ -386,10 +387,10 @@ def test_tensorboard_s_events_survive_a_resume_without_doubles(
 ) -> None:
     """A second file beside the first draws two lines for the steps that were trained twice."""
     cfg = settings_for(store, tmp_path, run={"tensorboard": True})
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     before = {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"}
     checkpoint.rewind(cfg.run.uri, 4)
-    training.train(cfg, CPU)
+    loop.train(cfg, CPU)
     assert {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"} == before
     assert len(list(Path(cfg.run.uri, "tensorboard").iterdir())) == 1
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from igpt_ray import storage, weights
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind
 from igpt_ray.errors import CheckpointError, NotFound, PaletteError
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind
+from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.weights import ReleaseConfig
 
 

@@ -11,10 +11,11 @@ import pytest
 from conftest import ROOT, random_model
 from test_weights import about
 
-from igpt_ray import config, weights
+from igpt_ray import weights
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind
 from igpt_ray.errors import CheckpointError, PaletteError, SettingError
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind
+from igpt_ray.weights.config import ConvertConfig
 from igpt_ray.weights.convert import convert
 
 OPENAI = Path(__file__).parent / "golden" / "openai_bert_tiny" / "model.ckpt-7"
@@ -28,7 +29,7 @@ def release(tmp_path: Path, palette: Palette, kind: Kind) -> str:
 
 
 def run(source: str | Path, out: Path, **more: Any) -> dict[str, Any]:
-    return convert(config.Convert(source=str(source), out=str(out), **more))
+    return convert(ConvertConfig(source=str(source), out=str(out), **more))
 
 
 def test_a_release_goes_to_transformers_and_comes_back_with_its_palette(release: str, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
-from igpt_ray import sampling, weights
+from igpt_ray import weights
+from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
+from igpt_ray.generate import sampler
+from igpt_ray.model.image_gpt import ImageGPT
 
 StateDict = dict[str, Tensor]
 
@@ -79,8 +80,8 @@ def test_greedy_completions_are_theirs_token_for_token(shape: dict[str, int]) ->
             theirs = torch.cat([theirs, hf(theirs).logits[:, -1:].argmax(-1)], dim=1)
             padded = torch.nn.functional.pad(uncached, (0, T - t))
             uncached = torch.cat([uncached, model(padded)[:, t : t + 1].argmax(-1)], dim=1)
-    batched = sampling.complete(model, given, 1, [0, 1, 2], temperature=0)
-    single = torch.cat([sampling.complete(model, one[None], 1, [0], temperature=0) for one in given])
+    batched = sampler.complete(model, given, 1, [0, 1, 2], temperature=0)
+    single = torch.cat([sampler.complete(model, one[None], 1, [0], temperature=0) for one in given])
     for ours in (batched, single, uncached):
         assert torch.equal(ours, theirs[:, 1:])
 

@@ -15,10 +15,11 @@ import torch
 from conftest import Bomb
 from numpy.typing import NDArray
 
-from igpt_ray import objectives, weights
+from igpt_ray import weights
 from igpt_ray.errors import CheckpointError
-from igpt_ray.weights.bundle import MAGIC, Bundle, _masked
+from igpt_ray.model import losses
 from igpt_ray.weights.crc32c import crc32c
+from igpt_ray.weights.tf_bundle import MAGIC, Bundle, _masked
 
 GOLDEN = Path(__file__).parent / "golden" / "openai_bert_tiny"
 NAME = "model.ckpt-7"
@@ -52,7 +53,7 @@ def test_a_masked_checkpoint_computes_what_openais_code_computed() -> None:
         x, keep = torch.from_numpy(arrays["tokens"]).long(), torch.from_numpy(arrays["keep"])
         logits, loss = torch.from_numpy(arrays["gen_logits"]), float(arrays["gen_loss"])
     torch.testing.assert_close(model(x, keep), logits, rtol=0, atol=2e-5)
-    assert objectives.generative(model, x, keep).item() / len(x) == pytest.approx(loss, abs=1e-6)
+    assert losses.generative(model, x, keep).item() / len(x) == pytest.approx(loss, abs=1e-6)
 
 
 def test_a_checkpoint_may_lie_in_a_bucket(on_moto: str, copy: Path) -> None:

@@ -24,16 +24,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpt_ray import config, images, sampling, sources, storage, weights
-from igpt_ray.client import Client
-from igpt_ray.engine import Engine, Request
+from igpt_ray import storage, weights
+from igpt_ray.data import pixels, sources
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.sources import Unit, Unreadable
+from igpt_ray.data.token_store import Kind, Shard, Tokens, TokenStore, evenly, tokens_of
 from igpt_ray.errors import ImageError, NotFound, SettingError, SourceError
-from igpt_ray.evaluate import Likelihood, image_nats
-from igpt_ray.flows.infer import device
-from igpt_ray.flows.pool import spread
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Shard, Tokens, TokenStore, evenly, tokens_of
-from igpt_ray.sources import Unit, Unreadable
+from igpt_ray.evaluate.config import ScoreConfig
+from igpt_ray.evaluate.likelihood import Likelihood, image_nats
+from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.evaluate import device
+from igpt_ray.generate import sampler
+from igpt_ray.generate.config import BatchConfig, CompleteConfig
+from igpt_ray.generate.engine import Engine, Request
+from igpt_ray.provenance import provenance
+from igpt_ray.serve.client import Client
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +69,7 @@ class Asked(NamedTuple):
     units: list[Shard] | list[Unit]
 
 
-def _asked(settings: config.Work) -> Asked:
+def _asked(settings: BatchConfig) -> Asked:
     """Refuses what does not fit together, before any worker starts."""
     if settings.endpoint:
         server = _client(settings)
@@ -86,14 +91,14 @@ def _asked(settings: config.Work) -> Asked:
     return Asked(kind, sha256, units)
 
 
-def _client(settings: config.Work) -> Client:
+def _client(settings: BatchConfig) -> Client:
     return Client(settings.endpoint, os.environ.get(KEY, ""), settings.model)
 
 
 class Reading:
     """What workers of both kinds hold: the pictures' place, and the palette where pixels become tokens here."""
 
-    def __init__(self, settings: config.Work, kind: Kind, client: Client | None):
+    def __init__(self, settings: BatchConfig, kind: Kind, client: Client | None):
         self.settings = settings
         self.kind = kind
         self.client = client
@@ -123,13 +128,13 @@ class Reading:
 
     def tokens(self, data: bytes) -> Tokens:
         assert self.palette is not None
-        return self.palette.encode(images.centre_view(data, self.kind.n_px, self.kind.pipeline)).reshape(-1)
+        return self.palette.encode(pixels.centre_view(data, self.kind.n_px, self.kind.pipeline)).reshape(-1)
 
 
 # ------------------------------------------------------------------------------------------------ scores
 
 
-def score(settings: config.Score) -> dict[str, Any]:
+def score(settings: ScoreConfig) -> dict[str, Any]:
     """A Parquet file per unit with key, label and the nats of every image."""
     started = time.perf_counter()
     asked = _asked(settings)
@@ -150,7 +155,7 @@ def score(settings: config.Score) -> dict[str, Any]:
     report |= total.report() | ({"unreadable": unreadable} if settings.source else {})
     storage.write(
         storage.join(settings.out, f"{settings.split}.json"),
-        json.dumps({**report, "made_by": config.provenance(settings)}).encode(),
+        json.dumps({**report, "made_by": provenance(settings)}).encode(),
     )
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -158,7 +163,7 @@ def score(settings: config.Score) -> dict[str, Any]:
 class ScoreUnit:
     """Unit -> its table of nats, stored, made unless it is there."""
 
-    def __init__(self, settings: config.Score, asked: Asked, key: str):
+    def __init__(self, settings: ScoreConfig, asked: Asked, key: str):
         self.settings, self.asked = settings, asked
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
         self.model = None if self.client else weights.load_release(settings.release, device()).model
@@ -209,7 +214,7 @@ def _or_error(ask: Callable[..., Any], *words: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ completions
 
 
-def complete(settings: config.Complete) -> dict[str, Any]:
+def complete(settings: CompleteConfig) -> dict[str, Any]:
     """Finish a few pictures of a store, or all of a split; write their tokens as Parquet, and draw given part |
     completions | original."""
     started = time.perf_counter()
@@ -253,7 +258,7 @@ class CompleteUnit:
     """Few -> the table of its completions. Unit -> how many images it has, and how many could not be read: its table
     is stored, and drawn, unless it is there."""
 
-    def __init__(self, settings: config.Complete, asked: Asked, key: str):
+    def __init__(self, settings: CompleteConfig, asked: Asked, key: str):
         self.settings, self.asked = settings, asked
         self.rows = _given_rows(settings, asked.kind)
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
@@ -321,14 +326,14 @@ class CompleteUnit:
             storage.write(f"{place.removesuffix('.parquet')}.png", figure)
 
 
-def _given_rows(settings: config.Complete, kind: Kind) -> int:
+def _given_rows(settings: CompleteConfig, kind: Kind) -> int:
     rows = kind.n_px // 2 if settings.rows is None else settings.rows
     if rows > kind.n_px:
         raise SettingError(f"{rows} rows are given; a picture has {kind.n_px}")
     return rows
 
 
-def _pick(store: TokenStore, settings: config.Complete) -> list[Few]:
+def _pick(store: TokenStore, settings: CompleteConfig) -> list[Few]:
     """Pictures spread evenly over a split."""
     wanted = evenly(store.manifest.rows(settings.split), settings.images)
     found, start = list[Few](), 0
@@ -342,14 +347,14 @@ def _pick(store: TokenStore, settings: config.Complete) -> list[Few]:
     return found
 
 
-def _seeds(settings: config.Complete, picture: int | str) -> list[int]:
+def _seeds(settings: CompleteConfig, picture: int | str) -> list[int]:
     """One stream per sample, a function of the seed, the picture's number or key, and the sample's."""
-    return [sampling.seed_of(settings.seed, picture, i) for i in range(settings.n)]
+    return [sampler.seed_of(settings.seed, picture, i) for i in range(settings.n)]
 
 
-def _write_few(settings: config.Complete, asked: Asked, table: pa.Table) -> str:
+def _write_few(settings: CompleteConfig, asked: Asked, table: pa.Table) -> str:
     rows = _given_rows(settings, asked.kind)
-    said = {"igpt_ray": json.dumps({"given": rows * asked.kind.n_px, **config.provenance(settings)})}
+    said = {"igpt_ray": json.dumps({"given": rows * asked.kind.n_px, **provenance(settings)})}
     table = table.drop_columns("label").replace_schema_metadata(said)
     storage.write(storage.join(settings.out, "completions.parquet"), _parquet(table))
     picture = storage.join(settings.out, "completions.png")
@@ -360,10 +365,10 @@ def _write_few(settings: config.Complete, asked: Asked, table: pa.Table) -> str:
 
 def _figure(palette: Palette, rows: int, table: pa.Table) -> bytes:
     originals, done = (table[name].combine_chunks().to_numpy_ndarray() for name in ("original", "completions"))
-    return images.png(sampling.figure(palette, originals, done, rows))
+    return pixels.png(sampler.figure(palette, originals, done, rows))
 
 
-def _palette(settings: config.Complete, client: Client | None) -> Palette:
+def _palette(settings: CompleteConfig, client: Client | None) -> Palette:
     """Of the release, or else the store; a server tells its colours as they are shown, which is enough to draw."""
     if settings.release:
         return Palette.load(storage.join(settings.release, "palette.npy"))
@@ -385,7 +390,7 @@ def _tensor(values: Tokens) -> pa.Array:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _place(settings: config.Score | config.Complete, unit: Shard | Unit) -> str:
+def _place(settings: ScoreConfig | CompleteConfig, unit: Shard | Unit) -> str:
     name = unit.path if isinstance(unit, Shard) else f"{unit.split}/{unit.name}.parquet"
     return storage.join(settings.out, name)
 

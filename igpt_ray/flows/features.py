@@ -5,16 +5,21 @@ import logging
 import time
 from typing import Any
 
-from igpt_ray import config, features, objectives, weights
-from igpt_ray.features import About, Manifest, Unit
-from igpt_ray.flows.infer import device, open_store
-from igpt_ray.flows.pool import spread
-from igpt_ray.shards import Shard, TokenStore
+from igpt_ray import weights
+from igpt_ray.data.token_store import Shard, TokenStore
+from igpt_ray.evaluate import features
+from igpt_ray.evaluate.config import FeaturesConfig
+from igpt_ray.evaluate.features import About, Manifest, Unit
+from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.evaluate import device, open_store
+from igpt_ray.model import losses
+from igpt_ray.provenance import provenance
+from igpt_ray.settings import PoolConfig
 
 log = logging.getLogger(__name__)
 
 
-def extract(settings: config.Features) -> dict[str, Any]:
+def extract(settings: FeaturesConfig) -> dict[str, Any]:
     """Make every unit that is not there yet, then each split's manifest."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, *settings.splits)
@@ -33,7 +38,7 @@ def extract(settings: config.Features) -> dict[str, Any]:
         log.info("%d of %d images, %.1f images/s", made, rows, made / (time.perf_counter() - started))
     for split in splits:
         listed = [units[shard.path] for shard in store.manifest.select(split)]
-        made_by = config.provenance(settings)
+        made_by = provenance(settings)
         features.commit(settings.out, Manifest(about=about, split=split, units=listed, made_by=made_by))
     seconds = time.perf_counter() - started
     return {
@@ -48,11 +53,11 @@ def extract(settings: config.Features) -> dict[str, Any]:
     }
 
 
-def _made(missing: list[Shard], arguments: dict[str, Any], pool: config.Pool) -> Any:
+def _made(missing: list[Shard], arguments: dict[str, Any], pool: PoolConfig) -> Any:
     return spread(missing, MakeUnit, arguments, pool) if missing else iter(())
 
 
-def _about(settings: config.Features, store: TokenStore) -> About:
+def _about(settings: FeaturesConfig, store: TokenStore) -> About:
     release = weights.load_config(settings.release)
     width = [release.model.n_embd]
     return About(
@@ -63,14 +68,14 @@ def _about(settings: config.Features, store: TokenStore) -> About:
         pooling=settings.pooling,
         precision=settings.precision,
         layers=features.check_layers(settings.layers, release.model.n_layer),
-        shape=width if release.model.objective == "next" else [objectives.MASKS, *width],
+        shape=width if release.model.objective == "next" else [losses.MASKS, *width],
     )
 
 
 class MakeUnit:
     """Shard -> the unit of its features, stored."""
 
-    def __init__(self, settings: config.Features, about: About):
+    def __init__(self, settings: FeaturesConfig, about: About):
         self.store = TokenStore.open(settings.tokens)
         self.model = features.network(
             settings.release, device(), settings.untrained, settings.precision, settings.compile

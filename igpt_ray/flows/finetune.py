@@ -4,15 +4,16 @@ from typing import Any
 
 import numpy as np
 
-from igpt_ray import config, weights
+from igpt_ray import weights
+from igpt_ray.data.loader import labels_in
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.flows import train
-from igpt_ray.loader import labels_in
-from igpt_ray.shards import TokenStore
+from igpt_ray.train.config import FinetuneConfig, FinetuneRunConfig
 from igpt_ray.weights import ReleaseConfig
 
 
-def finetune(settings: config.Finetune) -> dict[str, Any]:
+def finetune(settings: FinetuneConfig) -> dict[str, Any]:
     """Train until the held-out accuracy no longer grows, return the last metrics; the best weights are the release."""
     run, store, about = check(settings)
     looks = {"val_split": settings.val_split, "val_images": settings.val_images}
@@ -20,7 +21,7 @@ def finetune(settings: config.Finetune) -> dict[str, Any]:
     return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **looks)
 
 
-def check(settings: config.Finetune) -> tuple[config.Tuning, TokenStore, ReleaseConfig]:
+def check(settings: FinetuneConfig) -> tuple[FinetuneRunConfig, TokenStore, ReleaseConfig]:
     """The run, what it trains on and what it starts from; what would fail on the workers is refused."""
     about = weights.load_config(settings.release)
     store = TokenStore.open(settings.tokens)
@@ -47,7 +48,7 @@ def _some(classes: list[str]) -> str:
     return ", ".join(classes[:3]) + (" ..." if len(classes) > 3 else "")
 
 
-def _check_settings(run: config.Tuning) -> None:
+def _check_settings(run: FinetuneRunConfig) -> None:
     data, n_px = run.data, run.model.n_px
     if not run.run.validate_every:
         raise SettingError("--run.validate-every is 0: fine-tuning stops by its looks at held-out images, so set it")
@@ -65,7 +66,7 @@ def _check_settings(run: config.Tuning) -> None:
         raise SettingError(f"--tune.pad {run.tune.pad}: pictures of {n_px} pixels reflect at most {n_px - 1}")
 
 
-def _check_labels(store: TokenStore, settings: config.Finetune) -> None:
+def _check_labels(store: TokenStore, settings: FinetuneConfig) -> None:
     """A shard at a time. Raises `TokenStoreError` if an image has no label, or all those to train on have the same."""
     counts = np.zeros(len(store.manifest.classes), np.int64)
     for table in store.read_split(settings.split):

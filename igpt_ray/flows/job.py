@@ -17,9 +17,10 @@ import ray
 import tyro
 from pydantic import BaseModel
 
-from igpt_ray.config import Pretrain, preset_from_words
 from igpt_ray.errors import IgptError
-from igpt_ray.flows.local import free_port
+from igpt_ray.flows.local_cluster import free_port
+from igpt_ray.train.config import PretrainConfig
+from igpt_ray.train.presets import preset_from_words
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -34,9 +35,9 @@ def run_alone(work: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
     finish(work, tyro.cli(settings), cluster=False)
 
 
-def run_preset(flow: Callable[[Pretrain], dict[str, Any]]) -> None:
+def run_preset(flow: Callable[[PretrainConfig], dict[str, Any]]) -> None:
     """The same for pretraining, whose first word is a preset."""
-    finish(flow, preset_from_words(sys.argv[1:], Pretrain))
+    finish(flow, preset_from_words(sys.argv[1:], PretrainConfig))
 
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:

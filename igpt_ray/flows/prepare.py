@@ -16,12 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from igpt_ray import config, images, shards, sources, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels as images
+from igpt_ray.data import sources, token_store
+from igpt_ray.data.config import OPENAI_PALETTE, PaletteConfig, PixelsConfig, PrepareConfig
+from igpt_ray.data.image_files import RGB
+from igpt_ray.data.palette import COLOURS, Palette, pack, quality, swatches
+from igpt_ray.data.sources import TRAIN, Unit, Unreadable, Wanted
+from igpt_ray.data.token_store import Kind, Manifest, Quarantined, Shard, Statistics, TokenStore
 from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, TokenStoreError
-from igpt_ray.flows.pool import spread
-from igpt_ray.palette import COLOURS, Palette, pack, quality, swatches
-from igpt_ray.shards import Kind, Manifest, Quarantined, Shard, Statistics, TokenStore
-from igpt_ray.sources import TRAIN, Unit, Unreadable, Wanted
+from igpt_ray.flows.actor_map import spread
+from igpt_ray.provenance import provenance
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ QUARANTINE = TypeAdapter(list[Quarantined])
 # ------------------------------------------------------------------------------------------------ palette
 
 
-def fit_palette(settings: config.Palette) -> dict[str, Any]:
+def fit_palette(settings: PaletteConfig) -> dict[str, Any]:
     """Sample training images, count their colours after the pixel pipeline, fit k of them. Writes .npy, .json, .png."""
     started = time.perf_counter()
     plan = sources.plan(settings.source, PALETTE_UNIT, settings.layout)
@@ -64,7 +69,7 @@ def fit_palette(settings: config.Palette) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 2),
     }
     palette.save(settings.out)
-    storage.write(_sidecar(settings.out), json.dumps({**report, "made_by": config.provenance(settings)}).encode())
+    storage.write(_sidecar(settings.out), json.dumps({**report, "made_by": provenance(settings)}).encode())
     storage.write(_sidecar(settings.out, ".png"), images.png(swatches(palette)))
     return report
 
@@ -81,7 +86,7 @@ class Counted(NamedTuple):
 class CountColours:
     """Unit -> Counted, of a seeded sample of its images."""
 
-    def __init__(self, pixels: config.Pixels, fraction: float, seed: int):
+    def __init__(self, pixels: PixelsConfig, fraction: float, seed: int):
         self.pixels = pixels
         self.wanted = functools.partial(sources.sampled, fraction=fraction, seed=seed)
 
@@ -107,7 +112,7 @@ def _sidecar(palette: str, ending: str = ".json") -> str:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-def prepare(settings: config.Prepare) -> dict[str, Any]:
+def prepare(settings: PrepareConfig) -> dict[str, Any]:
     """Write every shard that is not there yet, then the manifest. A repeat completes what is missing."""
     started = time.perf_counter()
     pipeline = images.PIPELINES[settings.pixels.pipeline]
@@ -136,12 +141,12 @@ def prepare(settings: config.Prepare) -> dict[str, Any]:
     n_images = sum(shard.rows for shard in made)
     _check_budget(quarantined, n_images + len(quarantined), settings)
     manifest = Manifest(
-        format=shards.FORMAT, kind=kind, classes=list(plan.classes), shards=made, made_by=config.provenance(settings)
+        format=token_store.FORMAT, kind=kind, classes=list(plan.classes), shards=made, made_by=provenance(settings)
     )
-    store = shards.commit(settings.tokens, manifest)
+    store = token_store.commit(settings.tokens, manifest)
     for split in manifest.splits:
         if any(shard.rows for shard in made if shard.split == split):
-            sheet = shards.contact_sheet(store, split)
+            sheet = token_store.contact_sheet(store, split)
             storage.write(storage.join(settings.tokens, f"{split}.png"), images.png(sheet))
     seconds = time.perf_counter() - started
     source_bytes = sum(shard.statistics.source_bytes for shard in made)
@@ -237,7 +242,7 @@ class MakeShard:
     hash in the manifest that names it, or, before the commit, to the last bit of what its rows would be written as.
     """
 
-    def __init__(self, root: str, kind: Kind, pixels: config.Pixels, holdout: float, committed: dict[str, str]):
+    def __init__(self, root: str, kind: Kind, pixels: PixelsConfig, holdout: float, committed: dict[str, str]):
         self.root = root
         self.kind = kind
         self.pixels = pixels
@@ -284,11 +289,11 @@ class MakeShard:
         if path in self.committed:
             return Made(data, bad) if hashlib.sha256(data).hexdigest() == self.committed[path] else None
         try:
-            said = shards.about((table := shards.parse(data)).schema)
+            said = token_store.about((table := token_store.parse(data)).schema)
             statistics = said.pop("statistics")
-            if said != {"format": shards.FORMAT, **self.kind.model_dump(), **self._about(task, split)}:
+            if said != {"format": token_store.FORMAT, **self.kind.model_dump(), **self._about(task, split)}:
                 return None
-            again = shards.reencode(table)
+            again = token_store.reencode(table)
         except Exception:  # pyarrow has many ways to say "damaged"; all of them mean: make it again
             return None
         if again != data or statistics["quarantined"] != len(bad):
@@ -298,7 +303,7 @@ class MakeShard:
         return Made(data, bad)
 
     def _listing(self, task: Task, split: str, data: bytes) -> Shard:
-        rows, said = shards.described(data)
+        rows, said = token_store.described(data)
         return Shard(
             path=path_of(split, task),
             split=split,
@@ -327,10 +332,10 @@ class _Part:
         self.labels: list[int] = []
         self.bad: list[Quarantined] = []
         self.source_bytes = self.squared_error = 0
-        self._views: list[images.RGB] = []
+        self._views: list[RGB] = []
         self._tokens = [np.empty((0, kind.n_positions), np.uint16)]
 
-    def add(self, image: sources.Image, view: images.RGB) -> None:
+    def add(self, image: sources.Image, view: RGB) -> None:
         self.keys.append(image.key)
         self.labels.append(image.label)
         self.source_bytes += len(image.data)
@@ -351,7 +356,7 @@ class _Part:
             squared_error=self.squared_error,
         )
         about = {**about, "statistics": statistics.model_dump()}
-        return shards.encode(self.keys, self.labels, tokens, self.kind, about)
+        return token_store.encode(self.keys, self.labels, tokens, self.kind, about)
 
     def _encode(self) -> None:
         rgb = np.stack(self._views).reshape(len(self._views), -1, 3)
@@ -370,7 +375,7 @@ def quarantine_uri(root: str, split: str, task: Task) -> str:
     return storage.join(root, "quarantine", f"{split}-{task.unit.name}-v{task.view}.json")
 
 
-def view_of(data: bytes, pixels: config.Pixels, split: str, key: str, view: int) -> images.RGB:
+def view_of(data: bytes, pixels: PixelsConfig, split: str, key: str, view: int) -> RGB:
     """Encoded bytes -> (n_px, n_px, 3): random crops for training views if asked for, the centre otherwise."""
     pipeline = images.PIPELINES[pixels.pipeline]
     if split == TRAIN and pixels.crop == "random":
@@ -378,14 +383,14 @@ def view_of(data: bytes, pixels: config.Pixels, split: str, key: str, view: int)
     return images.centre_view(data, pixels.n_px, pipeline)
 
 
-def _view_name(pixels: config.Pixels, split: str, view: int) -> str:
+def _view_name(pixels: PixelsConfig, split: str, view: int) -> str:
     return f"random-{view}" if split == TRAIN and pixels.crop == "random" else "centre"
 
 
 def _load_palette(uri: str, pipeline: str) -> Palette:
     """The palette, refused if its sidecar says it was fitted on pixels of another pipeline."""
     palette = Palette.load(uri)
-    if uri == config.OPENAI_PALETTE:
+    if uri == OPENAI_PALETTE:
         return palette  # of pixels that nobody can make again; the store names the pipeline it is used with
     try:
         fitted_on = json.loads(storage.read(_sidecar(uri)))["pipeline"]
@@ -396,7 +401,7 @@ def _load_palette(uri: str, pipeline: str) -> Palette:
     return palette
 
 
-def _committed(settings: config.Prepare, kind: Kind, tasks: list[Task]) -> dict[str, str]:
+def _committed(settings: PrepareConfig, kind: Kind, tasks: list[Task]) -> dict[str, str]:
     """Path -> sha256 of a store that is already committed here; refused if it is not the one now asked for."""
     root = settings.tokens
     if not storage.exists(storage.join(root, "manifest.json")):
@@ -431,7 +436,7 @@ def _psnr_db(made: list[Shard], kind: Kind) -> float | None:
     return round(10 * math.log10(255**2 * values / error), 2) if error else None
 
 
-def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: config.Prepare) -> None:
+def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: PrepareConfig) -> None:
     if len(quarantined) > settings.budget * n_images:
         split, first = quarantined[0]
         raise SourceError(

@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from igpt_ray import config, features, lowdata, probe, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import SettingError
-from igpt_ray.features import Features, FeatureStore, Labels
+from igpt_ray.evaluate import features, few_shot, linear_probe
+from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig
+from igpt_ray.evaluate.features import Features, FeatureStore, Labels
+from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
+from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
-from igpt_ray.flows.infer import device, open_store
-from igpt_ray.flows.pool import spread
-from igpt_ray.probe import Choice, Labelled, Method
-from igpt_ray.shards import TokenStore, tokens_of
+from igpt_ray.provenance import provenance
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Few(NamedTuple):
     k: int
 
 
-def probe_layers(settings: config.Probe) -> Report:
+def probe_layers(settings: ProbeConfig) -> Report:
     """Accuracy of the best layer, and of what was asked for beside it: neighbours together, few labels, baselines."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
@@ -81,9 +84,9 @@ def probe_layers(settings: config.Probe) -> Report:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _extracted(settings: config.Probe) -> dict[str, str]:
+def _extracted(settings: ProbeConfig) -> dict[str, str]:
     """The features of both splits, made where they are missing: source -> folder."""
-    wanted = config.Features(
+    wanted = FeaturesConfig(
         release=settings.release,
         tokens=settings.tokens,
         out=settings.features or storage.join(settings.out, "features"),
@@ -101,7 +104,7 @@ def _extracted(settings: config.Probe) -> dict[str, str]:
     return roots
 
 
-def _answers(tasks: list[Any], settings: config.Probe, roots: dict[str, str]) -> dict[Any, Any]:
+def _answers(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict[Any, Any]:
     answers = {}
     given = {"settings": settings, "roots": roots}
     for task, answer in zip(tasks, spread(tasks, Prober, given, settings.pool), strict=True):
@@ -126,16 +129,16 @@ def _around(best: int, n: int, layers: list[int]) -> tuple[int, ...]:
     return tuple(layers[start : start + n])
 
 
-def check_splits(store: TokenStore, settings: config.Probe) -> None:
+def check_splits(store: TokenStore, settings: ProbeConfig) -> None:
     """Before hours of features: the test images are others, every image has a label, every class as many as wanted."""
     if both := set(settings.fit_split.split("+")) & set(settings.split.split("+")):
         raise SettingError(f"the split {both.pop()} is in --fit-split and in --split: report on images not fitted on")
     fit, test = (_labels(store, split) for split in (settings.fit_split, settings.split))
-    probe.check_labels(fit)
-    probe.check_labels(test)
-    probe.check_classes(fit)
+    linear_probe.check_labels(fit)
+    linear_probe.check_labels(test)
+    linear_probe.check_classes(fit)
     for k in settings.low_data:
-        lowdata.draw(fit, k, store.manifest.classes, (settings.seed, 0))
+        few_shot.draw(fit, k, store.manifest.classes, (settings.seed, 0))
 
 
 def _labels(store: TokenStore, split: str) -> Labels:
@@ -154,7 +157,7 @@ class Judged(NamedTuple):
 class Prober:
     """Choose -> Choice, Judge -> Judged, Few -> accuracies by classifier."""
 
-    def __init__(self, settings: config.Probe, roots: dict[str, str]):
+    def __init__(self, settings: ProbeConfig, roots: dict[str, str]):
         self.settings = settings
         self.roots = roots
         self.store = TokenStore.open(settings.tokens)
@@ -165,12 +168,12 @@ class Prober:
         with tempfile.TemporaryDirectory() as folder:
             fit = self.labelled(task.source, task.layers, self.settings.fit_split, folder)
             if isinstance(task, Choose):
-                return probe.choose(fit, len(classes), seed, self.method)
+                return linear_probe.choose(fit, len(classes), seed, self.method)
             test = self.labelled(task.source, task.layers, self.settings.split, folder)
             if isinstance(task, Few):
-                return lowdata.few_labels(fit, test, task.k, classes, seed)
-            linear = probe.refit(fit, len(classes), task.choice.setting, self.method)
-            return Judged(*probe.summary(linear, test, len(classes)), linear)
+                return few_shot.few_labels(fit, test, task.k, classes, seed)
+            linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
+            return Judged(*linear_probe.summary(linear, test, len(classes)), linear)
 
     def labelled(self, source: str, layers: tuple[int, ...], split: str, folder: str) -> Labelled:
         """Features of some layers side by side; for SGD in a file on this node's disk, whatever their size."""
@@ -200,7 +203,7 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
 
 
 def _report(
-    settings: config.Probe,
+    settings: ProbeConfig,
     choices: dict[Choose, Choice],
     best: dict[str, tuple[int, ...]],
     found: dict[Any, Any],
@@ -219,7 +222,7 @@ def _report(
         few = {str(k): found[Few(source, layers, k)] for k in settings.low_data}
         if few:
             said["low_data"] = {
-                k: {name: lowdata.spread_of(runs) for name, runs in by_name.items()} for k, by_name in few.items()
+                k: {name: few_shot.spread_of(runs) for name, runs in by_name.items()} for k, by_name in few.items()
             }
         by_source[source] = said
     network = by_source.pop(NETWORK)
@@ -230,7 +233,7 @@ def _said(choice: Choice) -> dict[str, float]:
     return {"validation": choice.validation, "setting": choice.setting}
 
 
-def _protocol(settings: config.Probe, store: TokenStore) -> Report:
+def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     """How figures were come by, where the paper leaves it open."""
     n = store.manifest.rows(settings.fit_split)
     return {
@@ -240,16 +243,16 @@ def _protocol(settings: config.Probe, store: TokenStore) -> Report:
         "standardised": "by mean and deviation of the images fitted on",
         "fit_split": settings.fit_split,
         "fit_images": n,
-        "held_out_images": len(probe.held_out(n, settings.seed)[1]),
-        "held_out_rows": f"i of np.random.default_rng({settings.seed}).permutation({n}) % {probe.HELD_OUT} == 0",
+        "held_out_images": len(linear_probe.held_out(n, settings.seed)[1]),
+        "held_out_rows": f"i of np.random.default_rng({settings.seed}).permutation({n}) % {linear_probe.HELD_OUT} == 0",
         "test_split": settings.split,
         "test_images": store.manifest.rows(settings.split),
         "low_data_layer": "the best by all fitting images",
     }
 
 
-def _write(settings: config.Probe, store: TokenStore, report: Report, judged: Judged) -> None:
-    about = {"protocol": _protocol(settings, store), "made_by": config.provenance(settings)}
+def _write(settings: ProbeConfig, store: TokenStore, report: Report, judged: Judged) -> None:
+    about = {"protocol": _protocol(settings, store), "made_by": provenance(settings)}
     storage.write(storage.join(settings.out, "probe.json"), json.dumps({**report, **about}, indent=1).encode())
     classes = store.manifest.classes
     text = io.StringIO()

@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from igpt_ray import config, images, palette, report, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data import palette, pixels
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import heat_map
-from igpt_ray.flows import batch, finetune, infer
+from igpt_ray.evaluate import report_page
+from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig
+from igpt_ray.evaluate.likelihood import heat_map
+from igpt_ray.evaluate.report_page import Found, Picture
+from igpt_ray.flows import batch, evaluate, finetune
+from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.probe import check_splits, probe_layers
-from igpt_ray.report import Found, Picture
-from igpt_ray.shards import TokenStore, tokens_of
+from igpt_ray.generate.config import CompleteConfig
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.provenance import provenance
+from igpt_ray.train.config import FinetuneConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +42,24 @@ UNMADE = {"pool", "batch_size", "workers"}
 """Settings that change no number."""
 
 
-def write_report(settings: config.Report) -> dict[str, Any]:
+def write_report(settings: ReportConfig) -> dict[str, Any]:
     """Make what is missing, then report.html, report.json and row.md."""
     started = time.perf_counter()
     fit = [settings.fit_split] if settings.fit_split else []
-    store = infer.open_store(settings.release, settings.tokens, settings.split, *fit)
+    store = evaluate.open_store(settings.release, settings.tokens, settings.split, *fit)
     about = weights.load_config(settings.release)
     probed = _probe(settings, store) if fit else None
     if probed:
         check_splits(store, probed)
     if settings.finetune and not fit:
         raise SettingError("--finetune trains on --fit-split, which is empty: name a split with labels")
-    tuned = {start: _finetune(settings, start == "scratch") for start in report.TUNED if settings.finetune}
+    tuned = {start: _finetune(settings, start == "scratch") for start in report_page.TUNED if settings.finetune}
     for wanted in tuned.values():
         finetune.check(wanted)
     counted = fit and about.model.objective == "next" and store.manifest.rows(settings.fit_split) <= COUNTED
     parts = Parts(settings.out, {"release": about.sha256, "tokens": store.sha256})
     pictures = {
-        "palette": [Picture(images.png(palette.swatches(store.palette())), "By hue, each column dark to bright.")]
+        "palette": [Picture(pixels.png(palette.swatches(store.palette())), "By hue, each column dark to bright.")]
     }
     if about.model.objective == "next":
         likelihood = _likelihood(settings, parts, bool(counted))
@@ -67,13 +75,18 @@ def write_report(settings: config.Report) -> dict[str, Any]:
         "probe": parts.once("probe", probed, lambda: _probed(probed)) if probed else None,
         "finetuned": {name: _finetuned(settings, parts, wanted) for name, wanted in tuned.items()},
         "left_out": _left_out(settings, about.model, probed, bool(counted)),
-        "made_by": config.provenance(settings),
+        "made_by": provenance(settings),
     }
     places = _write(settings.out, found, pictures)
-    return {**report.headline(found), **places, "made": parts.made, "seconds": round(time.perf_counter() - started, 2)}
+    return {
+        **report_page.headline(found),
+        **places,
+        "made": parts.made,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 
-def _left_out(settings: config.Report, model: config.Model, probed: config.Probe | None, counted: bool) -> list[str]:
+def _left_out(settings: ReportConfig, model: ModelConfig, probed: ProbeConfig | None, counted: bool) -> list[str]:
     """What the page does not say, and why."""
     reasons = []
     if model.objective != "next":
@@ -121,23 +134,23 @@ class Parts:
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def _likelihood(settings: config.Report, parts: Parts, counted: bool) -> Found:
+def _likelihood(settings: ReportConfig, parts: Parts, counted: bool) -> Found:
     place = parts.place("likelihood")
     wanted = _evaluate(settings).model_copy(update={"out": place, "baselines": settings.fit_split if counted else ""})
 
     def make() -> Found:
-        infer.evaluate(wanted)
+        evaluate.evaluate(wanted)
         return _json(storage.join(place, "likelihood.json"))
 
     return parts.once("likelihood", wanted, make)
 
 
-def _masked_nats(settings: config.Report, parts: Parts) -> Found:
-    return parts.once("likelihood", _evaluate(settings), lambda: infer.evaluate(_evaluate(settings)))
+def _masked_nats(settings: ReportConfig, parts: Parts) -> Found:
+    return parts.once("likelihood", _evaluate(settings), lambda: evaluate.evaluate(_evaluate(settings)))
 
 
-def _evaluate(settings: config.Report) -> config.Evaluate:
-    return config.Evaluate(
+def _evaluate(settings: ReportConfig) -> EvaluateConfig:
+    return EvaluateConfig(
         release=settings.release,
         tokens=settings.tokens,
         split=settings.split,
@@ -146,11 +159,11 @@ def _evaluate(settings: config.Report) -> config.Evaluate:
     )
 
 
-def _probe(settings: config.Report, store: TokenStore) -> config.Probe:
+def _probe(settings: ReportConfig, store: TokenStore) -> ProbeConfig:
     """Of the numbers of labels, those that every class has."""
     labels = np.concatenate([table["label"].to_numpy() for table in store.read_split(settings.fit_split)])
     smallest = np.bincount(labels[labels >= 0], minlength=len(store.manifest.classes)).min()
-    return config.Probe(
+    return ProbeConfig(
         release=settings.release,
         tokens=settings.tokens,
         out=storage.join(settings.out, "probe"),
@@ -165,32 +178,32 @@ def _probe(settings: config.Report, store: TokenStore) -> config.Probe:
     )
 
 
-def _probed(wanted: config.Probe) -> Found:
+def _probed(wanted: ProbeConfig) -> Found:
     probe_layers(wanted)
     return _json(storage.join(wanted.out, "probe.json"))
 
 
-def _finetune(settings: config.Report, scratch: bool) -> config.Finetune:
+def _finetune(settings: ReportConfig, scratch: bool) -> FinetuneConfig:
     how = settings.finetuning
     name = f"{how.run.name}-scratch" if scratch else how.run.name
     run = how.run.model_copy(update={"root": storage.join(settings.out, "finetuning"), "name": name})
     changed = {"run": run, "tune": how.tune.model_copy(update={"scratch": scratch})}
     same = {name: getattr(how, name) for name in type(how).model_fields}
     where = {"release": settings.release, "tokens": settings.tokens, "split": settings.fit_split}
-    return config.Finetune(**(same | changed | where))
+    return FinetuneConfig(**(same | changed | where))
 
 
-def _finetuned(settings: config.Report, parts: Parts, wanted: config.Finetune) -> Found:
+def _finetuned(settings: ReportConfig, parts: Parts, wanted: FinetuneConfig) -> Found:
     def make() -> Found:
         trained = finetune.finetune(wanted)
-        judged = infer.evaluate(_evaluate(settings).model_copy(update={"release": wanted.run.release}))
+        judged = evaluate.evaluate(_evaluate(settings).model_copy(update={"release": wanted.run.release}))
         return {**judged, **judged["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
 
     return parts.once(storage.below(settings.out, wanted.run.uri), wanted, make)
 
 
-def _completions(settings: config.Report, parts: Parts) -> dict[str, list[Picture]]:
-    wanted = config.Complete(
+def _completions(settings: ReportConfig, parts: Parts) -> dict[str, list[Picture]]:
+    wanted = CompleteConfig(
         release=settings.release,
         tokens=settings.tokens,
         out=parts.place("completions"),
@@ -210,7 +223,7 @@ def _pictures(store: TokenStore, split: str, likelihood: Found) -> dict[str, lis
     """The surprise map, and the images at either end of the ranking."""
     by_position, n_px = np.array(likelihood["by_position"]), store.kind.n_px
     caption = "Nats per token at each pixel, by row and column: where an image costs most."
-    drawn = {"surprise": [Picture(images.png(heat_map(by_position.ravel(), n_px, 1)), caption)]}
+    drawn = {"surprise": [Picture(pixels.png(heat_map(by_position.ravel(), n_px, 1)), caption)]}
     ends = {end: ranked[:SHOWN] for end, ranked in likelihood["ranking"].items()}
     pngs = _pngs(store, split, {image["key"] for ranked in ends.values() for image in ranked})
     for end, ranked in ends.items():
@@ -224,7 +237,7 @@ def _pngs(store: TokenStore, split: str, keys: set[str]) -> dict[str, bytes]:
     for table in store.read_split(split):
         here = {key: row for row, key in enumerate(table["key"].to_pylist()) if key in keys}
         tokens = tokens_of(table)
-        found |= {key: images.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3)) for key, row in here.items()}
+        found |= {key: pixels.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3)) for key, row in here.items()}
     return found
 
 
@@ -234,9 +247,9 @@ def _json(uri: str) -> Found:
 
 def _write(out: str, found: Found, pictures: dict[str, list[Picture]]) -> dict[str, str]:
     files = {
-        "page": ("report.html", report.page(found, pictures)),
+        "page": ("report.html", report_page.page(found, pictures)),
         "json": ("report.json", json.dumps(found, indent=1)),
-        "row": ("row.md", report.row(found)),
+        "row": ("row.md", report_page.row(found)),
     }
     places = {name: storage.join(out, file) for name, (file, _) in files.items()}
     for name, (_, content) in files.items():

@@ -28,10 +28,14 @@ from ray.util import get_placement_group, placement_group, placement_group_table
 from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup
 
-from igpt_ray import checkpoint, config, metrics, storage, training
+from igpt_ray import storage
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.flows.job import log_to_stderr, mendable
-from igpt_ray.shards import TokenStore
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.provenance import provenance
+from igpt_ray.train import checkpoint, loop, metrics
+from igpt_ray.train.config import FinetuneRunConfig, OptimConfig, PretrainConfig, WorkersConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +45,12 @@ SETTLED = 5
 """Looks without a change after which there is as much room as there is for now."""
 
 
-def pretrain(settings: config.Pretrain) -> dict[str, Any]:
+def pretrain(settings: PretrainConfig) -> dict[str, Any]:
     """Train to the last step, write the release, return the last metrics. Resumes a run of the same name."""
     return fit(settings, check(settings))
 
 
-def fit(settings: config.Pretrain, store: TokenStore, **identity: Any) -> dict[str, Any]:
+def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[str, Any]:
     """Train a run whose settings were checked; `identity` is what else makes it this one."""
     started = time.perf_counter()
     _claim(settings, store, identity)
@@ -69,7 +73,7 @@ def fit(settings: config.Pretrain, store: TokenStore, **identity: Any) -> dict[s
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _trainer(settings: config.Pretrain, n: int) -> TorchTrainer:
+def _trainer(settings: PretrainConfig, n: int) -> TorchTrainer:
     w = settings.workers
     # Ray waits for the room of a worker that cannot start, for ever or, where fewer will do, until we look again.
     limit = -1 if w.fewest == w.n else 0
@@ -87,11 +91,11 @@ def _trainer(settings: config.Pretrain, n: int) -> TorchTrainer:
     )
 
 
-def _resources(workers: config.Workers) -> dict[str, float]:
+def _resources(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
 
 
-def _n_that_fit(workers: config.Workers) -> int:
+def _n_that_fit(workers: WorkersConfig) -> int:
     """With how many workers to start: all, or what there is room for once there is room for the fewest.
 
     Ray's own elastic policy counts what nodes have, also of those that are busy or being drained, and up to three
@@ -110,7 +114,7 @@ def _n_that_fit(workers: config.Workers) -> int:
     return n
 
 
-def _seat(workers: config.Workers, i: int) -> PlacementGroup:
+def _seat(workers: WorkersConfig, i: int) -> PlacementGroup:
     """Room for one more worker: held where it is found; where it is not, an autoscaler makes it."""
     return placement_group([_resources(workers)], name=f"seat-{i}")
 
@@ -119,7 +123,7 @@ def _free(seat: PlacementGroup) -> bool:
     return bool(placement_group_table(seat)["state"] == "CREATED")
 
 
-def _clear(workers: config.Workers) -> None:
+def _clear(workers: WorkersConfig) -> None:
     """Give up all seats: they outlive the worker that asked for them, and end with the job."""
     for i in range(workers.n):
         with suppress(ValueError):  # there is none of that name
@@ -139,7 +143,7 @@ def _clear_after_controllers() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
-def _say_if_short(workers: config.Workers) -> None:
+def _say_if_short(workers: WorkersConfig) -> None:
     """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
     there, n = ray.cluster_resources(), workers.fewest
     for name, each in _resources(workers).items():
@@ -150,11 +154,11 @@ def _say_if_short(workers: config.Workers) -> None:
             )
 
 
-def check(settings: config.Pretrain) -> TokenStore:
+def check(settings: PretrainConfig) -> TokenStore:
     """What would fail on the workers, found before they start."""
     if not settings.data.tokens:
         raise SettingError("--data.tokens is not set: give the token store that jobs/prepare.py wrote")
-    if settings.model.n_class and not isinstance(settings, config.Tuning):
+    if settings.model.n_class and not isinstance(settings, FinetuneRunConfig):
         raise SettingError("--model.n-class is for fine-tuning: pretraining reads no labels, leave it at 0")
     if settings.optim.batch_size < settings.workers.n:
         raise SettingError(f"batch_size {settings.optim.batch_size} is smaller than workers.n {settings.workers.n}")
@@ -177,7 +181,7 @@ def check(settings: config.Pretrain) -> TokenStore:
     return store
 
 
-def _claim(settings: config.Pretrain, store: TokenStore, more: dict[str, Any] | None = None) -> None:
+def _claim(settings: PretrainConfig, store: TokenStore, more: dict[str, Any] | None = None) -> None:
     """Write the run's config.json, or check that the run that is already there is this one.
 
     A run without a checkpoint has nothing to lose, so its settings may still be mended.
@@ -195,11 +199,11 @@ def _claim(settings: config.Pretrain, store: TokenStore, more: dict[str, Any] | 
             " train over them: choose another --run.name, or leave --run.resume out to go on from there"
         )
     uri = storage.join(settings.run.uri, "config.json")
-    data = json.dumps({"identity": identity, **config.provenance(settings)}, indent=1).encode()
+    data = json.dumps({"identity": identity, **provenance(settings)}, indent=1).encode()
     if storage.write_new(uri, data):
         return
     there = json.loads(storage.read(uri))["identity"]
-    for name, section in (("model", config.Model()), ("optim", config.Optim())):
+    for name, section in (("model", ModelConfig()), ("optim", OptimConfig())):
         there[name] = section.model_dump(mode="json") | there[name]  # a setting newer than the run had its default
     differing = sorted(_differences(there, identity))
     if differing and not committed:
@@ -226,11 +230,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls on every worker."""
     log_to_stderr()
     logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
-    kind = config.Tuning if "tune" in settings else config.Pretrain
+    kind = FinetuneRunConfig if "tune" in settings else PretrainConfig
     cfg = kind.model_validate(settings)
     leave = threading.Event()
     threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
-    return training.train(cfg, ray.train.torch.get_device(), leave.is_set, _gauges(cfg.run.name))
+    return loop.train(cfg, ray.train.torch.get_device(), leave.is_set, _gauges(cfg.run.name))
 
 
 def _gauges(run: str) -> Callable[[metrics.Line], None]:
@@ -246,7 +250,7 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     return show
 
 
-def _watch(workers: config.Workers, leave: threading.Event) -> None:
+def _watch(workers: WorkersConfig, leave: threading.Event) -> None:
     """Tell this worker to leave when a node of the group is to go, or, on rank 0, when there is room for more workers.
 
     Beside the steps, because Ray answers all workers together. A resize of Ray's own would be no more than a kill.

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from igpt_ray import config, sources, storage
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.config import PrepareConfig, VerifyConfig
+from igpt_ray.data.token_store import Shard, TokenStore, about, evenly, parse, tokens_of
 from igpt_ray.errors import StorageError, TokenStoreError
-from igpt_ray.flows.pool import spread
+from igpt_ray.flows.actor_map import spread
 from igpt_ray.flows.prepare import MakeShard, Task, path_of, splits_of, tasks_of
-from igpt_ray.shards import Shard, TokenStore, about, evenly, parse, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ SHOWN = 5
 """Problems named in the error; all are logged."""
 
 
-def verify(settings: config.Verify) -> dict[str, Any]:
+def verify(settings: VerifyConfig) -> dict[str, Any]:
     """Raises `TokenStoreError` naming what is wrong; otherwise says what was checked."""
     started = time.perf_counter()
     store = TokenStore.open(settings.tokens)
@@ -85,11 +87,11 @@ class CheckShard:
         return [f"{shard.path}: {problem}" for problem in wrong]
 
 
-def _check_against_source(store: TokenStore, settings: config.Verify) -> list[str]:
+def _check_against_source(store: TokenStore, settings: VerifyConfig) -> list[str]:
     """Make some shards again with the settings in the manifest."""
     if settings.remake == 0:
         return []
-    made_with = config.Prepare.model_validate(store.manifest.made_by["settings"])
+    made_with = PrepareConfig.model_validate(store.manifest.made_by["settings"])
     plan = sources.plan(made_with.source, made_with.shard_images, made_with.layout)
     tasks = {
         path_of(split, task): task
@@ -107,7 +109,7 @@ def _check_against_source(store: TokenStore, settings: config.Verify) -> list[st
 class RemakeShard:
     """(Shard, Task) -> what differs from the source."""
 
-    def __init__(self, tokens: str, made_with: config.Prepare):
+    def __init__(self, tokens: str, made_with: PrepareConfig):
         self.store = TokenStore.open(tokens)
         self.maker = MakeShard(tokens, self.store.kind, made_with.pixels, made_with.holdout, committed={})
 

@@ -13,24 +13,25 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from igpt_ray import config, notices
 from igpt_ray.errors import SettingError, StorageError
+from igpt_ray.flows import preemption
+from igpt_ray.flows.config import WatchConfig
 from igpt_ray.flows.job import log_to_stderr
 
 log = logging.getLogger(__name__)
 
 
-def watch(settings: config.Watch) -> dict[str, Any]:
+def watch(settings: WatchConfig) -> dict[str, Any]:
     """Look until there is a notice, drain the node, say so."""
     log_to_stderr()
     gcs = GcsClient(address=_address(settings))
     node = settings.node or _this_node(gcs)
-    endpoint = settings.metadata or notices.ENDPOINTS[settings.cloud]
-    notice = notices.look(settings.cloud, endpoint, settings.rebalance)  # the first failure is the user's to mend
+    endpoint = settings.metadata or preemption.ENDPOINTS[settings.cloud]
+    notice = preemption.look(settings.cloud, endpoint, settings.rebalance)  # the first failure is the user's to mend
     while notice is None:
         time.sleep(settings.every)
         try:
-            notice = notices.look(settings.cloud, endpoint, settings.rebalance)
+            notice = preemption.look(settings.cloud, endpoint, settings.rebalance)
         except StorageError as error:
             log.warning("%s", error)
     seconds = None if notice.deadline is None else max(0.0, notice.deadline - time.time())
@@ -42,7 +43,7 @@ def watch(settings: config.Watch) -> dict[str, Any]:
     return {"node": node, "notice": notice.why, "seconds": seconds, "accepted": accepted, "why_not": why_not}
 
 
-def _address(settings: config.Watch) -> str:
+def _address(settings: WatchConfig) -> str:
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     if not address:
         raise SettingError("--address is not set: give the head's, host:port, as to `ray start`")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from igpt_ray import config
 from igpt_ray.errors import CheckpointError
-from igpt_ray.model import ImageGPT
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
 
 Shape = tuple[int, ...]
 
@@ -39,7 +39,7 @@ def row_of(name: str) -> tuple[str, str]:
     return (f"h.#.{block[2]}", block[1]) if block else (name, "")
 
 
-def outline(model: config.Model) -> ImageGPT:
+def outline(model: ModelConfig) -> ImageGPT:
     """A network without memory for its weights, to be given some by `to_empty` and filled: no random number is drawn,
     and names and shapes can be checked first."""
     with torch.device("meta"):

@@ -4,12 +4,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from igpt_ray import config, images, storage
+from igpt_ray import storage
+from igpt_ray.data import pixels
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind
 from igpt_ray.errors import CheckpointError, SettingError
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.provenance import provenance
 from igpt_ray.weights import hf, openai, release
+from igpt_ray.weights.config import ConvertConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Source:
     palette: Palette | None
 
 
-def convert(settings: config.Convert) -> dict[str, Any]:
+def convert(settings: ConvertConfig) -> dict[str, Any]:
     """Read what lies at the source, write it in the other format, say what it was."""
     started = time.perf_counter()
     found = _read(settings.source)
@@ -58,7 +61,7 @@ def _read(source: str) -> Source:
     )
 
 
-def _palette(settings: config.Convert, found: Source) -> Palette | None:
+def _palette(settings: ConvertConfig, found: Source) -> Palette | None:
     """That of the settings, or what the source holds; if both, they must be equal."""
     given = Palette.load(settings.palette) if settings.palette else None
     if given and found.palette and given.fingerprint != found.palette.fingerprint:
@@ -68,7 +71,7 @@ def _palette(settings: config.Convert, found: Source) -> Palette | None:
     return given or found.palette
 
 
-def _release(settings: config.Convert, found: Source, palette: Palette | None) -> None:
+def _release(settings: ConvertConfig, found: Source, palette: Palette | None) -> None:
     m = found.model.config
     if palette is None:
         raise SettingError(f"{settings.source} has no palette, and a release needs one: --palette openai, or a .npy")
@@ -78,7 +81,7 @@ def _release(settings: config.Convert, found: Source, palette: Palette | None) -
         n_px=m.n_px,
         n_vocab=m.n_vocab,
         palette=palette.fingerprint,
-        pipeline=images.PIPELINES[settings.pipeline],
+        pipeline=pixels.PIPELINES[settings.pipeline],
     )
     about = release.ReleaseConfig(
         format=release.FORMAT,
@@ -86,6 +89,6 @@ def _release(settings: config.Convert, found: Source, palette: Palette | None) -
         kind=kind,
         sha256="",
         classes=[],
-        trained={"converted_from": f"{settings.source} ({found.format})", **config.provenance(settings)},
+        trained={"converted_from": f"{settings.source} ({found.format})", **provenance(settings)},
     )
     release.save_release(settings.out, found.model.state_dict(), palette, about)

@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpt_ray import config, storage
+from igpt_ray import storage
+from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError, NotFound
-from igpt_ray.model import NORM_EPS, ImageGPT
-from igpt_ray.palette import Palette
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT
 from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, row_of, shapes_of
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -162,7 +163,7 @@ def _prefixed(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def _sizes(found: dict[str, Tensor], where: str, n_head: int | None) -> config.Model:
+def _sizes(found: dict[str, Tensor], where: str, n_head: int | None) -> ModelConfig:
     for name in (EMBEDDING, TABLE["wpe"].name):
         if name not in found:
             raise CheckpointError(f"{where} lacks {name}: is it an ImageGPTForCausalImageModeling of transformers?")
@@ -179,7 +180,7 @@ def _sizes(found: dict[str, Tensor], where: str, n_head: int | None) -> config.M
         )
     blocks = {match[1] for name in found if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     try:
-        return config.Model(
+        return ModelConfig(
             n_layer=len(blocks),
             n_embd=n_embd,
             n_head=PUBLISHED_HEADS[n_embd] if n_head is None else n_head,
@@ -215,7 +216,7 @@ def _heads_in(theirs: dict[str, Any], where: str, n_head: int | None) -> int:
     return heads
 
 
-def _check_folder(where: str, model: config.Model) -> None:
+def _check_folder(where: str, model: ModelConfig) -> None:
     """Its config and its palette tell of the same sizes as its weights."""
     theirs = _read_json(where, CONFIG)
     sizes = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_positions": model.n_positions}
@@ -293,7 +294,7 @@ def _tensors(model: ImageGPT) -> dict[str, Tensor]:
     return theirs
 
 
-def _config(c: config.Model) -> dict[str, Any]:
+def _config(c: ModelConfig) -> dict[str, Any]:
     """Dropout is written as zero, or fine-tuning there would drop what OpenAI never did."""
     return {
         "architectures": ["ImageGPTForCausalImageModeling"],
@@ -311,7 +312,7 @@ def _config(c: config.Model) -> dict[str, Any]:
     }
 
 
-def _processor(c: config.Model, palette: Palette) -> dict[str, Any]:
+def _processor(c: ModelConfig, palette: Palette) -> dict[str, Any]:
     """A picture is resized to n_px, scaled to [-1, 1], and each pixel becomes the nearest cluster. Its resize is none
     of our pixel pipelines: tokens made there differ a little from those the network was trained on."""
     return {

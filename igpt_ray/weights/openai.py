@@ -13,11 +13,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from igpt_ray import config, storage
+from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
-from igpt_ray.model import ImageGPT
-from igpt_ray.weights.bundle import Bundle
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, row_of
+from igpt_ray.weights.tf_bundle import Bundle
 
 
 def _same(w: Tensor) -> Tensor:
@@ -101,13 +102,13 @@ def _rows(model: ImageGPT) -> dict[str, Theirs]:
     return rows
 
 
-def _expected(rows: dict[str, Theirs], c: config.Model) -> dict[str, Shape]:
+def _expected(rows: dict[str, Theirs], c: ModelConfig) -> dict[str, Shape]:
     sizes = {"T": c.n_positions, "V": c.n_vocab, "C": c.n_embd, "4C": 4 * c.n_embd}
     sizes |= {"N": c.n_head, "D": c.n_embd // c.n_head}
     return {name: tuple(sizes[s] for s in row.shape.split()) for row in rows.values() for name in row.names}
 
 
-def _sizes(shapes: dict[str, Shape], where: str) -> config.Model:
+def _sizes(shapes: dict[str, Shape], where: str) -> ModelConfig:
     for name, axes in (("model/wpe", 2), ("model/wte", 2), ("model/h0/attn/q_proj", 3)):
         if name not in shapes:
             raise CheckpointError(f"{where} lacks {name}: is it a checkpoint of Image GPT?")
@@ -119,7 +120,7 @@ def _sizes(shapes: dict[str, Shape], where: str) -> config.Model:
         raise CheckpointError(f"{where}: model/wpe has {n_positions} positions, which make no square picture")
     blocks = [int(match[1]) for name in shapes if (match := re.match(r"model/h(\d+)/", name))]
     try:
-        return config.Model(
+        return ModelConfig(
             objective="next" if "model/sos" in shapes else "masked",
             n_layer=len(set(blocks)),
             n_embd=n_embd,

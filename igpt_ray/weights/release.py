@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpt_ray import config, storage
+from igpt_ray import storage
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Kind, Strict
 from igpt_ray.errors import CheckpointError, NotFound
-from igpt_ray.model import ImageGPT
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Kind, Strict
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.weights.check import check_finite, check_shapes, outline, shapes_of
 
 FORMAT = "igpt_ray release 1"
@@ -29,7 +30,7 @@ FORMAT = "igpt_ray release 1"
 
 class ReleaseConfig(Strict):
     format: str
-    model: config.Model
+    model: ModelConfig
     kind: Kind
     """What the tokens it was trained on mean."""
     sha256: str

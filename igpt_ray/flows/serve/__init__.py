@@ -15,16 +15,18 @@ from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from igpt_ray import config, engine, storage, weights
+from igpt_ray import storage, weights
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import FeatureError, SettingError
-from igpt_ray.flows.serve.api import REQUEST_SECONDS, Served, application
+from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.check import API, check_file, deployment_of
-from igpt_ray.flows.serve.gate import Keys, Refused
 from igpt_ray.flows.serve.replica import Replica, heads_of
-from igpt_ray.heads import load_head
-from igpt_ray.palette import Palette
-from igpt_ray.shards import Tokens
-from igpt_ray.wire import Reader
+from igpt_ray.generate import engine
+from igpt_ray.serve.api import REQUEST_SECONDS, Served, application
+from igpt_ray.serve.config import ServeConfig
+from igpt_ray.serve.middleware import Keys, Refused
+from igpt_ray.serve.schemas import Reader
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ CONNECTIONS = 10_000
 class Api:
     """The ingress: it holds no model."""
 
-    def __init__(self, settings: config.Serve, keys: Keys | None, handles: dict[str, DeploymentHandle]):
+    def __init__(self, settings: ServeConfig, keys: Keys | None, handles: dict[str, DeploymentHandle]):
         self.settings, self.keys, self.handles = settings, keys, handles
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -90,7 +92,7 @@ def _give_up_after(attempt: int, error: RayActorError) -> None:
         raise Refused(503, "replica_lost", "the replicas at this request died: try again", Retry_After="5") from error
 
 
-def build(settings: config.Serve) -> serve.Application:
+def build(settings: ServeConfig) -> serve.Application:
     """The application; `serve deploy` passes the `args` of its YAML, checked as settings."""
     handles, probes = {}, settings.probes
     heads = {name: load_head(uri) for name, uri in probes.items()}
@@ -123,7 +125,7 @@ def build(settings: config.Serve) -> serve.Application:
 # ------------------------------------------------------------------------------------------------ the job
 
 
-def run(settings: config.Serve) -> dict[str, Any]:
+def run(settings: ServeConfig) -> dict[str, Any]:
     """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`)."""
     application = build(settings)  # refuses here, not in a replica that Serve would start again and again
     _check_port(settings.host, settings.port)
@@ -143,7 +145,7 @@ def run(settings: config.Serve) -> dict[str, Any]:
         serve.shutdown()
 
 
-def check_only(settings: config.Serve) -> dict[str, Any]:
+def check_only(settings: ServeConfig) -> dict[str, Any]:
     """A file for `serve deploy`, key by key, without a cluster."""
     return check_file(settings.check)
 

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
-from igpt_ray import config, storage
-from igpt_ray.config import is_loopback
+from igpt_ray import storage
 from igpt_ray.errors import SettingError
+from igpt_ray.serve.config import ServeConfig, is_loopback
 
 HTTP = ("host", "port", "request_timeout_s")
 """What http_options must say; Ray's default is no timeout."""
@@ -61,16 +61,16 @@ def check_config(said: Any, where: str) -> dict[str, Any]:
     return {"file": where, "applications": served}
 
 
-def _settings(args: Any, where: str) -> config.Serve:
+def _settings(args: Any, where: str) -> ServeConfig:
     if isinstance(args, dict) and "check" in args:
         raise SettingError(f"{where}.args.check: a file to serve from checks nothing")
     try:
-        return config.Serve.model_validate(args)
+        return ServeConfig.model_validate(args)
     except ValidationError as error:
         raise SettingError(f"{where}.args: {_first(error)}") from error
 
 
-def _check_deployments(deployments: list[dict[str, Any]], settings: config.Serve, where: str) -> None:
+def _check_deployments(deployments: list[dict[str, Any]], settings: ServeConfig, where: str) -> None:
     names = [API, *map(deployment_of, settings.releases)]
     for deployment in deployments:
         at = f"{where}.deployments.{deployment.get('name')}"

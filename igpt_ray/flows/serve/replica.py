@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from igpt_ray import features, weights
-from igpt_ray.engine import Engine, Request, Ticket
-from igpt_ray.evaluate import Nats, class_logits, pixel_nats
-from igpt_ray.features import Features, Pooling
-from igpt_ray.heads import Head, load_head
-from igpt_ray.lanes import Precision
-from igpt_ray.logistic import probabilities
-from igpt_ray.shards import Tokens
+from igpt_ray import weights
+from igpt_ray.data.token_store import Tokens
+from igpt_ray.evaluate import features
+from igpt_ray.evaluate.features import Features, Pooling
+from igpt_ray.evaluate.heads import Head, load_head
+from igpt_ray.evaluate.likelihood import Nats, class_logits, pixel_nats
+from igpt_ray.evaluate.logistic import probabilities
+from igpt_ray.generate.engine import Engine, Request, Ticket
+from igpt_ray.generate.kv_cache import Precision
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,44 @@
+"""How fast, how good, and beside what.
+
+python -m benchmarks palette --images FOLDER
+python -m benchmarks data --images FOLDER
+python -m benchmarks modern --tokens demo-out/data/tokens --out modern.json
+python -m benchmarks checkpoints
+python -m benchmarks overheads --tokens demo-out/data/tokens
+python -m benchmarks train --mingpt CHECKOUT
+python -m benchmarks probe
+python -m benchmarks features
+python -m benchmarks serve
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from benchmarks.checkpoints import checkpoints
+from benchmarks.data import data
+from benchmarks.features import features
+from benchmarks.modern import modern
+from benchmarks.overheads import overheads
+from benchmarks.palette import palette
+from benchmarks.probe import probe
+from benchmarks.serve import serve
+from benchmarks.train import train
+
+FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
+
+if __name__ == "__main__":
+    benches: dict[str, Callable[..., Any]] = {
+        "palette": palette,
+        "data": data,
+        "checkpoints": checkpoints,
+        "overheads": overheads,
+        "modern": modern,
+        "train": train,
+        "probe": probe,
+        "features": features,
+        "serve": serve,
+    }
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))

@@ -1,0 +1,163 @@
+"""Files one by one: class folders as torchvision has them, and ImageNet as Kaggle has it.
+
+    folders   <class>/<image>, or {train,val,test}/<class>/<image>
+    kaggle    ILSVRC/Data/CLS-LOC/{train/<wnid>/<image>, val/<image>, test/<image>}, LOC_val_solution.csv
+
+The plan holds every file's name: these are layouts for millions of images, not for billions.
+"""
+
+import csv
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from igpt_ray import storage
+from igpt_ray.data.sources.ranges import fetched
+from igpt_ray.data.sources.units import (
+    MOST_BYTES,
+    SPLITS,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    VAL,
+    Draft,
+    Image,
+    Plan,
+    Unreadable,
+    Wanted,
+    batched,
+    key_of,
+    numbered,
+)
+from igpt_ray.errors import NotFound, SourceError
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD = 16
+"""Requests under way at once per unit, to hide the object store's latency."""
+READ_AHEAD_DISK = 2
+"""The same where there is little to hide: more threads would cost three times what reading does."""
+TOGETHER = 4
+"""Files that a thread fetches one after the other: handing over every single one costs as much as reading it."""
+
+Listing = list[tuple[str, int]]
+"""Path below the split, and bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Images that are files of their own."""
+
+    root: str
+    """URI below which the paths lie."""
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    def identity(self) -> object:
+        return tuple(zip(self.paths, self.sizes, strict=True)), self.labels
+
+    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+        """Raises `StorageError` if a file cannot be fetched."""
+        items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
+        items = [item for item in items if wanted is None or wanted(item[1])]
+        ahead = READ_AHEAD if storage.is_s3(self.root) else READ_AHEAD_DISK
+        for part in fetched(batched(items, TOGETHER), self._fetch, ahead):
+            yield from part
+
+    def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | Unreadable]:
+        found: list[Image | Unreadable] = []
+        for path, key, label in items:
+            data = storage.read(storage.join(self.root, path), 0, MOST_BYTES + 1)
+            whole = len(data) <= MOST_BYTES
+            found.append(Image(key, label, data) if whole else Unreadable(key, f"has more than {MOST_BYTES} bytes"))
+        return found
+
+
+def plan_folders(source: str, images_per_unit: int) -> Plan:
+    """Raises `SourceError` if nothing is there, or a file lies outside any class folder."""
+    files, nested = _by_split(source)
+    classes = {split: {_class_of(path) for path, _ in listing} for split, listing in files.items()}
+    names = tuple(sorted(set().union(*classes.values())))
+    index = {name: i for i, name in enumerate(names)}
+    if new := set(names) - classes.get(TRAIN, set(names)):
+        log.warning("%d of %d classes have no training image: %s", len(new), len(names), ", ".join(sorted(new)[:5]))
+    drafts: list[Draft] = []
+    for split, listing in files.items():
+        root = storage.join(source, split) if nested else source
+        drafts += _cut(split, root, listing, lambda path: index[_class_of(path)], images_per_unit)
+    return Plan(names, numbered(drafts))
+
+
+def plan_kaggle(source: str, images_per_unit: int) -> Plan:
+    """Raises `SourceError` if a validation image has no line in the CSV. Test images stay unlabelled."""
+    images = storage.join(source, "ILSVRC/Data/CLS-LOC")
+    files: dict[str, Listing] = defaultdict(list)
+    for entry in storage.walk(images):
+        split, slash, path = storage.below(images, entry.uri).partition("/")
+        if split not in SPLITS or not slash or ("/" in path) != (split == TRAIN):
+            raise SourceError(f"{entry.uri} has no place in Kaggle's layout: train/<wnid>/<image>, val/<image>")
+        files[split].append((path, entry.size))
+    if not files:
+        raise SourceError(f"{images} holds no files: expected ImageNet as Kaggle's archive unpacks it")
+    validated = _solution(storage.join(source, "LOC_val_solution.csv"), files[VAL])
+    classes = tuple(sorted({_class_of(path) for path, _ in files[TRAIN]} | set(validated.values())))
+    index = {name: i for i, name in enumerate(classes)}
+    label_of = {
+        TRAIN: lambda path: index[_class_of(path)],
+        VAL: lambda path: index[validated[path]],
+        TEST: lambda path: UNLABELLED,
+    }
+    drafts: list[Draft] = []
+    for split, listing in files.items():
+        drafts += _cut(split, storage.join(images, split), listing, label_of[split], images_per_unit)
+    return Plan(classes, numbered(drafts))
+
+
+def _solution(uri: str, listing: Listing) -> dict[str, str]:
+    """Validation image -> WordNet id, from lines such as `ILSVRC2012_val_00000001,n03995372 85 1 499 272 ...`."""
+    if not listing:
+        return {}
+    try:
+        text = storage.read(uri).decode()
+    except (NotFound, UnicodeDecodeError) as error:
+        raise SourceError(f"{uri} is needed for the labels of {len(listing)} validation images: {error}") from error
+    boxes = {row[0]: row[1].split() for row in csv.reader(text.splitlines()) if len(row) == 2}
+    found = {path: boxes.get(path.rpartition(".")[0]) for path, _ in listing}
+    if missing := sorted(path for path, words in found.items() if not words):
+        raise SourceError(
+            f"{uri} has no label for {len(missing)} validation images, {', '.join(missing[:3])} among them"
+        )
+    return {path: words[0] for path, words in found.items() if words}
+
+
+def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int], n: int) -> Iterator[Draft]:
+    """Units of n images, sorted by path."""
+    for part in batched(sorted(listing), n):
+        paths, sizes = tuple(path for path, _ in part), tuple(size for _, size in part)
+        yield Draft(split, len(part), Files(root, paths, sizes, tuple(label_of(path) for path in paths)))
+
+
+def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
+    """Split -> files, and whether the splits are folders (every top folder is one) or all is training."""
+    layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
+    listing = [(storage.below(source, entry.uri), entry.size) for entry in storage.walk(source)]
+    if not listing:
+        raise SourceError(f"{source} holds no files: expected images in class folders, {layout}")
+    tops = {path.partition("/")[0] for path, _ in listing}
+    nested = not tops.isdisjoint(SPLITS)
+    if nested and not tops <= set(SPLITS):
+        mixed = ", ".join(sorted(tops - set(SPLITS))[:5])
+        raise SourceError(f"{source} holds split folders and others beside them ({mixed}): expected {layout}")
+    files: dict[str, Listing] = defaultdict(list)
+    for path, size in listing:
+        split, _, inside = path.partition("/") if nested else (TRAIN, "", path)
+        if "/" not in inside:
+            raise SourceError(f"{storage.join(source, path)} lies in no class folder: expected {layout}")
+        files[split].append((inside, size))
+    return files, nested
+
+
+def _class_of(path: str) -> str:
+    return path.partition("/")[0]

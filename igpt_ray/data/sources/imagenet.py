@@ -1,0 +1,205 @@
+"""ImageNet's original archives, read where they lie.
+
+    ILSVRC2012_img_train.tar    a tar of one tar per class, <wnid>.tar: each is a unit
+    ILSVRC2012_img_val.tar      flat; its labels lie beside it in a text file, a line an image in the order of the names
+    ILSVRC2012_img_test*.tar    flat, unlabelled
+
+Planning walks headers only, and steps over what lies between them.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from igpt_ray import storage
+from igpt_ray.data.sources.ranges import Window
+from igpt_ray.data.sources.tars import Bad, Member, members
+from igpt_ray.data.sources.units import (
+    MOST_BYTES,
+    MOST_CLASSES,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    Draft,
+    Image,
+    Plan,
+    Unreadable,
+    Wanted,
+    batched,
+    key_of,
+    numbered,
+    split_of,
+)
+from igpt_ray.errors import NotFound, SourceError
+
+TYPICAL_BYTES = 110_000
+"""Of an image: 137.9 GB of training images are 1,281,167."""
+
+MOST_FLAT = 1_000_000
+"""Members of a flat archive: their names are held while planning. ImageNet has 50,000 and 100,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTar:
+    """The images of one class: an archive in bytes `start` to `start + size` of another."""
+
+    uri: str
+    total: int
+    """Bytes of the outer archive."""
+    start: int
+    size: int
+    wnid: str
+    label: int
+
+    def identity(self) -> object:
+        return storage.name(self.uri), self.total, self.start, self.size, self.wnid, self.label
+
+    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+        try:
+            with Window(self.uri, self.total) as window:
+                found = members(window, self.start, self.start + self.size)
+                yield from _images(window, found, lambda name: self.label, wanted)
+        except SourceError as error:
+            raise SourceError(f"class {self.wnid}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class FlatTar:
+    """Consecutive images of a flat archive, from the header at `start` on."""
+
+    uri: str
+    total: int
+    start: int
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def identity(self) -> object:
+        return storage.name(self.uri), self.total, self.start, self.names, self.labels
+
+    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+        label_of = dict(zip(self.names, self.labels, strict=True))
+        with Window(self.uri, self.total) as window:
+            found = islice(members(window, self.start), len(self.names))
+            yield from _images(window, found, label_of.get, wanted)
+
+
+def plan_tars(source: str, images_per_unit: int) -> Plan:
+    """Raises `SourceError` if an archive is cut, a class is empty, or labels and images do not match one to one."""
+    entries = list(storage.walk(source))
+    tars = [entry for entry in entries if entry.uri.lower().endswith(".tar")]
+    if not tars:
+        raise SourceError(f"{source} holds no tar archives: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar")
+    nested = {entry: _class_tars(entry) for entry in tars if split_of(storage.name(entry.uri)) == TRAIN}
+    flat = {entry: _flat(entry) for entry in tars if entry not in nested}
+    told = {entry: _labels(entry.uri, found, entries) for entry, found in flat.items()}
+    wnids = [storage.name(member.name)[:-4] for found in nested.values() for member in found]
+    if len(wnids) > len(set(wnids)):
+        wnid = Counter(wnids).most_common(1)[0][0]
+        raise SourceError(f"{source} holds the class {wnid} twice: leave one archive of training images there")
+    classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in told.values()))))
+    index = {wnid: i for i, wnid in enumerate(classes)}
+    drafts: list[Draft] = []
+    for entry, found in nested.items():
+        drafts += (_class_draft(entry, member, index) for member in found)
+    for entry, images in flat.items():
+        labels = {name: index[wnid] for name, wnid in told[entry].items()}
+        drafts += _cut(entry, images, labels, images_per_unit)
+    return Plan(classes, numbered(drafts))
+
+
+def _class_tars(entry: storage.Entry) -> list[Member]:
+    """The inner archives, sorted by class."""
+    inner = []
+    with Window(*entry) as window:
+        for member in members(window):
+            if isinstance(member, Bad) or not member.name.lower().endswith(".tar"):
+                reason = member.reason if isinstance(member, Bad) else "is no tar"
+                raise SourceError(f"{entry.uri}: {member.name!r} {reason}; expected a tar per class, <wnid>.tar")
+            if next(members(window, member.start, member.start + member.size), None) is None:
+                raise SourceError(f"{entry.uri}: {member.name} holds no images")
+            inner.append(member)
+            if len(inner) > MOST_CLASSES:
+                raise SourceError(f"{entry.uri} holds more than {MOST_CLASSES} classes")
+    return sorted(inner, key=lambda member: storage.name(member.name))
+
+
+def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) -> Draft:
+    wnid = storage.name(member.name)[:-4]
+    content = ClassTar(entry.uri, entry.size, member.start, member.size, wnid, index[wnid])
+    return Draft(TRAIN, max(1, round(member.size / TYPICAL_BYTES)), content)
+
+
+def _flat(entry: storage.Entry) -> list[Member | Bad]:
+    with Window(*entry) as window:
+        found = list(islice(members(window), MOST_FLAT + 1))
+    if len(found) > MOST_FLAT:
+        raise SourceError(f"{entry.uri} has more than {MOST_FLAT} members: for flat archives use WebDataset shards")
+    return found
+
+
+def _cut(entry: storage.Entry, found: list[Member | Bad], labels: dict[str, int], n: int) -> Iterator[Draft]:
+    for part in batched(found, n):
+        names = tuple(member.name for member in part)
+        numbers = tuple(labels.get(name, UNLABELLED) for name in names)
+        content = FlatTar(entry.uri, entry.size, part[0].header, names, numbers)
+        yield Draft(split_of(storage.name(entry.uri)), len(part), content)
+
+
+def _labels(tar: str, found: list[Member | Bad], entries: list[storage.Entry]) -> dict[str, str]:
+    """Name in a flat archive -> WordNet id. Nothing is known of the test images."""
+    if split_of(storage.name(tar)) == TEST:
+        return {}
+    texts = [e.uri for e in entries if re.search(r"val.*(synset|ground_truth|label).*\.txt$", e.uri.lower())]
+    if not texts:
+        raise SourceError(f"{tar} needs its labels beside it: ILSVRC2012_validation_synsets.txt, a WordNet id a line")
+    for member in found:
+        if isinstance(member, Bad):  # and who knows whether its name is: one name more or less shifts all labels
+            raise SourceError(
+                f"{tar}: {member.name!r} {member.reason}; labels follow the names, so all must be readable"
+            )
+    uri = min(texts, key=lambda text: ("synset" not in text.lower(), text))
+    lines = storage.read(uri).decode("utf-8", "backslashreplace").split()
+    names = sorted({member.name for member in found})
+    if not len(lines) == len(names) == len(found):
+        raise SourceError(f"{uri} has {len(lines)} labels for {len(names)} images in {tar}: expected one line an image")
+    if lines and all(line.isdigit() for line in lines):
+        lines = _numbered_wnids(uri, lines)
+    return dict(zip(names, lines, strict=True))
+
+
+def _numbered_wnids(uri: str, lines: list[str]) -> list[str]:
+    """The development kit's numbers are not the order of the WordNet ids (1 is n02119789), so a map is needed."""
+    place = storage.join(uri.rpartition("/")[0], "map_clsloc.txt")
+    try:
+        rows = [line.split() for line in storage.read(place).decode("utf-8", "backslashreplace").splitlines()]
+    except NotFound as error:
+        raise SourceError(
+            f"{uri} tells classes by ILSVRC2012 numbers: put map_clsloc.txt beside it (lines `n02119789 1 kit_fox`),"
+            " or use ILSVRC2012_validation_synsets.txt"
+        ) from error
+    wnid_of = {row[1]: row[0] for row in rows if len(row) >= 2}
+    if unknown := sorted(set(lines) - wnid_of.keys()):
+        raise SourceError(f"{uri} has the label {unknown[0]}, out of the range of {place}")
+    return [wnid_of[line] for line in lines]
+
+
+def _images(
+    window: Window, found: Iterator[Member | Bad], label_of: Callable[[str], int | None], wanted: Wanted | None
+) -> Iterator[Image | Unreadable]:
+    for member in found:
+        if isinstance(member, Bad):
+            yield Unreadable(member.name, member.reason)
+            continue
+        key, label = key_of(member.name), label_of(member.name)
+        if label is None:
+            raise SourceError(f"{window.uri} has changed since it was planned: it did not hold {member.name!r}")
+        if wanted is not None and not wanted(key):
+            continue
+        if member.name.lower().endswith(".tar"):
+            yield Unreadable(key, "is a tar archive inside that of its class")
+        elif member.size > MOST_BYTES:
+            yield Unreadable(key, f"has {member.size} bytes, more than {MOST_BYTES}")
+        else:
+            yield Image(key, label, window.read_all(member.start, member.size))

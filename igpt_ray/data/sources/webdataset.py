@@ -1,0 +1,201 @@
+"""WebDataset: tar shards whose members belong together by their stems, `000123.jpg` and `000123.cls`.
+
+A shard is a unit, so that planning needs the listing alone. Labels are numbers, or names out of `classes.txt` beside
+the shards; where that file is missing, a few shards are read for their labels, and many are refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
+
+from igpt_ray import storage
+from igpt_ray.data.sources.ranges import Window
+from igpt_ray.data.sources.tars import BLOCK, Bad, Member, members
+from igpt_ray.data.sources.units import (
+    MOST_BYTES,
+    TEST,
+    UNLABELLED,
+    Image,
+    Plan,
+    Unreadable,
+    Wanted,
+    key_of,
+    label_in,
+    numbered,
+    observe,
+    observed_classes,
+    stated_classes,
+    unnamed_classes,
+    whole_files,
+)
+from igpt_ray.errors import SourceError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LABELS = {"cls": 1 << 10, "json": 1 << 20}
+"""Extensions that may hold a label, and the bytes we are willing to read for it."""
+MOST_SURVEYED = 64
+"""Shards that are read through for their labels when nobody names the classes."""
+TYPICAL = 16
+"""Images of the first shard that tell how many bytes one has."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarShard:
+    """One shard."""
+
+    root: str
+    path: str
+    size: int
+    split: str
+    n_classes: int
+    names: tuple[str, ...] | None
+    """Class names, where the labels are names."""
+
+    def identity(self) -> object:
+        return self.path, self.size, self.n_classes, self.names
+
+    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+        index = {name: i for i, name in enumerate(self.names or ())}
+        with Window(storage.join(self.root, self.path), self.size) as window:
+            for sample in _samples(window, wanted):
+                yield from self._image(sample, index)
+
+    def _image(self, sample: "Sample | Unreadable", index: dict[str, int]) -> Iterator[Image | Unreadable]:
+        if isinstance(sample, Unreadable):
+            yield sample
+        elif not sample.skipped:
+            where = f"{storage.join(self.root, self.path)}: {sample.key}"
+            label = _label(sample, where)
+            if isinstance(label, str):
+                if label not in index:
+                    raise SourceError(f"{where} has the label {label!r}, which is none of the {self.n_classes} classes")
+                label = index[label]
+            if sample.image is None:
+                yield Unreadable(sample.key, f"has no picture: expected one of {', '.join(IMAGES)}")
+            elif label is None and self.split != TEST:
+                yield Unreadable(sample.key, "has no label: expected a .cls, or a .json with a label")
+            else:
+                label = label_in(UNLABELLED if label is None else label, self.n_classes, self.split, where)
+                yield Image(sample.key, label, sample.image)
+
+
+class Sample:
+    """The members of one stem, of those that matter. Only a wanted picture is fetched."""
+
+    def __init__(self, stem: str):
+        self.stem = stem
+        self.key = stem
+        self.size = 0
+        """Bytes in the archive."""
+        self.has_picture = False
+        self.image: bytes | None = None
+        self.skipped = False
+        """It has a picture that was not wanted, or none that we read."""
+        self.labels: dict[str, bytes] = {}
+
+    def add_picture(self, window: Window, member: Member, wanted: Wanted | None) -> Iterator[Unreadable]:
+        self.has_picture = True
+        self.key = key_of(member.name)
+        self.skipped = wanted is not None and not wanted(self.key)
+        if not self.skipped and member.size > MOST_BYTES:
+            self.skipped = True
+            yield Unreadable(self.key, f"has {member.size} bytes, more than {MOST_BYTES}")
+        elif not self.skipped:
+            self.image = window.read_all(member.start, member.size)
+
+
+def plan_webdataset(source: str, images_per_unit: int) -> Plan:
+    """Raises `SourceError` if there are no shards, or no way to know the classes. A shard is a unit of any size."""
+    listing = (entry for entry in storage.walk(source) if entry.uri.lower().endswith(".tar"))
+    head = list(islice(listing, MOST_SURVEYED + 1))
+    if not head:
+        raise SourceError(f"{source} holds no tar shards")
+    first = _look(head[0])
+    classes = stated_classes(source) or _survey(source, head)
+    names = classes if first.named else None
+
+    def shard(path: str, size: int, split: str) -> TarShard:
+        return TarShard(source, path, size, split, len(classes), names)
+
+    return Plan(classes, numbered(whole_files(source, chain(head, listing), first.bytes_per_image, shard)))
+
+
+class Look(NamedTuple):
+    """What the beginning of a shard tells of all."""
+
+    bytes_per_image: float
+    named: bool
+    """Whether labels are names."""
+
+
+def _look(entry: storage.Entry) -> Look:
+    start = list(islice(_labelled(entry), TYPICAL))
+    bytes_per_image = sum(sample.size for sample, _ in start) / len(start) if start else entry.size
+    return Look(bytes_per_image or 1, any(isinstance(label, str) for _, label in start))
+
+
+def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
+    """The classes, out of the labels of all samples."""
+    if len(head) > MOST_SURVEYED:
+        raise unnamed_classes(source, MOST_SURVEYED, "shards")
+    numbers: dict[int, str] = {}
+    names: set[str] = set()
+    for entry in head:
+        for sample, label in _labelled(entry):
+            if isinstance(label, str):
+                names.add(label)
+            else:
+                observe(numbers, label, sample.key)
+    if names and numbers:
+        raise SourceError(f"{source} labels images by numbers and by names: put a classes.txt there")
+    return tuple(sorted(names)) or observed_classes(numbers)
+
+
+def _labelled(entry: storage.Entry) -> Iterator[tuple["Sample", int | str | None]]:
+    with Window(*entry) as window:
+        for sample in _samples(window, lambda key: False):
+            if isinstance(sample, Sample):
+                yield sample, _label(sample, f"{entry.uri}: {sample.key}")
+
+
+def _samples(window: Window, wanted: Wanted | None) -> Iterator["Sample | Unreadable"]:
+    """Consecutive members of one stem. A second picture under the same stem begins another sample."""
+    sample: Sample | None = None
+    for member in members(window):
+        if isinstance(member, Bad):
+            yield Unreadable(member.name, member.reason)
+            continue
+        folder, slash, name = member.name.rpartition("/")
+        base, _, extension = name.partition(".")
+        stem, extension = folder + slash + base, extension.lower()
+        if extension not in IMAGES and extension not in LABELS:
+            continue
+        if sample is None or stem != sample.stem or (extension in IMAGES and sample.has_picture):
+            if sample is not None:
+                yield sample
+            sample = Sample(stem)
+        sample.size += member.size + 2 * BLOCK
+        if extension in IMAGES:
+            yield from sample.add_picture(window, member, wanted)
+        elif member.size <= LABELS[extension]:
+            sample.labels[extension] = window.read_all(member.start, member.size)
+    if sample is not None:
+        yield sample
+
+
+def _label(sample: "Sample", where: str) -> int | str | None:
+    """A number, a name, or None if there is no label."""
+    if "cls" in sample.labels:
+        text = sample.labels["cls"].decode("utf-8", "backslashreplace").strip()
+        return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+    try:
+        said = json.loads(sample.labels.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where}.json is no JSON: {error}") from error
+    label = said.get("label") if isinstance(said, dict) else None
+    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
+        return label
+    raise SourceError(f"{where} has the label {str(label)[:50]}: expected a number or a name")

@@ -1,0 +1,290 @@
+"""The token store: Parquet shards {key, label, tokens}, named and committed by one manifest.
+
+    <root>/manifest.json                     written last, conditionally: the commit
+    <root>/palette.npy
+    <root>/<split>/<unit>-v<view>.parquet
+    <root>/quarantine/<split>-<unit>-v<view>.json    what could not be read, and why
+
+Readers see only what a manifest names, and compare bytes and sha256 before they use a shard; the manifest ends with
+its own. A shard's name follows from its unit and view, and its bytes from its rows, so that a repeated task overwrites
+its own output with the same.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from igpt_ray import storage
+from igpt_ray.data import pixels
+from igpt_ray.data.image_files import RGB
+from igpt_ray.data.palette import Palette
+from igpt_ray.errors import NotFound, TokenStoreError
+
+FORMAT = "igpt_ray tokens 1"
+SHEET = 64
+"""Pictures on a contact sheet."""
+Tokens = NDArray[np.uint16]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Kind(Strict):
+    """What tokens mean. Two stores, or a store and a release, fit together only if these are equal."""
+
+    n_px: int
+    n_vocab: int
+    palette: str
+    """Fingerprint of the palette."""
+    pipeline: str
+    """Id and version of the pixel pipeline."""
+
+    @property
+    def n_positions(self) -> int:
+        return self.n_px * self.n_px
+
+
+class Statistics(Strict):
+    """What making a shard showed; sums, so that they add up over shards. The same in every repeat."""
+
+    quarantined: int
+    """Images that could not be read."""
+    source_bytes: int
+    """Encoded bytes of the images that could."""
+    squared_error: int
+    """Squared distance of the pixels to their colours, summed over pixels and channels, in 8-bit units."""
+
+
+class Shard(Strict):
+    """One Parquet file, relative to the store's root."""
+
+    path: str
+    split: str
+    view: int
+    rows: int
+    bytes: int
+    sha256: str
+    source: str
+    """Digest of the unit of work it was made from."""
+    statistics: Statistics
+
+
+class Quarantined(Strict):
+    """An image that could not be read."""
+
+    key: str
+    reason: str
+
+
+class Manifest(Strict):
+    format: str
+    kind: Kind
+    classes: list[str]
+    shards: list[Shard]
+    """Ordered by split, view and unit: the order of the rows."""
+    made_by: dict[str, Any]
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted({shard.split for shard in self.shards})
+
+    def views(self, split: str) -> int:
+        """How many views there are of the images of a split. Raises `TokenStoreError` as `select` does."""
+        self.select(split)
+        views = 1 + max(shard.view for shard in self.shards if shard.split in split.split("+"))
+        for view in range(1, views):
+            self.select(split, view)
+        return views
+
+    def select(self, split: str, view: int = 0) -> list[Shard]:
+        """The shards of a split, or of several: `train+holdout` is the one and then the other.
+
+        Raises `TokenStoreError` if there is no such split, or nothing in it.
+        """
+        chosen: list[Shard] = []
+        for name in split.split("+"):
+            part = [shard for shard in self.shards if shard.split == name and shard.view == view]
+            if not part and view == 0:
+                raise TokenStoreError(f"no split {name!r} in this token store: it has {', '.join(self.splits)}")
+            if not part:
+                raise TokenStoreError(f"{split} cannot be joined: {name!r} has fewer views than the other")
+            chosen += part
+        if not any(shard.rows for shard in chosen):
+            raise TokenStoreError(f"the split {split!r} of this token store has no images")
+        return chosen
+
+    def rows(self, split: str) -> int:
+        return sum(shard.rows for shard in self.select(split))
+
+
+class TokenStore:
+    """A committed token store, open for reading."""
+
+    def __init__(self, root: str, manifest: Manifest, sha256: str):
+        self.root = root
+        self.manifest = manifest
+        self.sha256 = sha256
+        """Of the manifest's bytes: names the whole content."""
+
+    @classmethod
+    def open(cls, root: str) -> "TokenStore":
+        """Raises `TokenStoreError` if nothing is committed there, or its manifest is not one of ours."""
+        root = storage.absolute(root)
+        try:
+            data = storage.read(storage.join(root, "manifest.json"))
+        except NotFound as error:
+            raise TokenStoreError(f"no token store is committed at {root}: run jobs/prepare.py ({error})") from error
+        body = unseal(data)
+        if body is None:
+            raise TokenStoreError(
+                f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of what is"
+                " before): delete it and repeat jobs/prepare.py, which keeps the shards that are whole"
+            )
+        try:
+            manifest = Manifest.model_validate_json(body)
+        except ValidationError as error:
+            raise TokenStoreError(f"{root}/manifest.json is damaged or of another version: {_first(error)}") from error
+        if manifest.format != FORMAT:
+            raise TokenStoreError(f"{root} is {manifest.format!r}; this version reads {FORMAT!r}")
+        return cls(root, manifest, hashlib.sha256(data).hexdigest())
+
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
+    def palette(self) -> Palette:
+        """The store's palette; raises `TokenStoreError` if the file is not the one the manifest names."""
+        palette = Palette.load(storage.join(self.root, "palette.npy"))
+        if palette.fingerprint != self.kind.palette:
+            raise TokenStoreError(f"{self.root}/palette.npy is not the palette that its tokens were made with")
+        return palette
+
+    def read(self, shard: Shard) -> pa.Table:
+        """The rows of a shard, verified. Raises `TokenStoreError` naming the file if a single bit is wrong."""
+        uri = storage.join(self.root, shard.path)
+        data = storage.read(uri)
+        if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise TokenStoreError(
+                f"{uri} is damaged ({len(data)} bytes, expected {shard.bytes} with sha256"
+                f" {shard.sha256[:12]}...): delete it and repeat jobs/prepare.py"
+            )
+        return parse(data)
+
+    def read_split(self, split: str) -> Iterator[pa.Table]:
+        """The shards of a split, one table at a time."""
+        for shard in self.manifest.select(split):
+            yield self.read(shard)
+
+
+def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, Any]) -> bytes:
+    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` says what it is made of."""
+    T = tokens.shape[1]
+    values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
+    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
+    table = pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int32()), "tokens": column})
+    about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
+    table = table.replace_schema_metadata({"igpt_ray": about})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", use_dictionary=["key"], write_page_checksum=True)
+    return out.getvalue()
+
+
+def parse(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+
+
+def described(data: bytes) -> tuple[int, dict[str, Any]]:
+    """How many rows a shard has, and what it says of itself, from the end of its bytes alone."""
+    footer = pq.read_metadata(io.BytesIO(data))
+    return footer.num_rows, about(footer)
+
+
+def reencode(table: pa.Table) -> bytes:
+    """The bytes of a shard made from these rows: those it was read from, unless some of them are wrong.
+
+    Pages have checksums; what lies between and behind them has none, but would be written otherwise.
+    """
+    said = about(table.schema)
+    kind = Kind(**{field: said.pop(field) for field in Kind.model_fields})
+    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
+
+
+def about(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
+    """What a shard says of itself: its kind, unit, split and view."""
+    found: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
+    return found
+
+
+def tokens_of(table: pa.Table) -> Tokens:
+    """The token column as (rows, n_px * n_px) uint16."""
+    column = table["tokens"].combine_chunks()
+    return np.asarray(column.to_numpy_ndarray())
+
+
+def contact_sheet(store: TokenStore, split: str) -> RGB:
+    """A picture of 64 images of a split, decoded from their tokens: what a model will see of them.
+
+    They are spread evenly over at most 8 shards, so that a sheet of a billion images costs no more.
+    """
+    with_rows = [shard for shard in store.manifest.select(split) if shard.rows]
+    chosen = [with_rows[i] for i in evenly(len(with_rows), 8)]
+    palette, n_px, pictures = store.palette(), store.kind.n_px, list[RGB]()
+    for n, shard in enumerate(chosen):
+        tokens = tokens_of(store.read(shard))
+        wanted = (SHEET - len(pictures)) // (len(chosen) - n)
+        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in evenly(len(tokens), wanted)]
+    across = math.ceil(math.sqrt(len(pictures)))
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % across)
+    rows = [pictures[start : start + across] for start in range(0, len(pictures), across)]
+    return pixels.sheet(rows, scale=max(1, 64 // n_px))
+
+
+def evenly(n: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of 0 .. n-1, spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+
+
+SEAL = ',\n "sha256": "{}"\n}}\n'
+
+
+def seal(manifest: str) -> bytes:
+    """A manifest's file: its JSON with one field more at the end, the sha256 of all the bytes before.
+
+    A flipped bit in the name of a split would otherwise be a shard that no reader misses.
+    """
+    body = manifest.rstrip().removesuffix("}").rstrip()
+    return (body + SEAL.format(hashlib.sha256(body.encode()).hexdigest())).encode()
+
+
+def unseal(data: bytes) -> bytes | None:
+    """The JSON without that field; None if a bit of the file is wrong."""
+    body = data[: -len(SEAL.format("0" * 64))]
+    return body + b"}" if data == body + SEAL.format(hashlib.sha256(body).hexdigest()).encode() else None
+
+
+def commit(root: str, manifest: Manifest) -> TokenStore:
+    """Write the manifest, the last step of a preparation. A repeat finds its equal there and changes nothing.
+
+    Raises `TokenStoreError` if another store has been committed under this root in the meantime.
+    """
+    data = seal(manifest.model_dump_json(indent=1))
+    if not storage.write_new(storage.join(root, "manifest.json"), data):
+        there = TokenStore.open(root)
+        if there.manifest.shards != manifest.shards or there.kind != manifest.kind:
+            raise TokenStoreError(f"another token store was committed at {root} meanwhile: choose another place")
+    return TokenStore.open(root)
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,384 @@
+"""The HTTP API: requests to pictures' tokens, tokens to a release's replicas, and what they say back.
+
+    POST /v1/completions   finish a picture n times; with "stream", row by row as server-sent events
+    POST /v1/features      what the network makes of pictures
+    POST /v1/classify      classes, by a probe's head or a fine-tuned one
+    POST /v1/score         nats of pictures, and of their pixels
+    GET  /v1/models        what is served
+    GET  /healthz          the process answers;  GET /readyz  the models do
+    GET  /                 the page;  GET /docs and /openapi.json
+
+Pictures are decoded here, so that no replica ever sees a file. Bodies are JSON or multipart forms (wire.py); who gets
+this far, gate.py decides. Nothing is ever fetched from a URL.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import math
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from igpt_ray.data.token_store import Tokens
+from igpt_ray.errors import ImageError, SettingError
+from igpt_ray.generate import engine
+from igpt_ray.serve.middleware import PUBLIC, Gate, Keys, Refused
+from igpt_ray.serve.schemas import (
+    MAX_PICTURES,
+    MAX_SAMPLES,
+    Asked,
+    ClassifyRequest,
+    CompletionRequest,
+    FeaturesRequest,
+    Reader,
+    ScoreRequest,
+)
+
+log = logging.getLogger(__name__)
+
+REQUEST_SECONDS = 300
+"""For an answer, or for the whole of a stream."""
+READY_SECONDS = 30
+PAGE = Path(__file__).resolve().parent / "web" / "index.html"
+
+A = TypeVar("A", bound=Asked)
+
+
+class Model(Protocol):
+    """A release's replicas, or one of them."""
+
+    def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]: ...
+
+    def ask(self, what: str, *words: Any) -> Awaitable[Any]: ...
+
+
+class Served:
+    """A release as the API knows it."""
+
+    def __init__(self, name: str, reader: Reader, heads: dict[str, list[str]], lanes: int, model: Model):
+        self.name = name
+        self.reader = reader
+        self.heads = heads
+        """Name -> its classes."""
+        self.lanes = lanes
+        self.model = model
+
+    def listing(self) -> dict[str, Any]:
+        about = self.reader.about
+        return {
+            "id": self.name,
+            "object": "model",
+            "n_px": about.model.n_px,
+            "n_vocab": about.model.n_vocab,
+            "n_layer": about.model.n_layer,
+            "n_embd": about.model.n_embd,
+            "parameters": about.model.n_params,
+            "max_n": min(self.lanes, MAX_SAMPLES),
+            "pipeline": about.kind.pipeline,
+            "sha256": about.sha256,
+            "palette_sha256": about.kind.palette,
+            "heads": [{"id": name, "classes": classes} for name, classes in self.heads.items()],
+            "palette": self.colours(),
+        }
+
+    def colours(self) -> list[str]:
+        """#rrggbb of every token."""
+        colours = self.reader.palette.decode(np.arange(self.reader.about.model.n_vocab))
+        return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------ the application
+
+
+def application(served: dict[str, Served], keys: Keys | None, queue: int) -> FastAPI:
+    """All routes behind the gate. `served` is the allow-list of models, its first the one that answers by default."""
+    app = FastAPI(title="igpt_ray", version="1", description="Image GPT over HTTP.", redoc_url=None)
+    app.add_middleware(Gate, keys=keys, queue=queue)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _our_fault)
+    for error in (Refused, ImageError, SettingError, ValidationError, TimeoutError):
+        app.add_exception_handler(error, lambda _, error: refusal_of(error).response)
+    app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign]
+    page = PAGE.read_text()
+    headers = {"content-security-policy": _policy(page), "referrer-policy": "no-referrer"}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/healthz", summary="The process answers")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Every model has painted a pixel", responses=_said(503))
+    async def readyz() -> dict[str, str]:
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await asyncio.gather(*(one.model.ask("ready") for one in served.values()))
+        except Exception as error:
+            raise Refused(503, "not_ready", f"a model does not answer yet ({type(error).__name__})") from error
+        return {"status": "ready"}
+
+    @app.get("/v1/models", summary="What is served", responses=_said(401))
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [one.listing() for one in served.values()]}
+
+    @app.post("/v1/completions", **_takes(CompletionRequest, stream=True))
+    async def completions(request: Request) -> Response:
+        asked = await parsed(request, CompletionRequest)
+        one = _chosen(served, asked)
+        if asked.n > one.lanes:
+            raise SettingError(f"n is {asked.n}; this server paints {one.lanes} pictures at once")
+        wanted = await asyncio.to_thread(one.reader.request, asked)
+        answer = Completion(one, asked, wanted)
+        if asked.stream:
+            return StreamingResponse(
+                answer.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            )
+        async with asyncio.timeout(REQUEST_SECONDS):
+            async for _ in answer.rows():
+                pass
+        return JSONResponse(answer.whole())
+
+    @app.post("/v1/features", **_takes(FeaturesRequest))
+    async def features(request: Request) -> Response:
+        asked = await parsed(request, FeaturesRequest)
+        one = _chosen(served, asked)
+        n_layer = one.reader.about.model.n_layer
+        layer = n_layer // 2 if asked.layer is None else asked.layer
+        if layer > n_layer:
+            raise SettingError(f"layer is {layer}; this model has 0 to {n_layer}")
+        found = await _ask(one, asked, "features", layer, asked.pooling)
+        data = [{"index": i, "features": row.tolist()} for i, row in enumerate(found[1])]
+        return JSONResponse({"model": one.name, "layer": layer, "pooling": asked.pooling, "data": data})
+
+    @app.post("/v1/classify", **_takes(ClassifyRequest))
+    async def classify(request: Request) -> Response:
+        asked = await parsed(request, ClassifyRequest)
+        one = _chosen(served, asked)
+        head = asked.head or next(iter(one.heads), "")
+        if head not in one.heads:
+            raise Refused(404, "head_not_found", f"{one.name} has the heads {', '.join(one.heads) or '(none)'}")
+        found, classes = await _ask(one, asked, "classify", head), one.heads[head]
+        data = [{"index": i, "classes": _likeliest(row, classes, asked.top_k)} for i, row in enumerate(found[1])]
+        return JSONResponse({"model": one.name, "head": head, "data": data})
+
+    @app.post("/v1/score", **_takes(ScoreRequest))
+    async def score(request: Request) -> Response:
+        asked = await parsed(request, ScoreRequest)
+        one = _chosen(served, asked)
+        tokens, nats = await _ask(one, asked, "score")
+        data = []
+        for i, (picture, by_pixel) in enumerate(zip(tokens, nats, strict=True)):
+            total = float(by_pixel.sum())
+            said = {"index": i, "nats": total, "nats_per_pixel": total / len(by_pixel)}
+            said["bits_per_pixel"] = said["nats_per_pixel"] / math.log(2)
+            if asked.per_pixel:
+                said |= {"nats_by_pixel": by_pixel.tolist(), "tokens": picture.tolist()}
+            data.append(said)
+        return JSONResponse({"model": one.name, "pixels": int(nats.size), "data": data})
+
+    return app
+
+
+def _chosen(served: dict[str, Served], asked: Asked) -> Served:
+    if not asked.model:
+        return next(iter(served.values()))
+    if asked.model not in served:
+        raise Refused(404, "model_not_found", f"no such model: this server has {', '.join(served)}")
+    return served[asked.model]
+
+
+async def _ask(one: Served, asked: Asked, what: str, *words: Any) -> tuple[Tokens, Any]:
+    """The pictures' tokens, and what the model says to them."""
+    tokens = await asyncio.to_thread(one.reader.pictures, asked)
+    async with asyncio.timeout(REQUEST_SECONDS):
+        return tokens, await one.model.ask(what, tokens, *words)
+
+
+def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
+    order = (-row).argsort(kind="stable")[:k].tolist()
+    return [{"class": classes[i], "index": i, "probability": float(row[i])} for i in order]
+
+
+# ------------------------------------------------------------------------------------------------ completions
+
+
+class Completion:
+    """An answer to a completion request as it comes about."""
+
+    def __init__(self, one: Served, asked: CompletionRequest, wanted: engine.Request):
+        self.one = one
+        self.asked = asked
+        self.wanted = wanted
+        self.n_px = one.reader.n_px
+        self.id = f"cmpl-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.tokens = wanted.tokens[None].repeat(asked.n, axis=0)
+        """(n, T): what is not painted yet is the original's."""
+
+    async def rows(self) -> AsyncIterator[tuple[int, Tokens]]:
+        painting = self.one.model.complete(self.wanted)
+        try:
+            async for row, painted in painting:
+                self.tokens[:, row * self.n_px : (row + 1) * self.n_px] = painted
+                yield row, painted
+        finally:
+            await painting.aclose()  # type: ignore[attr-defined]
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """`started` with the original, a `row` for each that is finished, `completed` with what a request without
+        "stream" is answered; or an `error`, and nothing behind it."""
+        yield _event("started", {**self._head(), "n": self.asked.n})
+        deadline, rows = time.monotonic() + REQUEST_SECONDS, self.rows()
+        try:
+            while True:
+                try:
+                    row, painted = await asyncio.wait_for(anext(rows), deadline - time.monotonic())
+                except StopAsyncIteration:
+                    break
+                data = [{"index": i, **self._shown(strip)} for i, strip in enumerate(painted)]
+                yield _event("row", {"row": row, "data": data})
+            yield _event("completed", self.whole())
+        except Exception as error:
+            yield _event("error", refusal_of(error).body)
+        finally:
+            await rows.aclose()  # type: ignore[attr-defined]
+
+    def whole(self) -> dict[str, Any]:
+        seeds = self.asked.seeds
+        data = [{"index": i, "seed": seeds[i], **self._shown(x)} for i, x in enumerate(self.tokens)]
+        painted = int((~self.wanted.given).sum()) * self.asked.n
+        return {**self._head(), "data": data, "usage": {"painted_pixels": painted}}
+
+    def _head(self) -> dict[str, Any]:
+        original = self._shown(self.wanted.tokens)
+        return {"id": self.id, "created": self.created, "model": self.one.name, "n_px": self.n_px, "original": original}
+
+    def _shown(self, tokens: NDArray[np.integer]) -> dict[str, Any]:
+        return self.one.reader.shown(tokens, self.asked.response_format)
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+# ------------------------------------------------------------------------------------------------ bodies
+
+
+async def parsed(request: Request, body: type[A]) -> A:
+    """A body of JSON, or a form whose files become base64 and whose words are those of the JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return body.model_validate(await _form(request))
+    if kind != "application/json":
+        raise Refused(415, "unsupported_media_type", "send application/json or multipart/form-data")
+    return body.model_validate_json(await request.body())
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    async with request.form(max_files=MAX_PICTURES + 1, max_fields=32, max_part_size=1 << 20) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                text = base64.b64encode(await value.read()).decode()
+                found[name] = [*found.get(name, []), text] if name == "image" else text
+            else:
+                found[name] = value
+    return found
+
+
+def _takes(body: type[Asked], stream: bool = False) -> dict[str, Any]:
+    """How a route is documented: its body is parsed above and not by FastAPI, which knows one kind of body a route."""
+    schema = body.model_json_schema()
+    form = {**schema, "properties": {k: v for k, v in schema["properties"].items() if k != "tokens"}}
+    file = {"type": "string", "format": "binary"}
+    form["properties"] = form["properties"] | {"image": file} | ({"mask": file} if "mask" in form["properties"] else {})
+    form["required"] = ["image"]
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+    said = {200: {"description": "The answer"}, **_said(400, 401, 404, 408, 413, 415, 422, 429, 503, 504)}
+    if stream:
+        said[200]["content"] = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+    return {
+        "summary": (body.__doc__ or "").strip(),
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": said,
+    }
+
+
+def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    fields = {"type": "object", "properties": {name: {"type": "string"} for name in ("message", "type", "code")}}
+    schema = {"type": "object", "properties": {"error": fields}, "required": ["error"]}
+    return {s: {"description": "An error", "content": {"application/json": {"schema": schema}}} for s in statuses}
+
+
+def _openapi(app: FastAPI, keyed: bool) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        if keyed:
+            document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, routes in document["paths"].items():
+                for route in routes.values():
+                    route["security"] = [] if path in PUBLIC else [{"key": []}]
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def refusal_of(error: Exception) -> Refused:
+    """What the client is told. What is our own fault is logged, and not told."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return Refused(422, "invalid_body", f"{where}: {first['msg']}" if where else first["msg"])
+    if isinstance(error, ImageError):
+        return Refused(400, "invalid_image", str(error))
+    if isinstance(error, SettingError):
+        return Refused(400, "invalid_setting", str(error))
+    if isinstance(error, TimeoutError):
+        return Refused(504, "timeout", f"no answer within {REQUEST_SECONDS} s")
+    log.error("a request failed", exc_info=error)
+    return Refused(500, "internal_error", "the server failed; its log says why")
+
+
+async def _http_error(_: Request, error: Any) -> Response:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    refused = Refused(error.status_code, code, str(error.detail))
+    refused.headers = dict(error.headers or {})
+    return refused.response
+
+
+async def _our_fault(_: Request, error: Exception) -> Response:
+    return refusal_of(error).response
+
+
+def _policy(page: str) -> str:
+    """Nothing but what the page itself holds, and this server."""
+
+    def hashes(tag: str) -> str:
+        parts: list[str] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(p.encode()).digest()).decode()}'" for p in parts)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')};"
+        " img-src 'self' data: blob:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,347 @@
+"""Checkpoints of a training run: sharded by torch DCP, committed by a manifest, verified before they are used.
+
+    <run>/checkpoints/step_00001000/__0_0.distcp ...   one or more files per worker
+    <run>/checkpoints/step_00001000/metadata           DCP's index (a pickle: its hash is checked before it is read)
+    <run>/checkpoints/step_00001000/manifest.json      bytes and sha256 of the others, trainer state; written last
+
+A folder without a manifest is not a checkpoint. One whose files do not match its manifest is passed over for the
+next older one, and said so. What saves and loads is called by all workers together; each stores, and brings back, only
+the files that hold a part of its own.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from igpt_ray import storage
+from igpt_ray.data.token_store import Strict
+from igpt_ray.errors import CheckpointError, NotFound, StorageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+METADATA = "metadata"
+"""Stored without DCP's leading dot, so that listings show it."""
+SET_ASIDE = "manifest.set-aside.json"
+"""What `rewind` calls the manifest of a checkpoint that is none any more."""
+ATTEMPTS, PAUSE = 3, 5.0
+"""How often a save tries to store each of its files, and the seconds between, beyond the retries of `storage`."""
+
+
+class File(Strict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    step: int
+    files: list[File]
+    trainer: dict[str, Any]
+
+
+def uri_of(run: str, step: int) -> str:
+    return storage.join(run, "checkpoints", f"step_{step:08d}")
+
+
+class Saver:
+    """Saves beside the training: one checkpoint at a time is copied, written, uploaded and committed by a thread.
+
+    A save whose turn comes while another is under way is left out, and said so: a slow store costs checkpoints, not
+    steps. One that fails is said so too, and leaves the run as it was; the next one tries again. Made and called by
+    all workers together, whose threads talk over a process group of their own.
+    """
+
+    def __init__(self, run: str, keep: int = 0, keep_every: int = 0):
+        self.run, self.keep, self.keep_every = run, keep, keep_every
+        self.group = dist.new_group(backend="gloo")
+        self.copy: dict[str, Any] = {}
+        self.thread: threading.Thread | None = None
+        self.failed: str | None = None
+        """Why the last save did not end in a commit."""
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        trainer: dict[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
+        must: bool = False,
+    ) -> bool:
+        """Begin to save the state after `step` steps, or leave it out; True if begun.
+
+        Returns as soon as the state is copied. `before_commit` is called once, by rank 0's thread. A save that `must`
+        be waits for the one before.
+        """
+        if must:
+            self.wait()
+        elif self._under_way():
+            if dist.get_rank() == 0:
+                log.warning("no checkpoint at step %d: the one before is still being stored", step)
+            return False
+        self.copy = _copied(_state(model, optimizer), self.copy)
+        self.failed = "it was never finished"
+        self.thread = threading.Thread(target=self._store, args=(step, trainer, before_commit), daemon=True)
+        self.thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises `StorageError` if it did not end in a commit."""
+        self.wait()
+        if self.failed is not None:
+            raise StorageError(f"the last checkpoint of {self.run} is not stored: {self.failed}; mend that and repeat")
+
+    def _under_way(self) -> bool:
+        """On any worker: all must decide alike."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.thread is not None and self.thread.is_alive())
+        return any(everyone)
+
+    def _store(self, step: int, trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
+        try:
+            self._commit(step, self._upload(step), trainer, before_commit)
+            self.failed = None
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            self.failed = " ".join(str(error).split())
+            if dist.get_rank() == 0:
+                log.warning("no checkpoint at step %d, training goes on: %s", step, self.failed)
+
+    def _upload(self, step: int) -> list[File]:
+        """The files of all workers. Raises on all of them if one has failed."""
+        uri = uri_of(self.run, step)
+        with tempfile.TemporaryDirectory() as folder:
+            dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
+            mine = _or_error(lambda: [_upload(path, uri) for path in sorted(Path(folder).iterdir())])
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, self.group)
+        if complaints := [each for each in everyone if isinstance(each, str)]:
+            raise StorageError(complaints[0])
+        return [file for files in everyone for file in files]
+
+    def _commit(self, step: int, files: list[File], trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
+        def commit() -> None:
+            _persist(before_commit)
+            manifest = Manifest(step=step, files=files, trainer=trainer).model_dump_json(indent=1).encode()
+            _persist(lambda: storage.write(storage.join(uri_of(self.run, step), "manifest.json"), manifest))
+
+        outcome = [_or_error(commit) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(outcome, 0, self.group)
+        if isinstance(outcome[0], str):
+            raise StorageError(outcome[0])
+        if dist.get_rank() == 0 and self.keep:
+            try:
+                prune(self.run, self.keep, self.keep_every)
+            except StorageError as error:
+                log.warning("older checkpoints stay for now: %s", error)
+
+
+def _copied(state: dict[str, Any], into: dict[str, Any]) -> dict[str, Any]:
+    """The state in the host's memory, where no step changes it; in the memory of the copy before, if it fits."""
+    leaves, shape = tree_flatten(state)
+    before, shape_before = tree_flatten(into)
+    if shape != shape_before:
+        return tree_unflatten([x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x for x in leaves], shape)
+    for x, old in zip(leaves, before, strict=True):
+        if isinstance(x, Tensor):
+            _local(old).copy_(_local(x))
+    return tree_unflatten([old if isinstance(x, Tensor) else x for x, old in zip(leaves, before, strict=True)], shape)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class _Planner(DefaultSavePlanner):
+    """Puts what is not sharded, a few bytes that every worker needs, into worker 0's file instead of anybody's."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
+        first, *others = all_plans
+        sharded = [[item for item in plan.items if item.type == WriteItemType.SHARD] for plan in others]
+        others = [dataclasses.replace(plan, items=items) for plan, items in zip(others, sharded, strict=True)]
+        return super().create_global_plan([first, *others])
+
+
+def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | None:
+    """Load the newest checkpoint that verifies into model and optimizer; None if the run has committed none.
+
+    Raises `CheckpointError` if it has, and all are damaged.
+    """
+    committed: list[Any] = [committed_steps(run) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(committed)
+    if not committed[0]:
+        return None
+    state = _state(model, optimizer)
+    for step in reversed(committed[0]):
+        try:
+            manifest = _load(uri_of(run, step), state)
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                log.warning("passed over: %s", error)
+            continue
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        return manifest
+    # Starting again from nothing would overwrite what may yet be mended.
+    raise CheckpointError(f"none of the {len(committed[0])} checkpoints of {run} is whole: choose another --run.name")
+
+
+def _load(uri: str, state: dict[str, Any]) -> Manifest:
+    """Fill `state`. Raises on all workers what one of them has met: `CheckpointError` if a file is not as it was."""
+    with tempfile.TemporaryDirectory() as folder:
+        reader = _Reader(uri, Path(folder))
+        _all_or_error(reader.open)
+        try:
+            dcp.load(state, storage_reader=reader)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+        assert reader.manifest is not None
+        return reader.manifest
+
+
+class _Reader(dcp.FileSystemReader):
+    """Brings files here as they are read from, and verifies them: a worker has no use for most of a checkpoint."""
+
+    def __init__(self, uri: str, folder: Path):
+        super().__init__(folder)
+        self.uri, self.folder = uri, folder
+        self.manifest: Manifest | None = None
+
+    def open(self) -> None:
+        try:
+            self.manifest = Manifest.model_validate_json(storage.read(storage.join(self.uri, "manifest.json")))
+        except (NotFound, ValidationError) as error:
+            raise CheckpointError(f"{self.uri}/manifest.json is missing or damaged") from error
+        self._fetch({METADATA})
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        self._fetch({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        return super().read_data(plan, planner)
+
+    def _fetch(self, names: set[str]) -> None:
+        assert self.manifest is not None
+        for file in self.manifest.files:
+            if file.name in names:
+                path = self.folder / (f".{METADATA}" if file.name == METADATA else file.name)
+                _fetch(storage.join(self.uri, file.name), path, file.sha256)
+
+
+def _fetch(uri: str, path: Path, sha256: str) -> None:
+    try:
+        storage.download(uri, path)
+    except NotFound as error:
+        raise CheckpointError(f"{uri} is missing") from error
+    with open(path, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+            raise CheckpointError(f"{uri} is damaged: its sha256 is not the one in the manifest")
+
+
+def _all_or_error(work: Callable[[], None]) -> None:
+    """Do it on every worker; raise on all of them what the first has met that failed."""
+    mine: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        mine = error
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if failed := [each for each in everyone if each is not None]:
+        raise failed[0]
+
+
+def rewind(run: str, step: int) -> None:
+    """Make the checkpoint of `step` the newest. Later ones are set aside: their files stay until newer ones come.
+
+    Raises `CheckpointError` if none is committed at `step`. One process, before the workers start.
+    """
+    committed = committed_steps(run)
+    if step not in committed:
+        there = ", ".join(map(str, committed)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step} to resume from: there are {there}")
+    for later in reversed(committed[committed.index(step) + 1 :]):  # killed in between, the newest left is still right
+        uri = uri_of(run, later)
+        log.warning("set aside: %s", uri)
+        storage.write(storage.join(uri, SET_ASIDE), storage.read(storage.join(uri, "manifest.json")))
+        storage.delete(storage.join(uri, "manifest.json"))
+
+
+def prune(run: str, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest committed checkpoints, and what interrupted saves and deletions left behind.
+
+    Those of every `keep_every`-th step stay too, and what is newer than the newest committed one: it may be under
+    way. Rank 0 only.
+    """
+    committed = committed_steps(run)
+    kept = [s for i, s in enumerate(committed) if i >= len(committed) - keep or (keep_every and s % keep_every == 0)]
+    old = [uri for step, uri in _files(run) if kept and step < kept[-1] and step not in kept]
+    # Manifests first: a half-deleted checkpoint must not look whole.
+    for uri in sorted(old, key=lambda uri: storage.name(uri) != "manifest.json"):
+        storage.delete(uri)
+
+
+def committed_steps(run: str) -> list[int]:
+    """Steps with a manifest, ascending."""
+    return sorted(step for step, uri in _files(run) if storage.name(uri) == "manifest.json")
+
+
+def _files(run: str) -> list[tuple[int, str]]:
+    """Every file of every checkpoint, whole or not, with its step."""
+    pattern = re.compile(r"/checkpoints/step_(\d{8})/[^/]+$")
+    found = ((pattern.search(entry.uri), entry.uri) for entry in storage.walk(storage.join(run, "checkpoints")))
+    return [(int(match[1]), uri) for match, uri in found if match]
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optim": moments}
+
+
+def _persist(store: Callable[[], T]) -> T:
+    """Try again where the store has given up: what was computed is worth more than a minute's wait."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return store()
+        except StorageError as error:
+            log.warning("trying again in %g s (attempt %d of %d): %s", PAUSE, attempt + 1, ATTEMPTS, error)
+            time.sleep(PAUSE)
+    return store()
+
+
+def _or_error(work: Callable[[], T]) -> T | str:
+    """What `work` returns, or what went wrong, to be told to the others: they would wait for a worker that raised."""
+    try:
+        return work()
+    except Exception as error:
+        return " ".join(str(error).split()) or repr(error)
+
+
+def _upload(path: Path, uri: str) -> File:
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    name = path.name.lstrip(".")
+    _persist(lambda: storage.upload(path, storage.join(uri, name)))
+    return File(name=name, bytes=path.stat().st_size, sha256=digest)

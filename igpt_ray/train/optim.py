@@ -1,0 +1,144 @@
+"""The optimiser and its schedule, as a pure function of the step.
+
+The paper's is Adam. The modern one is Muon (Jordan et al. 2024) on the matrices inside the blocks and Adam on the rest:
+embeddings, head and gains.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Adam, Optimizer
+
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train.config import OptimConfig
+
+MOMENTUM = 0.95
+"""Of Muon, with Nesterov's look ahead; its authors' value, and torch's."""
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the iteration that makes a matrix orthogonal, chosen by Muon's authors to grow small singular values
+as fast as can be: five rounds bring all of them near 1 (0.7 to 1.2), and not nearer."""
+ROUNDS = 5
+
+
+def build(model: nn.Module, optim: OptimConfig, precision: str = "float32") -> Optimizer:
+    """`precision` is that of Muon's matrix products. In bfloat16 a last bit of a gradient, which changes with the
+    number of workers, may change a step by a hundredth."""
+    if optim.muon_lr is None:
+        return Adam(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return Muon(cast(ImageGPT, model), optim, getattr(torch, precision))
+
+
+class Muon(Adam):
+    """Muon for the groups with `parts`, whose matrices are equal in shape; Adam for the group without.
+
+    torch.optim.Muon does the same on whole matrices, one at a time. Here those of all layers go through as one batch,
+    and where they are sharded each worker makes its share of them orthogonal: two exchanges, no work done twice.
+    """
+
+    def __init__(self, model: ImageGPT, optim: OptimConfig, dtype: torch.dtype):
+        assert optim.muon_lr is not None
+        kinds: list[tuple[Callable[[Any], nn.Linear], int]] = [
+            (lambda block: block.attn.c_attn, 3),  # q, k and v are three matrices
+            (lambda block: block.attn.c_proj, 1),
+            (lambda block: block.mlp.c_fc, 1),
+            (lambda block: block.mlp.c_proj, 1),
+        ]
+        groups = []
+        for kind, parts in kinds:
+            matrices = [kind(block).weight for block in model.blocks]
+            ratio = optim.muon_lr / optim.lr
+            groups.append({"params": matrices, "parts": parts, "lr": optim.muon_lr, "lr_ratio": ratio})
+        inside = {id(p) for group in groups for p in cast("list[Tensor]", group["params"])}
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        groups.append({"params": rest, "parts": 0, "lr": optim.lr, "lr_ratio": 1.0})
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.dtype = dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Adam's own would look for its count of steps in every state, to mend those of old versions."""
+        Optimizer.__setstate__(self, state)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Uses up the gradients of the matrices; what is left is Adam's."""
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            if group["parts"] and matrices:
+                updates = orthogonal([self._momentum(p).to(self.dtype) for p in matrices], group["parts"])
+                for p, update in zip(matrices, updates, strict=True):
+                    local(p).add_(update.to(p.dtype), alpha=-group["lr"])
+                    p.grad = None
+        super().step(closure)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """The direction to go, as a shard of its own."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+        return p.grad.lerp(state["momentum"], MOMENTUM)
+
+
+def orthogonal(matrices: list[Tensor], parts: int) -> list[Tensor]:
+    """Of each of the equal-sized matrices (rows, columns), made of `parts` below each other, the nearest matrix whose
+    singular values are all about equal, scaled by sqrt(rows / columns) of a tall part [Muon's reference code].
+
+    Sharded matrices (`Shard(0)`, as FSDP does) come in and go out as this worker's rows. In between whole layers go to
+    one worker each.
+    """
+    first = matrices[0]
+    stacked = torch.stack([local(m) for m in matrices])  # (L, rows here, columns)
+    if not isinstance(first, DTensor):
+        return list(_orthogonal(stacked, parts))
+    mesh, shape = first.device_mesh, torch.Size([len(matrices), *first.shape])
+    by_rows = [Shard(1) if isinstance(p, Shard) else p for p in first.placements]
+    by_layer = [Shard(0) if isinstance(p, Shard) else p for p in first.placements]
+    strides = (shape[1] * shape[2], shape[2], 1)
+    rows = DTensor.from_local(stacked, mesh, by_rows, run_check=False, shape=shape, stride=strides)
+    mine = _orthogonal(rows.redistribute(placements=by_layer).to_local(), parts)
+    layers = DTensor.from_local(mine, mesh, by_layer, run_check=False, shape=shape, stride=strides)
+    return list(layers.redistribute(placements=by_rows).to_local())
+
+
+def _orthogonal(x: Tensor, parts: int) -> Tensor:
+    """Newton-Schulz iterations on a batch of matrices: (L, rows, columns)."""
+    whole = x.shape
+    x = x.reshape(whole[0] * parts, whole[1] // parts, whole[2])
+    tall = x.shape[1] > x.shape[2]
+    scale = max(1, x.shape[1] / x.shape[2]) ** 0.5
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # no singular value above 1
+    a, b, c = QUINTIC
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return scale * (x.mT if tall else x).reshape(whole)
+
+
+def local(p: Tensor) -> Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def lr_at(step: int, optim: OptimConfig) -> float:
+    """Learning rate of step 0 .. steps-1: linear warm-up to the peak, then cosine to zero (paper, section 3.3); or,
+    with a `cooldown`, constant, then linear to zero, or constant to the end if that is 0."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.cooldown == 0:
+        return optim.lr
+    if optim.cooldown is not None:
+        return optim.lr * min(1.0, max(0.0, (optim.steps - step) / (optim.cooldown * optim.steps)))
+    progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """`lr` is Adam's; Muon's stays in proportion."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1)
