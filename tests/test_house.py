@@ -1,4 +1,4 @@
-"""The house: floors import only downwards, and the README's tree is the tree."""
+"""The order of sub-packages: each imports only those before it; and the tree in docs/design.md is the tree."""
 
 import ast
 import re
@@ -7,35 +7,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"config", "storage", "errors"}
-FILES = sorted([*ROOT.glob("igpt_ray/**/*.py"), *ROOT.glob("jobs/*.py")])
+LEVELS = (
+    ("errors", "storage", "settings", "provenance", "rng"),
+    ("model", "data"),
+    ("weights", "generate"),
+    ("evaluate",),
+    ("train",),
+    ("serve",),
+    ("flows",),
+    ("jobs", "benchmarks"),
+)
+"""A sub-package may import from its own level and from the levels before it."""
+USES_RAY = ("flows", "jobs", "benchmarks")
+FILES = sorted([*ROOT.glob("igpt_ray/**/*.py"), *ROOT.glob("jobs/*.py"), *ROOT.glob("benchmarks/*.py")])
 
 
-def floor_of(path: Path) -> int:
-    inside = path.relative_to(ROOT).parts
-    if inside[0] == "jobs":
-        return 3
-    if "flows" in inside:
-        return 2
-    return 0 if path.stem in GROUND else 1
+def wing_of(path: Path) -> str:
+    """`data` for igpt_ray/data/palette.py, `storage` for igpt_ray/storage.py, `jobs` for jobs/demo.py."""
+    first, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return rest[0] if first == "igpt_ray" else first
+
+
+def level_of(path: Path) -> int:
+    """-1 for igpt_ray/__init__.py."""
+    return next((i for i, wings in enumerate(LEVELS) if wing_of(path) in wings), -1)
 
 
 def imports_of(path: Path) -> set[str]:
     """Dotted names of everything a file imports, at the top or inside functions."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def file_of(name: str) -> Path | None:
-    """The file of ours behind `igpt_ray.flows.train.pretrain`; None if it is somebody else's."""
+    """The project's file behind `igpt_ray.flows.train.pretrain`; None for a name of another package."""
     parts = name.split(".")
-    if parts[0] not in ("igpt_ray", "jobs"):
+    if parts[0] not in ("igpt_ray", "jobs", "benchmarks"):
         return None
     for length in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:length])
@@ -47,16 +60,25 @@ def file_of(name: str) -> Path | None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_its_own_floor_or_below(path: Path) -> None:
+def test_a_file_imports_only_its_own_level_or_those_before(path: Path) -> None:
+    assert path.name == "__init__.py" or level_of(path) >= 0, f"{path} is in no level"
     for name in imports_of(path):
         target = file_of(name)
         if target is not None:
-            assert floor_of(target) <= floor_of(path), f"{path} imports {name} from a floor above"
+            assert level_of(target) <= level_of(path), f"{path} imports {name} from a later level"
         if name.split(".")[0] == "ray":
-            assert floor_of(path) >= 2, f"{path} imports {name}; only flows/ and jobs/ may"
+            assert wing_of(path) in USES_RAY, f"{path} imports {name}; only {', '.join(USES_RAY)} may"
 
 
-def test_what_is_outside_knows_jobs_by_their_command_line_alone() -> None:
+def test_model_and_data_do_not_import_each_other_in_a_circle() -> None:
+    imported = {wing: {file_of(name) for path in FILES if wing_of(path) == wing for name in imports_of(path)}
+                for wing in ("model", "data", "weights", "generate")}  # fmt: skip
+    wings = {wing: {wing_of(path) for path in targets if path is not None} for wing, targets in imported.items()}
+    assert not ("data" in wings["model"] and "model" in wings["data"])
+    assert not ("weights" in wings["generate"] and "generate" in wings["weights"])
+
+
+def test_cluster_and_infra_use_jobs_by_their_command_line_alone() -> None:
     for path in [*ROOT.glob("cluster/**/*.py"), *ROOT.glob("infra/**/*.py")]:
         assert not [name for name in imports_of(path) if name.split(".")[0] in ("igpt_ray", "jobs", "ray")]
 
@@ -66,12 +88,13 @@ def test_the_walk_would_see_a_forbidden_import(tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text("def f():\n    from igpt_ray.flows import train\n    import ray.data\n")
     assert imports_of(tmp_path / "f.py") == {"igpt_ray.flows.train", "ray.data"}
     assert file_of("igpt_ray.flows.train") == ROOT / "igpt_ray/flows/train.py"
-    assert file_of("igpt_ray.data.palette.Palette") == ROOT / "igpt_ray/palette.py"
-    assert file_of("igpt_ray.data.sources.plan") == ROOT / "igpt_ray/sources/__init__.py"
+    assert file_of("igpt_ray.data.palette.Palette") == ROOT / "igpt_ray/data/palette.py"
+    assert file_of("igpt_ray.data.sources.plan") == ROOT / "igpt_ray/data/sources/__init__.py"
+    assert level_of(ROOT / "igpt_ray/data/palette.py") < level_of(ROOT / "igpt_ray/flows/train.py")
 
 
-def test_the_readme_s_tree_names_every_file_with_a_clause() -> None:
-    tree = re.search(r"```\n(jobs/ .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_tree_in_the_design_names_every_file_with_a_clause() -> None:
+    tree = re.search(r"```\w*\n(jobs/ .*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
     assert tree
     named = set()
     folder = ""
@@ -82,6 +105,9 @@ def test_the_readme_s_tree_names_every_file_with_a_clause() -> None:
             folder = name if name.endswith("/") else ""
         named.add(name if not line.startswith(" ") else folder + name)
     beside = [p for place in ("cluster", "infra") for p in ROOT.glob(f"{place}/**/*") if p.is_file()]
-    real = {str(p.relative_to(ROOT)) for p in [*FILES, *beside] if "__pycache__" not in p.parts}
-    real -= {"igpt_ray/__init__.py", "igpt_ray/flows/__init__.py", "igpt_ray/flows/bench/__init__.py"}
-    assert {name for name in named if not name.endswith("/")} == real
+    files = [p for p in [*FILES, *beside] if "__pycache__" not in p.parts and p.stat().st_size]
+    real = {str(p.relative_to(ROOT)) for p in files} - {"igpt_ray/__init__.py", "igpt_ray/flows/__init__.py"}
+    assert {name for name in named if not name.endswith("/")} - {
+        "igpt_ray/__init__.py",
+        "igpt_ray/flows/__init__.py",
+    } == real

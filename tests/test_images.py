@@ -184,12 +184,12 @@ def test_no_sum_of_products_can_leave_the_integers_of_its_float(n_px: int, eight
 
 DIGEST = """
 import hashlib, sys, tarfile
-from igpt_ray import images
+from igpt_ray.data import pixels
 digest = hashlib.sha256()
 with tarfile.open(sys.argv[1]) as tar:
     for member in list(tar)[:6]:
         data = tar.extractfile(member).read()
-        digest.update(images.centre_view(data, 32).tobytes() + images.random_view(data, 48, member.name, 2).tobytes())
+        digest.update(pixels.centre_view(data, 32).tobytes() + pixels.random_view(data, 48, member.name, 2).tobytes())
 print(digest.hexdigest())
 """
 

@@ -241,7 +241,7 @@ def test_openais_palette_comes_with_the_package(shared: Path) -> None:
     declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     patterns = declared["tool"]["setuptools"]["package-data"]["igpt_ray"]
     for name in ("openai_palette.npy", "openai_palette.LICENSE"):
-        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        assert any(fnmatch.fnmatch(f"data/{name}", pattern) for pattern in patterns)
 
 
 def test_a_setting_names_openais_palette_or_a_place() -> None:

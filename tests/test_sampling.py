@@ -7,6 +7,7 @@ from conftest import random_model, random_tokens
 from scipy.stats import chisquare
 from torch import Tensor
 
+from igpt_ray import rng
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
 from igpt_ray.model.image_gpt import ImageGPT
@@ -124,7 +125,7 @@ def test_frequencies_follow_the_softmax() -> None:
     """A cumulative sum shifted by one colour, or float32 that starves the rare ones."""
     n = 200_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 2
-    u = sampler.uniforms([77], n)[0]
+    u = rng.uniforms([77], n)[0]
     for temperature in (1.0, 0.7, 2.0):
         p = torch.softmax(logits.double() / temperature, 0).numpy()
         counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, temperature), minlength=16).numpy()
@@ -136,7 +137,7 @@ def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
     """The k lowest indices, or probabilities that no longer sum to one."""
     n = 100_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
-    u = sampler.uniforms([78], n)[0]
+    u = rng.uniforms([78], n)[0]
     best = logits.topk(4).indices.sort().values
     counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
     assert set(np.flatnonzero(counts)) == set(best.tolist())
@@ -150,14 +151,14 @@ def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
 def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
     """Which of equals survives would depend on the sorting of a library."""
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
-    seen = sampler.pick(logits, sampler.uniforms([79], 1000)[0], top_k=2).unique()
+    seen = sampler.pick(logits, rng.uniforms([79], 1000)[0], top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
 
 
 def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
     """A nucleus without the colour that crosses the line, or with one beyond it."""
     p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
-    u = sampler.uniforms([80], 20_000)[0]
+    u = rng.uniforms([80], 20_000)[0]
     for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
         counts = torch.bincount(sampler.pick(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4).numpy()
         assert np.flatnonzero(counts).tolist() == left
@@ -168,7 +169,7 @@ def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
 def test_top_p_is_of_what_top_k_left() -> None:
     """transformers filters in this order: of 0.5 and 0.3 the first has 0.625."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
-    u = sampler.uniforms([81], 1000)[0]
+    u = rng.uniforms([81], 1000)[0]
     assert sampler.pick(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
     assert sampler.pick(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
 
@@ -198,10 +199,10 @@ def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
 
 def test_each_seed_has_a_stream_of_its_own() -> None:
     """Seeds 1 and 2 that give shifted copies; or a stream that changes with the number of seeds asked for."""
-    u = sampler.uniforms([0, 1, 2, 2**64], 5000)
+    u = rng.uniforms([0, 1, 2, 2**64], 5000)
     assert u.shape == (4, 5000)
     assert u.dtype == torch.float64
-    assert torch.equal(sampler.uniforms([2], 100)[0], u[2, :100])
+    assert torch.equal(rng.uniforms([2], 100)[0], u[2, :100])
     assert abs(np.corrcoef(u.numpy()) - np.eye(4)).max() < 0.06
     assert abs(np.corrcoef(u[1, 1:], u[2, :-1])[0, 1]) < 0.06
     assert u.min() >= 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from igpt_ray.data.loader import Batch
 from igpt_ray.data.token_store import Tokens
-from igpt_ray.generate.sampler import seed_of, uniforms
+from igpt_ray.rng import seed_of, uniforms
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from igpt_ray import storage, weights
+from igpt_ray import rng, storage, weights
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.evaluate import bias, features, ieat
@@ -168,6 +168,6 @@ class Finish:
         model, n = self.release.model, self.settings.n
         tokens = bias.read(uri, self.release.config.kind, self.release.palette)
         given = torch.from_numpy(tokens[None, : self.given].astype(np.int64)).to(model.wpe.device)
-        seeds = [sampler.seed_of(self.settings.seed, key, i) for i in range(n)]
+        seeds = [rng.seed_of(self.settings.seed, key, i) for i in range(n)]
         done = sampler.complete(model, given, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
         return done, self.classifier.choose(done, [f"{key} {i}" for i in range(n)])

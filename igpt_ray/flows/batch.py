@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpt_ray import storage, weights
+from igpt_ray import rng, storage, weights
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import Unit, Unreadable
@@ -349,7 +349,7 @@ def _pick(store: TokenStore, settings: CompleteConfig) -> list[Few]:
 
 def _seeds(settings: CompleteConfig, picture: int | str) -> list[int]:
     """One stream per sample, a function of the seed, the picture's number or key, and the sample's."""
-    return [sampler.seed_of(settings.seed, picture, i) for i in range(settings.n)]
+    return [rng.seed_of(settings.seed, picture, i) for i in range(settings.n)]
 
 
 def _write_few(settings: CompleteConfig, asked: Asked, table: pa.Table) -> str:

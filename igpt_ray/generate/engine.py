@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from igpt_ray import rng
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
@@ -162,7 +163,7 @@ class Engine:
         while self._waiting and len(self._waiting[0].request.seeds) <= len(free):
             ticket = self._waiting.popleft()
             admitted.append(ticket)
-            uniforms = sampler.uniforms(list(ticket.request.seeds), self._shape.n_positions)
+            uniforms = rng.uniforms(list(ticket.request.seeds), self._shape.n_positions)
             for number, stream in enumerate(uniforms):
                 self._held[free.pop(0)] = Sample(ticket, number, stream)
         return admitted

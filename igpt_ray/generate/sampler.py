@@ -5,8 +5,6 @@ by inverting the cumulative distribution. So a sample does not depend on what it
 given part ends.
 """
 
-import hashlib
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,18 +21,6 @@ TILE = 96
 """About how many pixels wide a picture is drawn in a figure."""
 LANES = 32
 """Samples that `complete` paints at once: what more of them would gain on a CPU they would take in memory."""
-
-
-def seed_of(*words: int | str) -> int:
-    """A seed that is a function of the words: below 2^64, and unlike that of any others."""
-    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
-def uniforms(seeds: list[int], n_positions: int) -> Tensor:
-    """(len(seeds), n_positions) float64 in [0, 1): one Philox stream per seed, indexed by position."""
-    streams = [np.random.Generator(np.random.Philox(key=seed)).random(n_positions) for seed in seeds]
-    return torch.from_numpy(np.stack(streams))
 
 
 def complete(

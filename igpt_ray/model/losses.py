@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_ray.generate.sampler import seed_of, uniforms
 from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.rng import seed_of, uniforms
 
 MASKED = 0.15
 """Share of positions that are masked (paper, section 2.1)."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from igpt_ray.data.augment import Augment
 from igpt_ray.data.loader import Batch, SplitCache, share
-from igpt_ray.generate.sampler import seed_of
 from igpt_ray.model import losses
 from igpt_ray.model.config import ModelConfig
+from igpt_ray.rng import seed_of
 from igpt_ray.train import estimate
 from igpt_ray.train.config import PretrainConfig
 

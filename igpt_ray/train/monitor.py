@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from igpt_ray import storage
+from igpt_ray import rng, storage
 from igpt_ray.data import pixels
 from igpt_ray.data.loader import Batch, SplitCache
 from igpt_ray.data.palette import Palette
@@ -204,7 +204,7 @@ def draw_samples(
     n_px = model.config.n_px
     rows = n_px // 2
     given = torch.from_numpy(originals[:, : rows * n_px].astype(np.int64)).to(device)
-    seeds = [sampler.seed_of("sample", i) for i in range(len(originals) * COMPLETIONS)]
+    seeds = [rng.seed_of("sample", i) for i in range(len(originals) * COMPLETIONS)]
     done = sampler.complete(plain, given, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
     figure = sampler.figure(palette, originals, done.reshape(len(originals), COMPLETIONS, -1), rows)
     try:

@@ -20,9 +20,11 @@ def _bert(recipe: PretrainConfig, lr: float) -> PretrainConfig:
 
 
 def _modern(recipe: PretrainConfig, lr: float, muon_lr: float) -> PretrainConfig:
-    """The modern twin: the same size, images, batch and steps. What it changes was chosen by `python -m benchmarks modern`
-    on tiny networks (README, Results); the rates of larger ones were tuned by nobody: those of the paper for Adam, for
-    Muon what its authors use."""
+    """The modern twin: the same size, images, batch and steps as `recipe`.
+
+    `python -m benchmarks modern` chose its changes on tiny networks (docs/results.md). Nobody has tuned the learning
+    rates of larger ones: Adam's are the paper's, and Muon's is what its authors use.
+    """
     model = recipe.model.model_copy(update={"qk_norm": True, "rotary": True})
     optim = recipe.optim.model_copy(update={"lr": lr, "muon_lr": muon_lr, "cooldown": 0.6})
     return recipe.model_copy(update={"model": model, "optim": optim})
