@@ -18,7 +18,6 @@ from igpt_ray.data.loader import Batch, SplitCache
 from igpt_ray.data.token_store import TokenStore, evenly
 from igpt_ray.evaluate import features, linear_probe
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.train import metrics
 from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -81,41 +80,12 @@ def probed_head(model: ImageGPT, cfg: FinetuneRunConfig) -> Tensor:
     return torch.from_numpy(weight + np.outer(fitted.bias - weight @ fitted.mean, one)).float()
 
 
-class Best:
-    """The line with the highest held-out accuracy, the first of equals; its weights are the release.
+def released_best(release: str) -> dict[str, Any]:
+    """Step and held-out accuracy of the release of a fine-tuning run. Every rank calls it; rank 0 reads the release.
 
-    In pretraining there is none, and it is never enough.
+    A run that is resumed on another number of workers repeats its steps only nearly, so the best step of its metrics
+    may differ from the step that was released before; the release is what counts.
     """
-
-    def __init__(self, cfg: PretrainConfig, lines: metrics.Metrics):
-        self.patience = cfg.tune.patience if isinstance(cfg, FinetuneRunConfig) else 0
-        self.release = cfg.run.release
-        self.lines = lines.lines
-
-    @property
-    def looks(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if "val_accuracy" in line]
-
-    @property
-    def line(self) -> dict[str, Any] | None:
-        return max(self.looks, key=lambda line: line["val_accuracy"], default=None)
-
-    def is_new(self) -> bool:
-        """Whether the last line is the best."""
-        return self.line is not None and self.line is self.lines[-1]
-
-    def enough(self) -> bool:
-        """Whether as many looks as the patience have come since the best."""
-        if self.line is None:
-            return False
-        return len(self.looks) - 1 - self.looks.index(self.line) >= self.patience
-
-    def found(self) -> dict[str, Any]:
-        """What the release says of itself, on all workers.
-
-        Resumed by another number of workers a run repeats its steps only nearly, so that the best step of its lines
-        may then be another than the one that was released before.
-        """
-        told = [weights.load_config(self.release).trained if dist.get_rank() == 0 else {}]
-        dist.broadcast_object_list(told)
-        return {"best_step": told[0]["step"], "val_accuracy": told[0]["val_accuracy"]}
+    trained = [weights.load_config(release).trained if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(trained)
+    return {"best_step": trained[0]["step"], "val_accuracy": trained[0]["val_accuracy"]}

@@ -27,7 +27,8 @@ from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, finetune, metrics, monitor, optim, parallelize, trackers
 from igpt_ray.train.batches import Feed, Micro, micro_batch_that_fits
-from igpt_ray.train.config import PretrainConfig
+from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
+from igpt_ray.train.early_stopping import EarlyStopping
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def train(
     resumed = checkpoint.load_newest(run.uri, model, optimizer)
     step = resumed.step if resumed else 0
     lines = metrics.Metrics(run.uri, step, run.tensorboard)
-    best = finetune.Best(cfg, lines)
+    patience = cfg.tune.patience if isinstance(cfg, FinetuneRunConfig) else None
+    stopping = EarlyStopping(patience, lines.lines)
     if resumed is None:
         finetune.start(model, cfg)
     meter = monitor.Meter(cfg, device, len(images), step)
@@ -71,7 +73,7 @@ def train(
         log.info("%s from step %d on %d worker(s)", "resumed" if resumed else "started", step, world_size)
         lines.flush()
 
-    while step < n_steps and not best.enough():
+    while step < n_steps and not stopping.should_stop:
         profiler.before(step)
         with meter.spent("data_wait"):
             micros = feed.micros(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
@@ -106,7 +108,7 @@ def train(
                 with meter.spent("evaluation"):
                     line |= monitor.held_out(model, held_out, cfg.data.val_images)
             lines.add(line)
-            if validating and best.is_new():
+            if stopping.observe(line):
                 with meter.spent("checkpoint_stall"):
                     _release(cfg, store, model, step, lines)
             if rank == 0:
@@ -117,7 +119,7 @@ def train(
         if sampling:
             with meter.spent("evaluation"):
                 monitor.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
-        last = step == n_steps or best.enough()
+        last = step == n_steps or stopping.should_stop
         if saving or last:
             with meter.spent("checkpoint_stall"):
                 about = {"world_size": world_size}
@@ -129,14 +131,14 @@ def train(
     profiler.end()
     if tracker is not None:
         tracker.finish()
-    if step < n_steps and not best.enough():
+    if step < n_steps and not stopping.should_stop:
         saver.wait()
         return {"left": step}
     saver.finish()
-    if best.line is None:  # in pretraining the last step is what counts
+    if stopping.best is None:  # in pretraining the last step is what counts
         _release(cfg, store, model, step, lines)
     report = {"run": run.uri, "release": run.release, "n_params": cfg.model.n_params, **lines.lines[-1]}
-    return report | (best.found() if best.line else {})
+    return report | (finetune.released_best(run.release) if stopping.best else {})
 
 
 def build(cfg: PretrainConfig, device: torch.device) -> tuple[ImageGPT, Optimizer]:
