@@ -5,9 +5,7 @@ python jobs/audit.py --release s3://bucket/runs/s1/release --groups s3://bucket/
     --out s3://bucket/audit
 """
 
-from igpt_ray.evaluate.config import AuditConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.audit import run_audit
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(run_audit, AuditConfig)
+    run("audit")

@@ -4,9 +4,7 @@ python jobs/complete.py --release s3://bucket/runs/s1/release --tokens s3://buck
 python jobs/complete.py --release runs/s1/release --source pictures --split train --rows 20 --out done
 """
 
-from igpt_ray.flows import job
-from igpt_ray.flows.batch import complete
-from igpt_ray.generate.config import CompleteConfig
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(complete, CompleteConfig)
+    run("complete")

@@ -3,9 +3,7 @@
 python jobs/convert.py --source s3://bucket/igpt-s/model.ckpt-1000000 --palette openai --out s3://bucket/igpt-s/release
 """
 
-from igpt_ray.flows import job
-from igpt_ray.weights.config import ConvertConfig
-from igpt_ray.weights.convert import convert
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run_alone(convert, ConvertConfig)
+    run("convert")

@@ -3,9 +3,7 @@
 python jobs/evaluate.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --split test
 """
 
-from igpt_ray.evaluate.config import EvaluateConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.evaluate import evaluate
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(evaluate, EvaluateConfig)
+    run("evaluate")

@@ -3,9 +3,7 @@
 python jobs/finetune.py --release s3://bucket/runs/s1/release --tokens s3://bucket/cifar10 --run.root s3://bucket/runs
 """
 
-from igpt_ray.flows import job
-from igpt_ray.flows.finetune import finetune
-from igpt_ray.train.config import FinetuneConfig
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(finetune, FinetuneConfig)
+    run("finetune")

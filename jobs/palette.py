@@ -3,9 +3,7 @@
 python jobs/palette.py --source s3://bucket/imagenet --out s3://bucket/palette.npy
 """
 
-from igpt_ray.data.config import PaletteConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.prepare import fit_palette
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(fit_palette, PaletteConfig)
+    run("palette")

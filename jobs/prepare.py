@@ -3,9 +3,7 @@
 python jobs/prepare.py --source s3://bucket/imagenet --palette s3://bucket/palette.npy --tokens s3://bucket/tokens
 """
 
-from igpt_ray.data.config import PrepareConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.prepare import prepare
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(prepare, PrepareConfig)
+    run("prepare")

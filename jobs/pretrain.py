@@ -3,8 +3,7 @@
 python jobs/pretrain.py igpt-s --data.tokens s3://bucket/tokens --run.root s3://bucket/runs --run.name s1
 """
 
-from igpt_ray.flows import job
-from igpt_ray.flows.train import pretrain
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run_preset(pretrain)
+    run("pretrain")

@@ -3,9 +3,7 @@
 python jobs/probe.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/probe
 """
 
-from igpt_ray.evaluate.config import ProbeConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.probe import probe_layers
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(probe_layers, ProbeConfig)
+    run("probe")

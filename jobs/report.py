@@ -3,9 +3,7 @@
 python jobs/report.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/report
 """
 
-from igpt_ray.flows import job
-from igpt_ray.flows.config import ReportConfig
-from igpt_ray.flows.report import write_report
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(write_report, ReportConfig)
+    run("report")

@@ -4,9 +4,7 @@ python jobs/score.py --release s3://bucket/runs/s1/release --tokens s3://bucket/
 python jobs/score.py --endpoint http://127.0.0.1:8000 --source pictures --split train --out scores
 """
 
-from igpt_ray.evaluate.config import ScoreConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.batch import score
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(score, ScoreConfig)
+    run("score")

@@ -3,9 +3,7 @@
 python jobs/verify.py --tokens s3://bucket/tokens
 """
 
-from igpt_ray.data.config import VerifyConfig
-from igpt_ray.flows import job
-from igpt_ray.flows.verify import verify
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run(verify, VerifyConfig)
+    run("verify")

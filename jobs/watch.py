@@ -3,9 +3,7 @@
 python jobs/watch.py --cloud aws --address 10.0.0.1:6379
 """
 
-from igpt_ray.flows import job
-from igpt_ray.flows.config import WatchConfig
-from igpt_ray.flows.watch import watch
+from igpt_ray.cli import run
 
 if __name__ == "__main__":
-    job.run_alone(watch, WatchConfig)
+    run("watch")

@@ -15,7 +15,8 @@ LEVELS = (
     ("train",),
     ("serve",),
     ("flows",),
-    ("jobs", "benchmarks"),
+    ("cli",),
+    ("jobs", "benchmarks", "__main__"),
 )
 """A sub-package may import from its own level and from the levels before it."""
 USES_RAY = ("flows", "jobs", "benchmarks")

@@ -1,4 +1,4 @@
-"""The body of every job: words -> settings -> Ray -> one flow -> one JSON line on stdout, and an exit code.
+"""What every command does around its flow: join or start Ray, one JSON line on stdout, an exit code.
 
 Exit codes: 0 done; 1 something the user can mend (one line on stderr) or a bug (a traceback); 2 settings refused.
 """
@@ -14,30 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-import tyro
 from pydantic import BaseModel
 
 from igpt_ray.errors import IgptError
 from igpt_ray.flows.local_cluster import free_port
-from igpt_ray.train.config import PretrainConfig
-from igpt_ray.train.presets import preset_from_words
 
 S = TypeVar("S", bound=BaseModel)
-
-
-def run(flow: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
-    """Read settings from the command line, join or start Ray, run the flow, print what it returns."""
-    finish(flow, tyro.cli(settings))
-
-
-def run_alone(work: Callable[[S], dict[str, Any]], settings: type[S]) -> None:
-    """The same for work that needs no cluster."""
-    finish(work, tyro.cli(settings), cluster=False)
-
-
-def run_preset(flow: Callable[[PretrainConfig], dict[str, Any]]) -> None:
-    """The same for pretraining, whose first word is a preset."""
-    finish(flow, preset_from_words(sys.argv[1:], PretrainConfig))
 
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:

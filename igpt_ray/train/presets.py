@@ -74,7 +74,7 @@ PRESETS: dict[str, tuple[str, PretrainConfig]] = {
 P = TypeVar("P", bound=PretrainConfig)
 
 
-def preset_from_words(words: list[str], settings: type[P]) -> P:
+def preset_from_words(words: list[str], settings: type[P], prog: str | None = None) -> P:
     """`["igpt-s", "--optim.lr", "1e-3"]` -> settings; a mistyped word ends the program with the nearest name.
 
     Once the preset is known tyro sees only that one, or its advice would repeat itself for each of them.
@@ -82,7 +82,7 @@ def preset_from_words(words: list[str], settings: type[P]) -> P:
     import tyro
 
     first = words[0] if words else "--help"
-    job = f"jobs/{settings.__name__.removesuffix('Config').lower()}.py"
+    job = prog or f"jobs/{settings.__name__.removesuffix('Config').lower()}.py"
     if first in PRESETS:
         chosen = PRESETS[first][1]
         default = settings(**{name: getattr(chosen, name) for name in PretrainConfig.model_fields})

@@ -126,7 +126,9 @@ def build(settings: ServeConfig) -> serve.Application:
 
 
 def run(settings: ServeConfig) -> dict[str, Any]:
-    """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`)."""
+    """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`); or only check the file `settings.check`."""
+    if settings.check:
+        return check_file(settings.check)
     application = build(settings)  # refuses here, not in a replica that Serve would start again and again
     _check_port(settings.host, settings.port)
     options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=REQUEST_SECONDS + 60)
@@ -143,11 +145,6 @@ def run(settings: ServeConfig) -> dict[str, Any]:
         return {"served": settings.releases, "seconds": round(time.time() - started, 1)}
     finally:
         serve.shutdown()
-
-
-def check_only(settings: ServeConfig) -> dict[str, Any]:
-    """A file for `serve deploy`, key by key, without a cluster."""
-    return check_file(settings.check)
 
 
 def curl_line(address: str, picture: str, keyed: bool = False) -> str:

@@ -1,0 +1,73 @@
+"""The command line: one table, settings checked before anything heavy is imported, jobs/ and `igpt` alike."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from igpt_ray import __version__, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_there_is_a_job_for_every_command_and_a_command_for_every_job() -> None:
+    """`demo` needs the repository, so that it is a job alone."""
+    assert {path.stem for path in ROOT.glob("jobs/*.py")} - {"demo"} == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_s_parts_exist_and_its_example_parses(name: str) -> None:
+    command = cli.COMMANDS[name]
+    module, _, flow = command.flow.partition(":")
+    assert callable(getattr(import_module(module), flow))
+    words = command.example.split()
+    if name == "serve":
+        words += ["--host", "127.0.0.1"]
+    assert type(cli.parse(name, words, f"igpt {name}")).__name__ == command.settings.partition(":")[2]
+
+
+def igpt(*words: str, after: str = "") -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.argv = ['igpt', *{list(words)!r}]\nfrom igpt_ray.cli import main\n"
+    code += f"try:\n    main()\nfinally:\n    pass\n{after}" if after else "main()\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_the_help_names_every_command_and_imports_nothing_heavy() -> None:
+    heavy = "print('HEAVY', [m for m in ('torch', 'ray', 'pyarrow', 'boto3', 'faiss', 'tyro') if m in sys.modules])"
+    done = igpt("--help", after=heavy)
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+    assert all(f"  {name}" in done.stdout for name in cli.COMMANDS)
+
+
+def test_settings_are_refused_before_ray_and_torch_are_imported() -> None:
+    code = (
+        "import sys\nfrom igpt_ray import cli\n"
+        "try:\n    cli.run('complete', ['--nonsense', '1'])\nexcept SystemExit as error:\n"
+        "    print(error.code, [m for m in ('torch', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split("\n")[-2] == "2 []"
+    assert "--nonsense" in done.stderr
+
+
+def test_an_unknown_command_ends_with_the_nearest_name() -> None:
+    done = igpt("pretrian")
+    assert done.returncode == 2
+    assert "did you mean pretrain?" in done.stderr
+
+
+def test_the_version_is_the_package_s() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert igpt("--version").stdout.strip() == __version__ == declared
+
+
+def test_a_command_that_needs_no_cluster_starts_none() -> None:
+    """`estimate` prints its arithmetic and one JSON line; Ray's start would take seconds."""
+    done = igpt("estimate", "tiny", after="import ray; print('STARTED', ray.is_initialized())")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("STARTED False\n")
+    assert done.stdout.split("\n")[-3].startswith("{")
