@@ -12,7 +12,7 @@ LEVELS = (
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),
-    ("train",),
+    ("pretrained", "train"),
     ("serve",),
     ("flows",),
     ("cli",),
@@ -30,7 +30,7 @@ def wing_of(path: Path) -> str:
 
 
 def level_of(path: Path) -> int:
-    """-1 for igpt_ray/__init__.py."""
+    """-1 for igpt_ray/__init__.py, which imports the rest only when it is used."""
     return next((i for i, wings in enumerate(LEVELS) if wing_of(path) in wings), -1)
 
 
@@ -66,7 +66,7 @@ def test_a_file_imports_only_its_own_level_or_those_before(path: Path) -> None:
     for name in imports_of(path):
         target = file_of(name)
         if target is not None:
-            assert level_of(target) <= level_of(path), f"{path} imports {name} from a later level"
+            assert level_of(target) <= level_of(path) or level_of(path) < 0, f"{path} imports {name} from a later level"
         if name.split(".")[0] == "ray":
             assert wing_of(path) in USES_RAY, f"{path} imports {name}; only {', '.join(USES_RAY)} may"
 
