@@ -1,30 +1,38 @@
 """Every command that the documentation shows names a job that exists, with settings that parse."""
 
 import importlib
+import os
 import re
-import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tyro
+from conftest import random_model
 
-from igpt_ray.train.config import EstimateConfig, PretrainConfig
-from igpt_ray.train.presets import preset_from_words
+from igpt_ray import cli, weights
+from igpt_ray.data.palette import Palette
+from igpt_ray.data.pixels import png
+from igpt_ray.data.token_store import Kind
+from igpt_ray.flows.config import DemoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-JOB = re.compile(r"\bpython (?:jobs/|-m benchmarks ).*")
+JOB = re.compile(r"(?:\bpython (?:jobs/|-m benchmarks )|^igpt (?=[a-z]+ )).*")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 RENDER = re.compile(r"\bpython cluster/render\.py (\S+) (\S+)")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(where it stands, words) of each `python jobs/...` and `make ...` in the README, in the jobs' docstrings, and in
-    the files of `cluster/` and `infra/`: alone, behind `ray job submit ... --`, or in the middle of a shell's line."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    texts = [("README.md", block) for block in blocks]
+    """(where it stands, words) of each command in the README, docs/, the jobs' docstrings, cluster/ and infra/.
+
+    A command is `make ...`, `igpt ...` or `python jobs/...`: alone, behind `ray job submit ... --`, or inside a line.
+    """
+    texts = [(p.name, block) for p in PAGES for block in re.findall(r"```bash\n(.*?)```", p.read_text(), re.DOTALL)]
     texts += [(path.name, path.read_text().split('"""')[1]) for path in sorted(ROOT.glob("jobs/*.py"))]
     beside = [p for place in ("cluster", "infra") for p in sorted(ROOT.glob(f"{place}/**/*")) if p.is_file()]
     texts += [(path.name, path.read_text()) for path in beside if "__pycache__" not in path.parts]
@@ -46,7 +54,7 @@ def test_the_documentation_has_commands() -> None:
 
 
 def test_what_the_readme_renders_is_there() -> None:
-    text = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in ROOT.glob("cluster/**/*.*"))
+    text = "".join(page.read_text() for page in PAGES) + "".join(p.read_text() for p in ROOT.glob("cluster/**/*.*"))
     shown = RENDER.findall(text)
     assert len(shown) > 5
     for source, target in shown:
@@ -63,14 +71,37 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
         module = importlib.import_module(f"benchmarks.{words[3]}")
         tyro.cli(getattr(module, f"Bench{words[3].title()}Config"), args=words[4:])
         return
-    job = runpy.run_path(str(ROOT / words[1]))
-    source = (ROOT / words[1]).read_text()
-    if "run_preset" in source:
-        preset_from_words(words[2:], PretrainConfig)
-        return
-    if "preset_from_words" in source:
-        preset_from_words(words[2:], EstimateConfig)
-        return
-    settings = re.search(r"(?:job\.run(?:_alone)?\([\w.]+, |tyro\.cli\()(\w+)\)", source)
-    assert settings, f"{words[1]} does not say which settings it reads"
-    tyro.cli(job[settings[1]], args=words[2:])
+    name = words[1] if words[0] == "igpt" else Path(words[1]).stem
+    if name == "demo":
+        tyro.cli(DemoConfig, args=words[2:])
+    else:
+        cli.parse(name, words[2:], name)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_readme_s_python_runs(tmp_path: Path, palette: Palette, kind: Kind) -> None:
+    """On a release of random weights in place of the demo's."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    model = random_model()
+    config = weights.ReleaseConfig(
+        format=weights.FORMAT, model=model.config, kind=kind, sha256="", classes=[], trained={}
+    )
+    weights.save_release(str(tmp_path / "demo-out" / "release"), model.state_dict(), palette, config)
+    (tmp_path / "demo-out" / "picture.png").write_bytes(png(np.zeros((9, 9, 3), np.uint8)))
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        names: dict[str, Any] = {}
+        exec(code[0], names)
+    finally:
+        os.chdir(here)
+    assert len(names["pictures"]) == 4
+    assert names["features"].shape == (1, 32)
+    assert names["nats"].shape == (1,)

@@ -202,7 +202,7 @@ def test_a_job_on_this_machine_keeps_its_token_private(tmp_path: Path) -> None:
 
 def test_the_token_of_the_readme_is_private(tmp_path: Path) -> None:
     """The command as it is printed there, under the usual umask."""
-    (made,) = re.findall(r"^\(umask 077.*auth_token\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (made,) = re.findall(r"^\(umask 077.*auth_token\)$", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE)
     subprocess.run(["bash", "-c", f"umask 022; {made}"], env={**os.environ, "HOME": str(tmp_path)}, check=True)
     assert mode(tmp_path / ".igpt" / "auth_token") == 0o600
     assert mode(tmp_path / ".igpt") == 0o700
