@@ -78,11 +78,33 @@ def test_a_documented_command_parses(where: str, words: list[str]) -> None:
         cli.parse(name, words[2:], name)
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub forms them; `#` lines inside fenced blocks are not headings."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
-    for page in PAGES:
-        for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link, _, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(#([^)]+))?\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
+
+
+def test_the_readme_links_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"](docs/{page.name})" not in text] == []
+
+
+def test_the_glossary_is_short() -> None:
+    terms = re.findall(r"^\* \*\*", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    assert 0 < len(terms) <= 15
 
 
 def test_the_readme_s_python_runs(tmp_path: Path, palette: Palette, kind: Kind) -> None:
