@@ -604,7 +604,8 @@ def test_two_kinds_of_files_want_a_named_layout(tmp_path: Path) -> None:
 BILLION = textwrap.dedent(
     """
     import re, sys, time
-    from igpt_ray import sources, storage
+    from igpt_ray import storage
+    from igpt_ray.data import sources
 
     layout, n_shards, real_first, names = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     suffix = {"webdataset": "tar", "parquet": "parquet"}[layout]

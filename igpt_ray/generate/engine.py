@@ -2,7 +2,7 @@
 
 Requests join and leave between steps. Of a request, what is given before the first pixel to paint goes through the
 network in one pass, for all its samples; pixels given later are forced as they come. A sample is a function of its
-request and its seed alone: `lanes.py` sees to the arithmetic, and its random numbers are its own.
+request and its seed alone: `generate/kv_cache.py` sees to the arithmetic, and its random numbers are its own.
 """
 
 import sys

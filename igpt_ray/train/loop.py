@@ -2,7 +2,7 @@
 
 `train` is called by every worker of a torch.distributed process group. All it knows of the past is in the run's folder
 (`checkpoint.py`, `metrics.py`), all it trains on is a function of the step (`loader.py`), and what it shows on the way
-is in `progress.py`.
+is in `monitor.py`.
 """
 
 import logging
