@@ -2,7 +2,7 @@
 
 `pretrain` runs on the driver: it checks everything that can be checked before workers start, lets Ray Train start
 them, and starts again from the newest verified checkpoint when they are lost, or when they have saved and left: before
-the node of one goes, or because there is room for more of them. The loop is in `training.py`. State lives in the run's
+the node of one goes, or because there is room for more of them. The loop is in `loop.py`. State lives in the run's
 folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
 """
 

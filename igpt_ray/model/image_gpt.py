@@ -1,6 +1,6 @@
 """ImageGPT: the network of "Generative Pretraining from Pixels", after OpenAI's `src/model.py`.
 
-Parallelism, precision and compilation are applied from outside (`parallel.py`); the KV cache lives in `lanes.py`.
+Parallelism, precision and compilation are applied from outside (`parallelize.py`); the KV cache is in `kv_cache.py`.
 
     B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
 """

@@ -8,8 +8,8 @@
     GET  /healthz          the process answers;  GET /readyz  the models do
     GET  /                 the page;  GET /docs and /openapi.json
 
-Pictures are decoded here, so that no replica ever sees a file. Bodies are JSON or multipart forms (wire.py); who gets
-this far, gate.py decides. Nothing is ever fetched from a URL.
+Pictures are decoded here, so that no replica ever sees a file. Bodies are JSON or multipart forms
+(schemas.py); middleware.py decides which requests come this far. Nothing is ever fetched from a URL.
 """
 
 import asyncio
