@@ -30,9 +30,9 @@ from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.image_files import header_of, scaled_jpeg
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources.units import batched
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.flows import job, local_cluster, prepare
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.settings import Count, PoolConfig, Section, Uri
 
 Report = dict[str, Any]
@@ -101,7 +101,7 @@ def one_round(bucket: str, n_px: int) -> Round:
 
 def rate(source: str, way: str, root: str, n_px: int) -> Rate:
     units = sources.plan(source, UNIT).units
-    done = list(spread(units, Way, {"name": way, "root": root, "n_px": n_px}, PoolConfig()))
+    done = list(actor_map(units, Way, {"name": way, "root": root, "n_px": n_px}, PoolConfig()))
     busy: dict[int, list[Done]] = defaultdict(list)
     for unit in done:
         busy[unit.process].append(unit)
@@ -139,14 +139,14 @@ class Way:
     def __init__(self, name: str, root: str, n_px: int):
         self.prepare, self.work = WAYS[name](root, n_px)
 
-    def __call__(self, unit: sources.Unit) -> Done:
+    def __call__(self, unit: sources.WorkUnit) -> Done:
         ready = self.prepare(unit)
         wall, cpu = time.perf_counter(), time.process_time()
         self.work(ready)
         return Done(os.getpid(), unit.images, time.perf_counter() - wall, time.process_time() - cpu)
 
 
-Steps = tuple[Callable[[sources.Unit], Any], Callable[[Any], Any]]
+Steps = tuple[Callable[[sources.WorkUnit], Any], Callable[[Any], Any]]
 
 
 def jpeg_eighth(root: str, n_px: int) -> Steps:
@@ -180,12 +180,12 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
     def steps(root: str, n_px: int) -> Steps:
         palette = Palette.load(f"{root}/palette.npy")
         pixels = PixelsConfig.model_validate({"n_px": n_px, "pipeline": pipeline, "crop": crop})
-        kind = Kind(
+        kind = TokenFormat(
             n_px=n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=images.PIPELINES[pixels.pipeline]
         )
         make = prepare.MakeShard(root, kind, pixels, holdout=0.0, committed={})
 
-        def forget(unit: sources.Unit) -> prepare.Task:
+        def forget(unit: sources.WorkUnit) -> prepare.Task:
             task = prepare.Task(unit, 0)
             storage.delete(storage.join(root, prepare.path_of(unit.split, task)))
             return task
@@ -204,7 +204,7 @@ WAYS: dict[str, Callable[[str, int], Steps]] = {
 }
 
 
-def in_memory(unit: sources.Unit) -> list[bytes]:
+def in_memory(unit: sources.WorkUnit) -> list[bytes]:
     return [image.data for image in sources.read(unit) if isinstance(image, sources.Image)]
 
 

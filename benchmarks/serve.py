@@ -21,8 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from igpt_ray import weights
-from igpt_ray.generate.engine import Engine, Request, Ticket
-from igpt_ray.generate.kv_cache import Lanes, Precision
+from igpt_ray.generate.engine import Engine, Generation, Request
+from igpt_ray.generate.kv_cache import KVCache, Precision
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.settings import Count, Section
@@ -59,14 +59,14 @@ class BenchServeConfig(Section):
     """Of torch, on the CPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
-    lanes: Count = 8
+    slots: Count = 8
     """Of the engine under load."""
     precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """Of the engine under load."""
     requests: Count = 40
     """That come under load, of one sample each."""
     load: Annotated[float, Field(gt=0)] = 0.6
-    """How fast they come, as a share of what the engine finishes with all lanes in use."""
+    """How fast they come, as a share of what the engine finishes with all slots in use."""
 
 
 def serve(settings: BenchServeConfig) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def read_bandwidth(model: ImageGPT) -> float:
 
 
 def bytes_of_step(model: ImageGPT, batch: int, position: int, precision: Precision) -> int:
-    """Weights of all products once, and the keys and values of every lane."""
+    """Weights of all products once, and the keys and values of every slot."""
     c, wide = model.config, 4 if precision == "float32" else 2
     products = 12 * c.n_layer * c.n_embd**2 + c.n_vocab * c.n_embd
     return products * (1 if precision == "int8" else wide) + batch * 2 * c.n_layer * position * c.n_embd * wide
@@ -226,7 +226,7 @@ def quality(model: ImageGPT) -> dict[str, Any]:
     x = torch.from_numpy(pictures(model, 2)).to(model.wpe.device)
     with torch.inference_mode():
         exact = model(x).double().log_softmax(-1)
-        found = {p: Lanes(model, 1, p).network(x).double().log_softmax(-1) for p in ("bfloat16", "int8")}
+        found = {p: KVCache(model, 1, p).network(x).double().log_softmax(-1) for p in ("bfloat16", "int8")}
     return {
         p: {
             "nats_lost": _nats_lost(exact, lp),
@@ -244,16 +244,16 @@ def _nats_lost(exact: Tensor, other: Tensor) -> float:
 
 
 def under_load(model: ImageGPT, settings: BenchServeConfig) -> dict[str, Any]:
-    """The rate is a share of what the engine does with all lanes in use, measured first."""
-    engine = Engine(model, settings.lanes, settings.precision)
+    """The rate is a share of what the engine does with all slots in use, measured first."""
+    engine = Engine(model, settings.slots, settings.precision)
     x, half = pictures(model, settings.requests), model.config.n_positions // 2
     asked = [request(tokens, half, settings.pixels, seed=i) for i, tokens in enumerate(x)]
     started = time.perf_counter()
-    for one in asked[: settings.lanes]:
+    for one in asked[: settings.slots]:
         engine.submit(one)
     while engine.lanes_in_use or engine.waiting:
         engine.step()
-    rate = settings.load * min(settings.lanes, len(asked)) / (time.perf_counter() - started)  # requests a second
+    rate = settings.load * min(settings.slots, len(asked)) / (time.perf_counter() - started)  # requests a second
     arrivals = np.random.default_rng(1).exponential(1 / rate, len(asked)).cumsum()
     continuous, a = attended_to(engine, asked, arrivals, continuous=True)
     fixed, b = attended_to(engine, asked, arrivals, continuous=False)
@@ -268,10 +268,10 @@ def under_load(model: ImageGPT, settings: BenchServeConfig) -> dict[str, Any]:
 
 def attended_to(
     engine: Engine, asked: list[Request], arrivals: NDArray[np.float64], continuous: bool
-) -> tuple[dict[str, float], list[Ticket]]:
+) -> tuple[dict[str, float], list[Generation]]:
     """Seconds from the arrival of each request to its first row and to its end."""
     n_px = int(len(asked[0].tokens) ** 0.5)
-    tickets: list[Ticket] = []
+    tickets: list[Generation] = []
     row, end = np.full(len(asked), np.nan), np.full(len(asked), np.nan)
     begun = [int(np.flatnonzero(~one.given)[0]) for one in asked]
     pixels = sum(int((~one.given).sum()) for one in asked)
@@ -281,7 +281,7 @@ def attended_to(
         idle = not (engine.lanes_in_use or engine.waiting)
         arrived = int((arrivals <= now).sum())
         if continuous or idle:
-            room = len(asked) if continuous else engine.lanes
+            room = len(asked) if continuous else engine.slots
             tickets += [engine.submit(one) for one in asked[len(tickets) : min(arrived, len(tickets) + room)]]
         if idle and len(tickets) == arrived < len(asked) and not engine.waiting:
             time.sleep(max(0.0, arrivals[arrived] - now))

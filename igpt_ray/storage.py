@@ -80,8 +80,8 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
-def below(place: str, uri: str) -> str:
-    """`below("s3://b/x", "s3://b/x/y/z.png") == "y/z.png"`: undoes `join`."""
+def relative_to(place: str, uri: str) -> str:
+    """`relative_to("s3://b/x", "s3://b/x/y/z.png") == "y/z.png"`: undoes `join`."""
     return uri[len(place) + 1 :]
 
 
@@ -226,10 +226,10 @@ def _beside(uri: str, n_bytes: int | None = None) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise full(uri, n_bytes) from error
+        raise disk_full_error(uri, n_bytes) from error
 
 
-def full(uri: str, n_bytes: int | None = None) -> StorageError:
+def disk_full_error(uri: str, n_bytes: int | None = None) -> StorageError:
     """The error of a local file of `n_bytes` for which its disk has no room."""
     need = "more bytes than that" if n_bytes is None else f"{n_bytes} bytes"
     free = shutil.disk_usage(os.path.dirname(uri)).free
@@ -414,8 +414,8 @@ def _walk_s3(uri: str) -> Iterator[Entry]:
     bucket, key = _split(uri)
     prefix = f"{key}/" if key else ""
     for item in _list(bucket, prefix):
-        below = item["Key"][len(prefix) :]
-        if below.endswith("/") or any(part.startswith(".") for part in below.split("/")):
+        relative_to = item["Key"][len(prefix) :]
+        if relative_to.endswith("/") or any(part.startswith(".") for part in relative_to.split("/")):
             continue
         yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
 

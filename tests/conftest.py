@@ -41,7 +41,7 @@ from igpt_ray import storage
 from igpt_ray.data import pixels as images
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, Manifest, Shard, Statistics, TokenStore
+from igpt_ray.data.token_store import Manifest, Shard, Statistics, TokenFormat, TokenStore
 from igpt_ray.model.image_gpt import ImageGPT
 
 if TYPE_CHECKING:
@@ -214,18 +214,18 @@ def palette() -> Palette:
 
 
 @pytest.fixture(scope="session")
-def kind(palette: Palette) -> Kind:
+def kind(palette: Palette) -> TokenFormat:
     """What the tokens of `store` mean: 4 x 4 pixels of 16 colours."""
-    return Kind(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-1")
+    return TokenFormat(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-1")
 
 
 @pytest.fixture
-def store(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
+def store(tmp_path: Path, palette: Palette, kind: TokenFormat) -> TokenStore:
     """A committed token store: two views of a training split in shards of 7 and 5 rows, and a test split of 3."""
     return tiny_store(str(tmp_path / "tokens"), palette, kind)
 
 
-def tiny_store(root: str, palette: Palette, kind: Kind) -> TokenStore:
+def tiny_store(root: str, palette: Palette, kind: TokenFormat) -> TokenStore:
     rng = np.random.default_rng(11)
     palette.save(storage.join(root, "palette.npy"))
     listed = []
@@ -277,7 +277,7 @@ def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shar
     )
 
 
-def manifest_of(kind: Kind, listed: list[Shard]) -> Manifest:
+def manifest_of(kind: TokenFormat, listed: list[Shard]) -> Manifest:
     return Manifest(
         format=token_store.FORMAT, kind=kind, classes=["cat", "dog"], shards=listed, made_by={"by": "a test"}
     )

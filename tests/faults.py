@@ -127,6 +127,6 @@ async def _end(proxy: FaultProxy, server: asyncio.Server) -> None:
 def one_by_one(
     tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: object
 ) -> Iterator[Any]:
-    """What `flows.pool.spread` promises, in this process: a preparation that can be driven step by step."""
+    """What `flows.pool.actor_map` promises, in this process: a preparation that can be driven step by step."""
     work = worker(**arguments)
     yield from map(work, tasks)

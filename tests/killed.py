@@ -29,7 +29,7 @@ SENT = "http.client.send"
 
 
 def main(settings: dict[str, Any], root: str) -> None:
-    prepare.spread = one_by_one
+    prepare.actor_map = one_by_one
     n, killed = 0, True
     while killed:
         made = PrepareConfig.model_validate({**settings, "tokens": storage.join(root, str(n))})

@@ -22,7 +22,7 @@ from igpt_ray.flows import features
 
 
 def main(settings: dict[str, Any], root: Path) -> None:
-    features.spread = one_by_one
+    features.actor_map = one_by_one
     n, killed = 0, True
     while killed:
         made = FeaturesConfig.model_validate({**settings, "out": str(root / str(n))})

@@ -18,13 +18,13 @@ from conftest import free_port
 from igpt_ray import weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, Tokens
+from igpt_ray.data.token_store import TokenFormat, Tokens
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.replica import Replica, heads_of
 from igpt_ray.generate import engine
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.serve.api import Served, application
+from igpt_ray.serve.api import ServedModel, application
 from igpt_ray.serve.config import ServeConfig
 from igpt_ray.serve.middleware import Keys
 from igpt_ray.serve.schemas import Reader
@@ -100,7 +100,7 @@ def serving(
     releases: dict[str, str],
     heads: dict[str, str] | None = None,
     keys: Keys | None = None,
-    lanes: int = 8,
+    slots: int = 8,
     queue: int = 64,
     model: type[Local] = Local,
 ) -> Iterator[Place]:
@@ -109,9 +109,9 @@ def serving(
     for name, uri in releases.items():
         about = weights.load_config(uri)
         mine = {head: (heads or {})[head] for head in heads_of(about, fitted) if head in fitted}
-        replicas.append(Replica(name, uri, mine, lanes))
+        replicas.append(Replica(name, uri, mine, slots))
         reader = Reader(about, Palette.load(f"{uri}/palette.npy"))
-        served[name] = Served(name, reader, heads_of(about, fitted), lanes, model(replicas[-1]))
+        served[name] = ServedModel(name, reader, heads_of(about, fitted), slots, model(replicas[-1]))
     port = free_port()
     options = uvicorn.Config(application(served, keys, queue), port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(options)
@@ -134,7 +134,7 @@ def tiny_release(uri: str, seed: int = 0, n_px: int = 8, n_vocab: int = 16, **sh
     settings = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_px": n_px, "n_vocab": n_vocab} | shape
     model = ImageGPT(ModelConfig(**settings))
     torch.nn.init.normal_(model.wtet.weight, std=0.2)
-    kind = Kind(n_px=n_px, n_vocab=n_vocab, palette=palette.fingerprint, pipeline=pixels.FAST)
+    kind = TokenFormat(n_px=n_px, n_vocab=n_vocab, palette=palette.fingerprint, pipeline=pixels.FAST)
     about = weights.ReleaseConfig(
         format=weights.FORMAT, model=model.config, kind=kind, sha256="", classes=["cat", "dog"], trained={"steps": 0}
     )

@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, SourceError
 from igpt_ray.evaluate import bias
 
@@ -86,7 +86,7 @@ def test_groups_are_sub_folders_and_an_empty_one_is_refused(tmp_path: Path) -> N
         bias.groups_of(pictures(tmp_path / "alone", women=2))
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, kind: Kind, palette: Palette) -> None:
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     path = tmp_path / "torn.png"
     path.write_bytes(PICTURE[:30])
     with pytest.raises(ImageError, match=r"torn.png cannot be read: .* take it out of its folder"):
@@ -96,7 +96,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, kind: Kind, pale
 # ------------------------------------------------------------------------------------------------ who names classes
 
 
-def released(folder: Path, kind: Kind, palette: Palette, n_class: int = 0) -> str:
+def released(folder: Path, kind: TokenFormat, palette: Palette, n_class: int = 0) -> str:
     """A release of random weights, with a class head if asked."""
     from conftest import random_model
 
@@ -108,19 +108,21 @@ def released(folder: Path, kind: Kind, palette: Palette, n_class: int = 0) -> st
     return str(folder)
 
 
-def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: Kind, palette: Palette) -> None:
+def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     """Batches put together in another order."""
     import torch
 
     uri = released(tmp_path / "tuned", kind, palette, n_class=2)
     tokens = np.random.default_rng(0).integers(0, 16, (7, 16)).astype(np.uint16)
-    judge = bias.classifier(uri, kind, "cpu", batch_size=3)
-    direct = weights.load_release(uri).model.joint(torch.from_numpy(tokens.astype(np.int64)))[1].argmax(1)
-    assert judge.choose(tokens, [""] * 7).tolist() == direct.tolist()
-    assert judge.classes == ["cat", "dog"]
+    evaluate_classifier = bias.classifier(uri, kind, "cpu", batch_size=3)
+    direct = (
+        weights.load_release(uri).model.forward_with_classifier(torch.from_numpy(tokens.astype(np.int64)))[1].argmax(1)
+    )
+    assert evaluate_classifier.select(tokens, [""] * 7).tolist() == direct.tolist()
+    assert evaluate_classifier.classes == ["cat", "dog"]
 
 
-def test_what_names_no_classes_is_refused(tmp_path: Path, kind: Kind, palette: Palette) -> None:
+def test_what_names_no_classes_is_refused(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     """A release without a head; one for other tokens; a head whose release has been replaced; a damaged head."""
     uri = released(tmp_path / "plain", kind, palette)
     with pytest.raises(CheckpointError, match="has no class head: expected a fine-tuned release"):

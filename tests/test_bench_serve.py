@@ -6,10 +6,10 @@ from conftest import random_model
 
 from benchmarks import serve
 from benchmarks.serve import BenchServeConfig
-from igpt_ray.generate.engine import Engine, Ticket
+from igpt_ray.generate.engine import Engine, Generation
 
 TINY = BenchServeConfig(
-    n_layer=2, n_embd=32, n_head=2, n_px=8, pixels=20, batches=(1, 3), lanes=2, requests=6, threads=1
+    n_layer=2, n_embd=32, n_head=2, n_px=8, pixels=20, batches=(1, 3), slots=2, requests=6, threads=1
 )
 
 
@@ -38,13 +38,13 @@ def test_the_report_has_every_figure() -> None:
 
 @pytest.mark.parametrize("continuous", [True, False])
 def test_a_batch_is_fixed_or_lets_others_in(continuous: bool) -> None:
-    """Two kinds of batches that are one: of three requests for two lanes, which come at once, and whose first is short,
+    """Two kinds of batches that are one: of three requests for two slots, which come at once, and whose first is short,
     the third starts when the first ends, or when both have."""
 
     class Counting(Engine):
         steps = 0
 
-        def step(self) -> list[Ticket]:
+        def step(self) -> list[Generation]:
             self.steps += 1
             return super().step()
 

@@ -194,12 +194,12 @@ def test_a_worker_could_not_be_started_without_what_the_head_s_role_asks(
 
 def keys_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(value, dict):
-        for key, below in value.items():
+        for key, relative_to in value.items():
             yield (*path, key)
-            yield from keys_of(below, (*path, key))
+            yield from keys_of(relative_to, (*path, key))
     if isinstance(value, list):
-        for i, below in enumerate(value):
-            yield from keys_of(below, (*path, i))
+        for i, relative_to in enumerate(value):
+            yield from keys_of(relative_to, (*path, i))
 
 
 def misspelt(config: Any, path: tuple[Any, ...]) -> Any:

@@ -15,7 +15,7 @@ from conftest import random_model
 from igpt_ray import cli, weights
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.pixels import png
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.flows.config import DemoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_the_glossary_is_short() -> None:
     assert 0 < len(terms) <= 15
 
 
-def test_the_readme_s_python_runs(tmp_path: Path, palette: Palette, kind: Kind) -> None:
+def test_the_readme_s_python_runs(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
     """On a release of random weights in place of the demo's."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code) == 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
-from igpt_ray.generate.engine import Engine, Request, Ticket
+from igpt_ray.generate.engine import Engine, Generation, Request
 from igpt_ray.generate.kv_cache import Precision
 from igpt_ray.model.image_gpt import ImageGPT
 
@@ -24,7 +24,7 @@ PICTURES = random_tokens(MODEL, 8).numpy()
 TOP_ROWS = np.arange(16) < 8
 
 
-def drained(engine: Engine) -> list[Ticket]:
+def drained(engine: Engine) -> list[Generation]:
     done = []
     while engine.lanes_in_use or engine.waiting:
         done += engine.step()
@@ -59,11 +59,11 @@ happenings = st.lists(st.one_of(requests, st.integers(1, 6), st.just("cancel")),
 
 
 @settings(max_examples=60, deadline=None)
-@given(lanes=st.integers(4, 9), happenings=happenings, choice=st.randoms(use_true_random=False))
-def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(lanes: int, happenings: list[Any], choice: Any) -> None:
-    """Requests, steps and cancellations in any order: a lane that keeps something of who held it before, one that is
+@given(slots=st.integers(4, 9), happenings=happenings, choice=st.randoms(use_true_random=False))
+def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(slots: int, happenings: list[Any], choice: Any) -> None:
+    """Requests, steps and cancellations in any order: a slot that keeps something of who held it before, one that is
     lost, a kernel that sums in another order for another number of rows."""
-    engine, tickets = Engine(MODEL, lanes), list[Ticket]()
+    engine, tickets = Engine(MODEL, slots), list[Generation]()
     finished = []
     for what in happenings:
         if isinstance(what, Request):
@@ -117,21 +117,21 @@ def test_what_is_finished_can_be_watched() -> None:
     assert [position for position, _ in seen] == [3, 4, 5, 6, 7, 8, 16]
     for position, tokens in seen:
         assert (tokens[:, :position] == ticket.tokens[:, :position]).all()
-    assert engine.painted == 8
+    assert engine.generated == 8
 
 
 def test_a_picture_with_nothing_to_paint_is_finished_at_once() -> None:
-    """It would hold a lane, or wait for one."""
+    """It would hold a slot, or wait for one."""
     engine = Engine(MODEL, 1)
     ticket = engine.submit(Request(PICTURES[0], np.ones(16, bool), (1,)))
     assert ticket.finished
     assert ticket.position == 16
     assert (ticket.tokens == PICTURES[0]).all()
-    assert (engine.lanes_in_use, engine.waiting, engine.painted, engine.step()) == (0, 0, 0, [])
+    assert (engine.lanes_in_use, engine.waiting, engine.generated, engine.step()) == (0, 0, 0, [])
 
 
 def test_a_request_of_many_samples_is_not_overtaken() -> None:
-    """While small ones keep coming it would never find enough lanes."""
+    """While small ones keep coming it would never find enough slots."""
     engine = Engine(MODEL, 4)
     first = engine.submit(Request(PICTURES[0], TOP_ROWS, (1,)))
     engine.step()
@@ -142,7 +142,7 @@ def test_a_request_of_many_samples_is_not_overtaken() -> None:
 
 
 def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
-    """A client that hangs up would hold its lanes to the end; one that still waits would be painted for nobody."""
+    """A client that hangs up would hold its slots to the end; one that still waits would be painted for nobody."""
     engine = Engine(MODEL, 2)
     gone, waiting, served = (engine.submit(Request(PICTURES[i], TOP_ROWS, (1, 2))) for i in range(3))
     engine.step()
@@ -159,9 +159,9 @@ def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
 
 
 def test_requests_may_come_from_any_thread_while_it_steps() -> None:
-    """A queue that loses one, or a lane that two get."""
+    """A queue that loses one, or a slot that two get."""
     engine = Engine(MODEL, 3)
-    tickets: list[Ticket] = []
+    tickets: list[Generation] = []
 
     def ask(i: int) -> None:
         for k in range(10):

@@ -17,7 +17,7 @@ from faults import one_by_one
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
+from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig
@@ -97,8 +97,8 @@ def test_other_poolings_are_what_they_say() -> None:
     np.testing.assert_allclose(highest[:, 0], normed.max(1), atol=1e-6)
     scores = np.einsum("btc,bc->bt", normed, normed[:, -1]) / np.sqrt(normed.shape[2])
     shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    attended = features.pooled(model, tokens, keys, [1], "attention", 3)
-    np.testing.assert_allclose(attended[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
+    sdpa = features.pooled(model, tokens, keys, [1], "attention", 3)
+    np.testing.assert_allclose(sdpa[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
 
 
 def test_nothing_behind_the_last_layer_wanted_is_run() -> None:
@@ -209,7 +209,7 @@ def test_no_images_are_no_error(store: TokenStore, extract: Extract, release: st
     storage.write(storage.join(store.root, empty.path), data)
     empty = empty.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [empty, *store.manifest.shards]})
-    storage.write(storage.join(store.root, "manifest.json"), token_store.seal(manifest.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), token_store.append_checksum(manifest.model_dump_json()))
     folder = str(extract()["features"])
     assert FeatureStore(folder).layer("test", 1)[0].shape == (3, 32)
 
@@ -239,7 +239,7 @@ def wide_unit(root: str, rows: int) -> None:
     from igpt_ray.data import token_store
 
     palette = Palette(np.random.default_rng(7).uniform(-1, 1, (16, 3)).astype(np.float32))
-    kind = Kind(n_px=2, n_vocab=16, palette=palette.fingerprint, pipeline="reference-1")
+    kind = TokenFormat(n_px=2, n_vocab=16, palette=palette.fingerprint, pipeline="reference-1")
     tokens = np.random.default_rng(0).integers(0, 16, (rows, 4)).astype(np.uint16)
     data = token_store.encode([str(i) for i in range(rows)], [0] * rows, tokens, kind, {"unit": "0"})
     storage.write(f"{root}/train/0-v0.parquet", data)
@@ -247,7 +247,7 @@ def wide_unit(root: str, rows: int) -> None:
     store = token_store.commit(root, manifest_of(kind, [listing_of("train/0-v0.parquet", "train", 0, rows, data)]))
     model = random_model(n_layer=62, n_embd=32, n_head=1, n_px=2)
     uri = release_of(model, store, f"{root}/release")
-    flow.spread = one_by_one
+    flow.actor_map = one_by_one
     flow.extract(FeaturesConfig(release=uri, tokens=root, out=f"{root}/features"))
 
 
@@ -282,7 +282,7 @@ def test_features_of_another_release_or_store_are_refused_by_name(
     with pytest.raises(FeatureError, match=r"another kind: release [0-9a-f]{64}, not"):
         extract(release=other)
     changed = store.manifest.model_copy(update={"made_by": {"by": "another test"}})
-    storage.write(storage.join(store.root, "manifest.json"), token_store.seal(changed.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), token_store.append_checksum(changed.model_dump_json()))
     with pytest.raises(FeatureError, match=r"another kind: tokens [0-9a-f]{64}, not"):
         extract()
 

@@ -16,7 +16,7 @@ from igpt_ray.data import token_store
 from igpt_ray.data.augment import Augment, moved
 from igpt_ray.data.loader import Batch, SplitCache, global_batch, share
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
+from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
 from igpt_ray.errors import TokenStoreError
 from igpt_ray.evaluate import features, linear_probe
 from igpt_ray.evaluate.likelihood import class_logits
@@ -30,7 +30,7 @@ STEPS, LOOK = 40, 4
 
 
 @pytest.fixture
-def classes(tmp_path: Path, palette: Palette, kind: Kind) -> TokenStore:
+def classes(tmp_path: Path, palette: Palette, kind: TokenFormat) -> TokenStore:
     """Dark and bright pictures, 24 to train on and 9 held out; the labels of the held-out ones say nothing."""
     root, rng = str(tmp_path / "classes"), np.random.default_rng(2)
     palette.save(storage.join(root, "palette.npy"))
@@ -116,7 +116,9 @@ def test_every_shift_and_mirror_is_as_likely_as_another() -> None:
     assert np.abs(counts - n / 18).max() < 5 * (n / 18) ** 0.5
 
 
-def test_labels_go_with_their_images_and_none_may_be_missing(classes: TokenStore, tmp_path: Path, kind: Kind) -> None:
+def test_labels_go_with_their_images_and_none_may_be_missing(
+    classes: TokenStore, tmp_path: Path, kind: TokenFormat
+) -> None:
     split = SplitCache(classes, "train", labelled=True)
     batch = global_batch(seed=1, step=3, batch_size=7, n_rows=24)
     np.testing.assert_array_equal(split.labels_of(batch), (split[batch] >= 8).all(1))
@@ -178,7 +180,7 @@ def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
     seen = linear_probe.Labelled(
         features.pooled(headed, tokens, keys, [2], "mean", 4)[..., 0, :], table["label"].to_numpy()
     )
-    setting = linear_probe.choose(seen, 2, cfg.seed, linear_probe.Method()).setting
+    setting = linear_probe.select(seen, 2, cfg.seed, linear_probe.Method()).setting
     expected = linear_probe.refit(seen, 2, setting, linear_probe.Method()).logits(seen.features)
     margin, wanted = (logits[..., 1] - logits[..., 0] for logits in (found, expected))
     assert np.square(margin - wanted).mean() ** 0.5 < 0.2 * wanted.std()
@@ -261,4 +263,4 @@ def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) ->
     x = torch.from_numpy(tokens[2:3].astype(np.int64))
     keep = None if objective == "next" else losses.keep_of_keys(["2.png"], 4, 16)
     one = logits[2] if objective == "next" else logits[2, 4]
-    np.testing.assert_allclose(model.joint(x, keep)[1][0].numpy(), one, rtol=1e-4)
+    np.testing.assert_allclose(model.forward_with_classifier(x, keep)[1][0].numpy(), one, rtol=1e-4)

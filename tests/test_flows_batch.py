@@ -17,7 +17,7 @@ from serving import KEY, Place, free_port, serving
 
 from igpt_ray import storage
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, TokenStore
+from igpt_ray.data.token_store import TokenFormat, TokenStore
 from igpt_ray.errors import CheckpointError, EndpointError, SourceError
 from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
 from igpt_ray.flows import batch, evaluate
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 
 
 def test_a_store_of_another_kind_than_the_server_s_is_refused(
-    place: Place, palette: Palette, kind: Kind, tmp_path: Path
+    place: Place, palette: Palette, kind: TokenFormat, tmp_path: Path
 ) -> None:
     other = tiny_store(str(tmp_path / "tokens"), palette, kind)
     said = f"the model at {place.url} was trained with n_px 8, but {other.root} has {kind.n_px}"

@@ -14,7 +14,7 @@ from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig, SgdConfig
 from igpt_ray.evaluate.features import FeatureStore
-from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method, choose, refit, summary
+from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method, refit, select, summary
 from igpt_ray.evaluate.logistic import Linear
 from igpt_ray.flows.features import extract
 from igpt_ray.flows.probe import probe_layers, raw_pixels
@@ -51,7 +51,7 @@ def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: 
 
     kept = FeatureStore(str(tmp_path / "features"))
     fit, test = (Labelled(*kept.layer(split, best)) for split in ("train", "test"))
-    choice = choose(fit, 10, 3, Method())
+    choice = select(fit, 10, 3, Method())
     assert choice == Choice(report["validation"], report["setting"])
     expected, confusion = summary(refit(fit, 10, choice.setting, Method()), test, 10)
     assert {name: report[name] for name in expected} == pytest.approx(expected)
@@ -65,7 +65,7 @@ def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: 
 
     store = TokenStore.open(both["tokens"])
     pixels = [raw_pixels(store, split) for split in ("train", "test")]
-    picked = choose(pixels[0], 10, 3, Method())
+    picked = select(pixels[0], 10, 3, Method())
     assert (
         report["raw_pixels"]["accuracy"]
         == summary(refit(pixels[0], 10, picked.setting, Method()), pixels[1], 10)[0]["accuracy"]

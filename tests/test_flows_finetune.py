@@ -12,7 +12,7 @@ from test_finetuning import released
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
+from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
 from igpt_ray.errors import CheckpointError, IgptError, SettingError, TokenStoreError
 from igpt_ray.evaluate import linear_probe
 from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig
@@ -29,7 +29,7 @@ Splits = dict[str, list[int]]
 
 
 def labelled(
-    root: Path, palette: Palette, kind: Kind, splits: Splits, classes: tuple[str, ...] = ("cat", "dog")
+    root: Path, palette: Palette, kind: TokenFormat, splits: Splits, classes: tuple[str, ...] = ("cat", "dog")
 ) -> str:
     """A token store of random pictures, dark or bright by their labels."""
     rng, listed = np.random.default_rng(6), []
@@ -64,7 +64,7 @@ def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> Fin
 @pytest.mark.ray
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_what_comes_out_is_evaluated_probed_and_served(
-    cluster: str, tmp_path: Path, palette: Palette, kind: Kind, objective: str
+    cluster: str, tmp_path: Path, palette: Palette, kind: TokenFormat, objective: str
 ) -> None:
     """A head that other jobs refuse or forget; accuracy by one mask where five vote."""
     tokens = labelled(tmp_path / "tokens", palette, kind, GOOD)
@@ -105,7 +105,7 @@ def test_what_comes_out_is_evaluated_probed_and_served(
 def test_what_cannot_work_is_refused_before_workers_start(
     tmp_path: Path,
     palette: Palette,
-    kind: Kind,
+    kind: TokenFormat,
     splits: Splits,
     classes: int,
     head: int,
@@ -126,7 +126,7 @@ def test_what_cannot_work_is_refused_before_workers_start(
     [({"palette": "another"}, "was trained with palette"), ({"n_px": 2}, "was trained with n_px 4, but .* has 2")],
 )
 def test_a_store_of_another_kind_is_refused(
-    tmp_path: Path, palette: Palette, kind: Kind, change: dict[str, Any], complaint: str
+    tmp_path: Path, palette: Palette, kind: TokenFormat, change: dict[str, Any], complaint: str
 ) -> None:
     """A network that takes every colour for another one learns all the same, and badly."""
     ours = labelled(tmp_path / "ours", palette, kind, GOOD)
@@ -143,7 +143,7 @@ def test_a_store_of_another_kind_is_refused(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_report_s_accuracies_are_those_of_its_releases(
-    cluster: str, tmp_path: Path, palette: Palette, kind: Kind
+    cluster: str, tmp_path: Path, palette: Palette, kind: TokenFormat
 ) -> None:
     """Accuracy of images that were held out, or of the run from scratch under the other's name."""
     tokens = labelled(tmp_path / "tokens", palette, kind, {split: labels * 3 for split, labels in GOOD.items()})

@@ -22,7 +22,7 @@ from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import IgptError, NotFound
 from igpt_ray.evaluate.config import EvaluateConfig
 from igpt_ray.flows import evaluate, job, prepare, train
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.settings import PoolConfig
 from igpt_ray.train.config import DataConfig, PretrainConfig
 
@@ -94,7 +94,7 @@ def test_an_error_inside_an_actor_reaches_the_user_as_itself(
     for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
         arguments = {"root": root, "kind": kind, "pixels": PixelsConfig(n_px=8), "holdout": 0.0, "committed": {}}
         with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):
-            list(spread([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, PoolConfig()))
+            list(actor_map([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, PoolConfig()))
 
 
 def test_a_bug_keeps_its_traceback(cluster: str) -> None:

@@ -30,7 +30,7 @@ from raylets import Autoscaler, autoscaled, children, title, until
 
 from igpt_ray import storage
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.train import checkpoint, metrics
 
 pytestmark = pytest.mark.ray
@@ -66,7 +66,7 @@ def complete(nodes: Nodes) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, palette: Palette, kind: Kind) -> str:
+def tokens(tmp_path_factory: pytest.TempPathFactory, palette: Palette, kind: TokenFormat) -> str:
     return tiny_store(str(tmp_path_factory.mktemp("tokens")), palette, kind).root
 
 

@@ -63,8 +63,8 @@ def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     deadline = time.monotonic() + 300
     try:
         while missing and time.monotonic() < deadline:  # metrics are brought together every few seconds
-            painted = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            urllib.request.urlopen(painted, timeout=60).close()
+            generated = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(generated, timeout=60).close()
             time.sleep(2)
             missing = wanted - names_there()
     finally:

@@ -22,7 +22,7 @@ from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.loader import SplitCache
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import Layout
-from igpt_ray.data.token_store import Kind, Shard, Statistics, TokenStore, parse, tokens_of
+from igpt_ray.data.token_store import Shard, Statistics, TokenFormat, TokenStore, parse, tokens_of
 from igpt_ray.errors import SourceError, TokenStoreError
 from igpt_ray.flows import prepare
 
@@ -250,7 +250,7 @@ def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
     LAYOUTS[layout](place, real(shared))
     palette, root = Palette.load("openai"), str(tmp_path / "tokens")
     palette.save(storage.join(root, "palette.npy"))
-    kind = Kind(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=pixels.FAST)
+    kind = TokenFormat(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=pixels.FAST)
     make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
     found = {}
     for task in prepare.tasks_of(sources.plan(place, 30), views=1):

@@ -95,10 +95,10 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
 
     table = pq.read_table(tmp_path / "audit/completions.parquet").to_pydict()
     assert table["group"] == ["a", "a", "b", "b", "b"]
-    judge = bias.classifier(probe, release.config.kind, "cpu", 8)
+    evaluate_classifier = bias.classifier(probe, release.config.kind, "cpu", 8)
     for group, found in report["completions"]["groups"].items():
         tokens = [t for g, t in zip(table["group"], table["completions"], strict=True) if g == group]
-        chosen = judge.choose(np.array(tokens, np.uint16).reshape(-1, 64), [""] * 3 * len(tokens))
+        chosen = evaluate_classifier.select(np.array(tokens, np.uint16).reshape(-1, 64), [""] * 3 * len(tokens))
         counts = np.bincount(chosen, minlength=10)
         assert found["counts"] == dict(zip(map(str, range(10)), counts.tolist(), strict=True))
         assert (found["pictures"], found["completions"]) == (len(tokens), 3 * len(tokens))

@@ -56,7 +56,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def settings(release: str, keys: str) -> ServeConfig:
-    return ServeConfig(release=f"slow={release}", keys=keys, replicas=2, lanes=LANES, queue=64)
+    return ServeConfig(release=f"slow={release}", keys=keys, replicas=2, slots=LANES, queue=64)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def client(cluster: str, settings: ServeConfig) -> Iterator[Client]:
 def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Client, release: str) -> None:
     """The tokens of a request are the same alone without Ray, among 31 others on two replicas, and streamed."""
     body = {"image": PICTURE, "response_format": "tokens", "n": 2, "rows": 12, "seed": 5}
-    with serving({"slow": release}, lanes=2) as place:
+    with serving({"slow": release}, slots=2) as place:
         alone = place.ask("/v1/completions", body).body["data"]
 
     def other(i: int) -> int:
@@ -101,7 +101,7 @@ def test_a_stream_comes_row_by_row(client: Client) -> None:
     assert len({round(t, 2) for t in times}) > 8
 
 
-def test_who_hangs_up_frees_the_lanes(client: Client) -> None:
+def test_who_hangs_up_frees_the_slots(client: Client) -> None:
     body = json.dumps({"image": PICTURE, "rows": 0, "n": LANES, "stream": True}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -112,7 +112,7 @@ def test_who_hangs_up_frees_the_lanes(client: Client) -> None:
     handle = ray_serve.get_deployment_handle("release-slow", "igpt")
 
     def in_use() -> int:
-        return max(handle.lanes.remote().result()[0] for _ in range(6))
+        return max(handle.slots.remote().result()[0] for _ in range(6))
 
     with socket.create_connection(("127.0.0.1", client.port)) as s:
         s.sendall(head.encode() + body)
@@ -217,7 +217,7 @@ def test_every_misspelt_or_missing_key_of_the_cluster_s_file_is_found(path: tupl
             at = at[step]
         mutate(at, path[-1])
         dropped = path[-1] not in at and f"{path[-1]}x" not in at
-        if dropped and path[-1] in ("deployments", "autoscaling_config", "max_ongoing_requests", "lanes", "gpus"):
+        if dropped and path[-1] in ("deployments", "autoscaling_config", "max_ongoing_requests", "slots", "gpus"):
             check.check_config(said, "it")
             continue
         with pytest.raises(SettingError, match=rf"it.*{path[-1]}|say who may ask|no release to serve"):

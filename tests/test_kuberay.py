@@ -58,7 +58,7 @@ def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
         return value
     known = schema.get("properties", {})
     value = {key: copy.deepcopy(s["default"]) for key, s in known.items() if "default" in s} | value
-    return {key: with_defaults(below, known.get(key, {})) for key, below in value.items()}
+    return {key: with_defaults(relative_to, known.get(key, {})) for key, relative_to in value.items()}
 
 
 @cache
@@ -105,8 +105,8 @@ def test_a_misspelt_or_missing_key_of_a_manifest_is_found(crds: Path) -> None:
     unseen = []
     for manifest, seen_already in whole:
         for path in keys_of(manifest):
-            below = "/".join(map(str, path)).startswith("/".join(seen_already)) and len(path) > len(seen_already)
-            if (seen_already and below) or NAMES_OF_OURS & set(path[:-1]):
+            relative_to = "/".join(map(str, path)).startswith("/".join(seen_already)) and len(path) > len(seen_already)
+            if (seen_already and relative_to) or NAMES_OF_OURS & set(path[:-1]):
                 continue
             if not errors_of(misspelt(manifest, path), crds):
                 unseen.append(path)
@@ -134,8 +134,8 @@ def required_of(value: Any, schema: dict[str, Any], path: tuple[Any, ...] = ()) 
     elif isinstance(value, dict):
         known = schema.get("properties", {})
         yield from ((*path, key) for key in schema.get("required", []) if key in value and "default" not in known[key])
-        for key, below in value.items():
-            yield from required_of(below, known.get(key, {}), (*path, key))
+        for key, relative_to in value.items():
+            yield from required_of(relative_to, known.get(key, {}), (*path, key))
 
 
 def test_redis_s_pod_is_one_that_kubernetes_knows(crds: Path) -> None:
@@ -318,8 +318,8 @@ def variables(value: Any) -> Any:
         yield from value.get("env", [])
         value = list(value.values())
     if isinstance(value, list):
-        for below in value:
-            yield from variables(below)
+        for relative_to in value:
+            yield from variables(relative_to)
 
 
 def listed(value: Any) -> list[Any]:

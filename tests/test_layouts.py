@@ -19,7 +19,7 @@ import pytest
 
 from igpt_ray import storage
 from igpt_ray.data import sources
-from igpt_ray.data.sources import Image, Layout, Unreadable, imagenet, parquet, ranges, units, webdataset
+from igpt_ray.data.sources import Image, Layout, UnreadableImage, imagenet, parquet, ranges, units, webdataset
 from igpt_ray.errors import SourceError
 
 
@@ -155,7 +155,7 @@ def expected(pictures: list[Picture]) -> set[tuple[str, Image]]:
     return {(p.split, Image(p.name[:-5], index(p.wnid), p.data)) for p in pictures}
 
 
-def everything(plan: sources.Plan) -> list[tuple[str, Image | Unreadable]]:
+def everything(plan: sources.Plan) -> list[tuple[str, Image | UnreadableImage]]:
     return [(unit.split, image) for unit in plan.units for image in sources.read(unit)]
 
 
@@ -260,7 +260,7 @@ def test_the_split_is_in_the_name(path: str, split: str) -> None:
 
 
 def test_names_stay_in_order_when_a_split_has_more_units_than_five_digits() -> None:
-    drafts = (units.Draft("train", 1, i) for i in range(100_001))
+    drafts = (units.DraftUnit("train", 1, i) for i in range(100_001))
     named = [unit.name for unit in units.numbered(drafts)]
     assert named == sorted(named)
     assert named[-1] == "100000"
@@ -344,7 +344,7 @@ def test_a_hostile_member_goes_to_quarantine_and_its_neighbours_through(
     storage.write(f"{tmp_path}/train.tar", tar(inside(files, kinds)))
     _, first, bad, last = [image for _, image in everything(sources.plan(str(tmp_path), 10))]
     assert (first, last) == (Image("n00000002_1", 1, b"first"), Image("n00000002_2", 1, b"last"))
-    assert isinstance(bad, Unreadable)
+    assert isinstance(bad, UnreadableImage)
     assert said in bad.reason
 
 
@@ -356,7 +356,9 @@ def test_a_picture_too_large_to_be_one_is_never_fetched(tmp_path: Path, monkeypa
     for layout, build in LAYOUTS.items():
         build(f"{tmp_path}/{layout}", big)
         bad = [
-            image for _, image in everything(sources.plan(f"{tmp_path}/{layout}", 3)) if isinstance(image, Unreadable)
+            image
+            for _, image in everything(sources.plan(f"{tmp_path}/{layout}", 3))
+            if isinstance(image, UnreadableImage)
         ]
         assert [image.key for image in bad] == ["n00000003_7"], layout
         assert "bytes" in bad[0].reason
@@ -411,7 +413,7 @@ def test_a_flat_archive_of_countless_members_is_refused(tmp_path: Path, monkeypa
 # ------------------------------------------------------------------------------------------------ WebDataset
 
 
-def shard(tmp_path: Path, files: dict[str, bytes], name: str = "train-0.tar") -> list[Image | Unreadable]:
+def shard(tmp_path: Path, files: dict[str, bytes], name: str = "train-0.tar") -> list[Image | UnreadableImage]:
     storage.write(f"{tmp_path}/{name}", tar(files))
     return [image for _, image in everything(sources.plan(str(tmp_path), 3))]
 
@@ -437,10 +439,10 @@ def test_what_is_missing_from_a_sample_is_reported(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     read = shard(tmp_path, {"1.jpg": b"one", "2.cls": b"1", "3.jpg": b"three", "3.cls": b"0"})
     assert read[2] == Image("3.jpg", 0, b"three")
-    assert [type(image) for image in read[:2]] == [Unreadable, Unreadable]
+    assert [type(image) for image in read[:2]] == [UnreadableImage, UnreadableImage]
     assert ["has no label" in read[0][1], "has no picture" in read[1][1]] == [True, True]
     twice = shard(tmp_path, {"1.cls": b"1", "1.jpg": b"one", "1.png": b"again"})
-    assert [type(image) for image in twice] == [Image, Unreadable]
+    assert [type(image) for image in twice] == [Image, UnreadableImage]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,9 @@ def test_rows_without_bytes_are_reported_and_unlabelled_ones_only_in_the_test_sp
         f"{tmp_path}/test-0.parquet", table([(b"x", "1.png", -1), (None, "2.png", 0), (b"x", "3.png", None)], ["a"])
     )
     assert [image for _, image in everything(sources.plan(str(tmp_path), 3))] == [
-        Image("1.png", -1, b"x"), Unreadable("2.png", "has no bytes in row test-0.parquet/1"), Image("3.png", -1, b"x")
+        Image("1.png", -1, b"x"),
+        UnreadableImage("2.png", "has no bytes in row test-0.parquet/1"),
+        Image("3.png", -1, b"x")
     ]  # fmt: skip
     storage.write(f"{tmp_path}/train-0.parquet", table([(b"x", "1.png", -1)], ["a"]))
     with pytest.raises(SourceError, match=r"train-0\.parquet/0 \(1\.png\) has label -1: expected 0 to 0"):

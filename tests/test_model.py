@@ -15,10 +15,10 @@ from conftest import HF_SHAPES, random_hf, random_model, random_tokens, shifted
 from torch import Tensor
 
 from igpt_ray import weights
-from igpt_ray.generate.kv_cache import Lanes
+from igpt_ray.generate.kv_cache import KVCache
 from igpt_ray.model import losses
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT, attended, turned
+from igpt_ray.model.image_gpt import ImageGPT, apply_rope, sdpa
 
 Golden = tuple[ImageGPT, dict[str, Tensor]]
 
@@ -48,10 +48,10 @@ def test_logits_and_loss_are_openais(golden: Golden) -> None:
 def test_keys_and_values_are_openais(golden: Golden) -> None:
     """Keys where values belong, or heads cut along the wrong axis: sampling would go wrong where training does not."""
     model, computed = golden
-    lanes = Lanes(model, 4, "float32")
-    for lane, x in enumerate(computed["tokens"]):
-        lanes.fill([lane], x)
-    present = lanes.kv.permute(2, 0, 1, 3, 4, 5)  # (B, L, 2, N, T, D)
+    slots = KVCache(model, 4, "float32")
+    for slot, x in enumerate(computed["tokens"]):
+        slots.fill([slot], x)
+    present = slots.kv.permute(2, 0, 1, 3, 4, 5)  # (B, L, 2, N, T, D)
     torch.testing.assert_close(present, computed["present"], rtol=0, atol=2e-5)
 
 
@@ -171,7 +171,7 @@ def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
         qkv = F.linear(norm(h, f"h.{i}.ln_1.weight"), state[f"h.{i}.attn.c_attn.weight"])
         q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
         whole = partial(F.scaled_dot_product_attention, is_causal=True)
-        y = (whole if q.dtype == torch.float32 else partial(attended, causal=True))(q, k, v)
+        y = (whole if q.dtype == torch.float32 else partial(sdpa, causal=True))(q, k, v)
         h = h + F.linear(y.transpose(1, 2).reshape(B, T, C), state[f"h.{i}.attn.c_proj.weight"])
         m = F.linear(norm(h, f"h.{i}.ln_2.weight"), state[f"h.{i}.mlp.c_fc.weight"])
         h = h + F.linear(m * torch.sigmoid(1.702 * m), state[f"h.{i}.mlp.c_proj.weight"])
@@ -223,9 +223,9 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
     """By hand: elements i and i + D/2 as a complex number times e^(i angle); the first half of the pairs by rows."""
     model = random_model(rotary=True)
     x = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
-    turn = model.rotation(16)
-    assert turn is not None
-    found = turned(x, turn)
+    rope = model.rotation(16)
+    assert rope is not None
+    found = apply_rope(x, rope)
     for t in range(16):
         row, column = divmod(t, 4)
         for i, angle in enumerate([row, row / 10, column, column / 10]):
@@ -238,9 +238,9 @@ def test_a_query_and_a_key_agree_by_the_rows_and_columns_between_them() -> None:
     """Absolute places that leak in, or columns that wrap around the edge as neighbours do in raster order."""
     model = random_model(rotary=True, n_px=8)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).expand(64, 2, 8).transpose(0, 1)
-    turn = model.rotation(64)
-    assert turn is not None
-    agreement = turned(q, turn) @ turned(k, turn).T  # (64, 64)
+    rope = model.rotation(64)
+    assert rope is not None
+    agreement = apply_rope(q, rope) @ apply_rope(k, rope).T  # (64, 64)
     at = {}
     for i, j in itertools.product(range(64), repeat=2):
         between = (j // 8 - i // 8, j % 8 - i % 8)
@@ -272,15 +272,15 @@ def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
             y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
             for y, norm in ((q, block.attn.q_norm), (k, block.attn.k_norm))
         )
-    turn = model.rotation(16)
-    if turn is not None:
-        q, k = (turned(y.transpose(1, 2), turn).transpose(1, 2) for y in (q, k))
+    rope = model.rotation(16)
+    if rope is not None:
+        q, k = (apply_rope(y.transpose(1, 2), rope).transpose(1, 2) for y in (q, k))
     weights = torch.einsum("bind,bjnd->bnij", q, k) / 8**0.5
     weights = weights.masked_fill(torch.ones(16, 16).bool().triu(1), -math.inf).softmax(-1)
     h1 = h + block.attn.c_proj(torch.einsum("bnij,bjnd->bind", weights, v).flatten(2))
     inner = block.mlp.c_fc(block.ln_2(h1))
     expected = h1 + block.mlp.c_proj(inner * torch.sigmoid(1.702 * inner))
-    torch.testing.assert_close(block(h, turn), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(h, rope), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_features_of_a_modern_network_end_with_its_hidden_states() -> None:
@@ -294,7 +294,7 @@ def test_features_of_a_modern_network_end_with_its_hidden_states() -> None:
 
 
 def random_keep(model: ImageGPT, n: int) -> Tensor:
-    return losses.keep_masks(list(range(n)), model.config.n_positions)
+    return losses.sample_masks(list(range(n)), model.config.n_positions)
 
 
 def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
@@ -327,11 +327,11 @@ def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None
     """A head on the last position, or before the norm; a head that starts at random spoils the first steps."""
     model = random_model(n_class=5)
     x = random_tokens(model, 3)
-    logits, classes = model.joint(x)
+    logits, classes = model.forward_with_classifier(x)
     assert torch.equal(logits, model(x))
     torch.testing.assert_close(classes, model.features(x)[:, -1] @ model.wclf.weight.T)
     fresh = ImageGPT(model.config)
-    assert (fresh.joint(x)[1] == 0).all()
+    assert (fresh.forward_with_classifier(x)[1] == 0).all()
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
@@ -352,6 +352,6 @@ def test_short_attention_in_bfloat16_rounds_only_what_comes_in_and_goes_out(T: i
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, T, 64).bfloat16()
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    error = (attended(q, k, v, causal=True).double() - exact).abs()
-    assert attended(q, k, v, causal=True).dtype == torch.bfloat16
+    error = (sdpa(q, k, v, causal=True).double() - exact).abs()
+    assert sdpa(q, k, v, causal=True).dtype == torch.bfloat16
     assert (error <= (2**-8 if T <= 128 else 2**-6) * exact.abs().clamp(min=1)).all()

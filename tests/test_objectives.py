@@ -81,7 +81,7 @@ def test_the_masked_objective_is_its_description_in_numpy() -> None:
     """A mean over all positions, over the kept ones, or over the masked ones of the whole batch; a causal mask."""
     model = random_model(std=0.15, objective="masked")
     x = random_tokens(model, 5)
-    keep = objectives.keep_masks([0, 1, 2, 3, 4], 16)
+    keep = objectives.sample_masks([0, 1, 2, 3, 4], 16)
     keep[0], keep[1] = False, True  # all masked, and all but one kept
     keep[1, 7] = False
     expected = numpy_masked_loss(model, x.numpy(), keep.numpy())
@@ -94,12 +94,12 @@ def test_the_masked_objective_is_its_description_in_numpy() -> None:
 
 def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -> None:
     """A mask that depends on its neighbours in the batch: another number of workers, another run."""
-    keep = objectives.keep_masks(list(range(400)), 1024)
+    keep = objectives.sample_masks(list(range(400)), 1024)
     share = (~keep).float().mean().item()
     assert share == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / keep.numel()) ** 0.5)
     by_position = (~keep).float().mean(0)
     assert (by_position - 0.15).abs().max() < 6 * (0.15 * 0.85 / 400) ** 0.5
-    assert torch.equal(objectives.keep_masks([7, 3], 1024), keep[[7, 3]])
+    assert torch.equal(objectives.sample_masks([7, 3], 1024), keep[[7, 3]])
     assert torch.equal(objectives.keep_of_keys(["b"], 2, 64)[0], objectives.keep_of_keys(["a", "b"], 2, 64)[1])
     drawn = [tuple(objectives.keep_of_keys(["a"], mask, 64)[0].tolist()) for mask in range(objectives.MASKS)]
     assert len(set(drawn)) == objectives.MASKS
@@ -107,7 +107,7 @@ def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -
 
 def test_every_image_has_something_to_guess() -> None:
     """OpenAI's mean over no position at all is not a number, which at 3x3 pixels happens in a quarter of all masks."""
-    keep = objectives.keep_masks(list(range(2000)), 9)
+    keep = objectives.sample_masks(list(range(2000)), 9)
     masked = (~keep).sum(1)
     assert masked.min() == 1
     single = (masked == 1).float().mean().item()
@@ -118,7 +118,7 @@ def test_every_image_has_something_to_guess() -> None:
 def test_masked_micro_batches_add_up_to_the_batch() -> None:
     """Sums over images, divided by their number once."""
     model = random_model(std=0.15, objective="masked")
-    x, keep = random_tokens(model, 5), objectives.keep_masks([0, 1, 2, 3, 4], 16)
+    x, keep = random_tokens(model, 5), objectives.sample_masks([0, 1, 2, 3, 4], 16)
     whole = objectives.generative(model, x, keep)
     parts = [objectives.generative(model, a, b) for a, b in zip(x.split([2, 3]), keep.split([2, 3]), strict=True)]
     torch.testing.assert_close(parts[0] + parts[1], whole)
@@ -132,10 +132,10 @@ def test_the_joint_loss_is_generative_plus_classification(objective: str) -> Non
     """Weights other than 1:1, or a generative part that is a sum over an image's pixels and drowns the label."""
     model = random_model(std=0.15, objective=objective, n_class=3)
     x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2])
-    keep = objectives.keep_masks([0, 1, 2, 3], 16) if objective == "masked" else None
-    loss = objectives.joint(model, x, labels, keep)
+    keep = objectives.sample_masks([0, 1, 2, 3], 16) if objective == "masked" else None
+    loss = objectives.forward_with_classifier(model, x, labels, keep)
     per_image = objectives.generative(model, x, keep) / (x.numel() if keep is None else len(x))
-    p = torch.softmax(model.joint(x, keep)[1].double(), 1)[range(4), labels]
+    p = torch.softmax(model.forward_with_classifier(x, keep)[1].double(), 1)[range(4), labels]
     assert loss.shape == (4,)
     assert loss.mean().item() == pytest.approx(per_image.item() - p.log().mean().item(), rel=1e-5)
 
@@ -143,5 +143,5 @@ def test_the_joint_loss_is_generative_plus_classification(objective: str) -> Non
 def test_the_first_joint_loss_is_the_logarithms_of_the_colours_and_the_classes() -> None:
     model = ImageGPT(random_model(n_class=10).config)
     x = random_tokens(model, 2)
-    loss = objectives.joint(model, x, torch.tensor([3, 4]))
+    loss = objectives.forward_with_classifier(model, x, torch.tensor([3, 4]))
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(16) + math.log(10)))

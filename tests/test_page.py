@@ -161,7 +161,7 @@ def test_classes_and_surprise_are_shown(page: Any, tmp_path: Path) -> None:
     shot(page, "desktop-surprise")
 
 
-def test_stop_frees_the_lanes(page: Any, place: Place, tmp_path: Path) -> None:
+def test_stop_frees_the_slots(page: Any, place: Place, tmp_path: Path) -> None:
     upload(page, tmp_path)
     page.focus("#line")
     page.keyboard.press("Home")

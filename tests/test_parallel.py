@@ -65,12 +65,12 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
 
 
 def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
-    """`joint` is not `forward`: unregistered, it would meet weights that nobody gathered."""
+    """`forward_with_classifier` is not `forward`: unregistered, it would meet weights that nobody gathered."""
     plain, sharded = (random_model(std=0.15, n_class=3).requires_grad_(True).train() for _ in range(2))
     sharded = parallelize.shard(sharded, mesh, WorkersConfig())
     x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0])
     for model in (plain, sharded):
-        objectives.joint(model, x, labels).mean().backward()
+        objectives.forward_with_classifier(model, x, labels).mean().backward()
     for name, a, b in both(plain, sharded, "grad"):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=name)
 

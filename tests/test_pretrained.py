@@ -15,13 +15,13 @@ import igpt_ray
 from igpt_ray import weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, ImageError, SettingError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.likelihood import class_logits, image_nats
 
 
-def release_at(uri: str, palette: Palette, kind: Kind, **shape: Any) -> str:
+def release_at(uri: str, palette: Palette, kind: TokenFormat, **shape: Any) -> str:
     model = random_model(**shape)
     config = weights.ReleaseConfig(
         format=weights.FORMAT, model=model.config, kind=kind, sha256="", classes=["cat", "dog"], trained={}
@@ -31,7 +31,7 @@ def release_at(uri: str, palette: Palette, kind: Kind, **shape: Any) -> str:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path, palette: Palette, kind: Kind) -> igpt_ray.Pretrained:
+def loaded(tmp_path: Path, palette: Palette, kind: TokenFormat) -> igpt_ray.Pretrained:
     return igpt_ray.load(release_at(str(tmp_path / "release"), palette, kind))
 
 
@@ -92,7 +92,9 @@ def test_scores_and_features_are_those_of_evaluation(loaded: igpt_ray.Pretrained
         loaded.features(picture, layer=9)
 
 
-def test_a_fine_tuned_release_names_classes(tmp_path: Path, palette: Palette, kind: Kind, picture: Image.Image) -> None:
+def test_a_fine_tuned_release_names_classes(
+    tmp_path: Path, palette: Palette, kind: TokenFormat, picture: Image.Image
+) -> None:
     model = igpt_ray.load(release_at(str(tmp_path / "tuned"), palette, kind, n_class=2))
     found = model.classify(picture)
     logits = torch.from_numpy(class_logits(model.model, model.tokens(picture), ["0"], 1))

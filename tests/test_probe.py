@@ -6,22 +6,22 @@ from sklearn import metrics
 
 from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.config import SgdConfig
-from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, choose, judge_logits, refit, summary, votes
+from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, judge_logits, refit, select, summary, votes
 
 
-def clusters(n: int, d: int, classes: int, spread: float, seed: int) -> Labelled:
+def clusters(n: int, d: int, classes: int, actor_map: float, seed: int) -> Labelled:
     """Gaussian clouds around one centre a class."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(classes, d))
     labels = rng.integers(0, classes, n)
-    features = centres[labels] + spread * rng.normal(size=(n, d))
+    features = centres[labels] + actor_map * rng.normal(size=(n, d))
     return Labelled(features.astype(np.float32), labels)
 
 
 def probed(fit: Labelled, test: Labelled, n_classes: int, seed: int, method: Method | None = None) -> dict[str, float]:
     """What the flow does for one layer."""
     method = method or Method()
-    choice = choose(fit, n_classes, seed, method)
+    choice = select(fit, n_classes, seed, method)
     report, confusion = summary(refit(fit, n_classes, choice.setting, method), test, n_classes)
     assert confusion.sum() == len(test)
     return {"validation": choice.validation, "test": report["accuracy"], "l2": choice.setting, **report}

@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> 
 
 
 def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -> None:
-    """One stream of random numbers for all lanes: a neighbour, or one more sample, would change the picture."""
+    """One stream of random numbers for all slots: a neighbour, or one more sample, would change the picture."""
     seeds = [11, 12, 13, 14, 15, 16]
     together = sampler.complete(model, given, 2, seeds)
     for i, seed in enumerate(seeds):
@@ -97,7 +97,7 @@ def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
 
 
 def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Tensor) -> None:
-    """A picture's samples that lose their order, or those beyond the lanes."""
+    """A picture's samples that lose their order, or those beyond the slots."""
     n = sampler.LANES + 3
     done = sampler.complete(model, given[:2], n, list(range(2 * n)))
     assert done.shape == (2 * n, 16)
@@ -128,7 +128,7 @@ def test_frequencies_follow_the_softmax() -> None:
     u = rng.uniforms([77], n)[0]
     for temperature in (1.0, 0.7, 2.0):
         p = torch.softmax(logits.double() / temperature, 0).numpy()
-        counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, temperature), minlength=16).numpy()
+        counts = torch.bincount(sampler.sample_inverse_cdf(logits.expand(n, -1), u, temperature), minlength=16).numpy()
         assert chisquare(counts, n * p).pvalue > 1e-3
         assert chisquare(counts, n * np.roll(p, 1)).pvalue < 1e-9
 
@@ -139,19 +139,19 @@ def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
     logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
     u = rng.uniforms([78], n)[0]
     best = logits.topk(4).indices.sort().values
-    counts = torch.bincount(sampler.pick(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
+    counts = torch.bincount(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
     assert set(np.flatnonzero(counts)) == set(best.tolist())
     p = torch.softmax(logits[best].double(), 0).numpy()
     assert chisquare(counts[best.numpy()], n * p).pvalue > 1e-3
-    everything = sampler.pick(logits.expand(n, -1), u)
+    everything = sampler.sample_inverse_cdf(logits.expand(n, -1), u)
     for k in (0, 16, 100):
-        assert torch.equal(sampler.pick(logits.expand(n, -1), u, top_k=k), everything)
+        assert torch.equal(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=k), everything)
 
 
 def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
     """Which of equals survives would depend on the sorting of a library."""
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
-    seen = sampler.pick(logits, rng.uniforms([79], 1000)[0], top_k=2).unique()
+    seen = sampler.sample_inverse_cdf(logits, rng.uniforms([79], 1000)[0], top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
 
 
@@ -160,7 +160,9 @@ def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
     p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
     u = rng.uniforms([80], 20_000)[0]
     for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
-        counts = torch.bincount(sampler.pick(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4).numpy()
+        counts = torch.bincount(
+            sampler.sample_inverse_cdf(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4
+        ).numpy()
         assert np.flatnonzero(counts).tolist() == left
         share = p[left].numpy() / p[left].sum().item()
         assert len(left) == 1 or chisquare(counts[left], len(u) * share).pvalue > 1e-3
@@ -170,8 +172,8 @@ def test_top_p_is_of_what_top_k_left() -> None:
     """transformers filters in this order: of 0.5 and 0.3 the first has 0.625."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
     u = rng.uniforms([81], 1000)[0]
-    assert sampler.pick(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
-    assert sampler.pick(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
+    assert sampler.sample_inverse_cdf(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
+    assert sampler.sample_inverse_cdf(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
 
 
 def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
@@ -181,10 +183,10 @@ def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
     temperature = torch.tensor([0, 1, 0.5, 2.0, 1e-6, 1], dtype=torch.float64).repeat(10)
     top_k = torch.tensor([0, 0, 3, 100, 1]).repeat(12)
     top_p = torch.tensor([1, 0.9, 0.3, 1], dtype=torch.float64).repeat(15)
-    together = sampler.pick(logits, u, temperature, top_k, top_p)
+    together = sampler.sample_inverse_cdf(logits, u, temperature, top_k, top_p)
     for i in range(60):
         how = temperature[i].item(), int(top_k[i]), top_p[i].item()
-        assert sampler.pick(logits[i : i + 1], u[i : i + 1], *how).item() == together[i]
+        assert sampler.sample_inverse_cdf(logits[i : i + 1], u[i : i + 1], *how).item() == together[i]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
@@ -194,7 +196,9 @@ def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
     logits[0, 3], logits[0, 5] = 1.0, 2.0
     expected = 3 if u == 0 else 5
     for top_k in (0, 2):
-        assert sampler.pick(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
+        assert (
+            sampler.sample_inverse_cdf(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
+        )
 
 
 def test_each_seed_has_a_stream_of_its_own() -> None:

@@ -271,7 +271,7 @@ def test_a_hostile_picture_is_refused(place: Place, name: str) -> None:
         ({"image": "http://169.254.169.254/latest/meta-data"}, 400, "invalid_image"),
         ({"image": "file:///etc/passwd"}, 400, "invalid_image"),
         ({"image": PICTURE, "rows": 9}, 400, "invalid_setting"),
-        ({"image": PICTURE, "n": 9}, 400, "invalid_setting"),  # more than there are lanes
+        ({"image": PICTURE, "n": 9}, 400, "invalid_setting"),  # more than there are slots
         ({"image": PICTURE, "n": 17}, 422, "invalid_body"),
         ({"image": PICTURE, "n": 0}, 422, "invalid_body"),
         ({"image": PICTURE, "n": 10**400}, 422, "invalid_body"),
@@ -410,12 +410,12 @@ def test_without_keys_only_this_machine_is_answered_and_no_page_of_another_site(
     assert place.ask("/v1/models", Origin="https://evil.example").code == "foreign_origin"
     assert place.ask("/v1/models", Origin=place.url).status == 200
     scope = {"type": "http", "client": ("10.0.0.7", 1), "path": "/v1/models", "headers": []}
-    with pytest.raises(middleware.Refused, match="own machine"):
+    with pytest.raises(middleware.APIError, match="own machine"):
         middleware.Gate(lambda *_: None, None, 1)._check_who(scope, middleware.Headers(scope=scope))  # type: ignore[arg-type]
 
 
 def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: str) -> None:
-    with serving({"tiny": release}, lanes=2, queue=4) as place:
+    with serving({"tiny": release}, slots=2, queue=4) as place:
         words = {"image": PICTURE, "rows": 0, "n": 2, "response_format": "tokens"}
         with ThreadPoolExecutor(40) as pool:
             answers = list(pool.map(lambda _: place.ask("/v1/completions", words), range(120)))
@@ -423,9 +423,9 @@ def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: s
         refused = next(answer for answer in answers if answer.status == 429)
         assert refused.code == "overloaded"
         assert int(refused.headers["retry-after"]) > 0
-        painted = [answer.body["data"] for answer in answers if answer.status == 200]
-        assert all(one == painted[0] for one in painted)
-        assert place.ask("/v1/completions", words).body["data"] == painted[0]
+        generated = [answer.body["data"] for answer in answers if answer.status == 200]
+        assert all(one == generated[0] for one in generated)
+        assert place.ask("/v1/completions", words).body["data"] == generated[0]
 
 
 def test_a_request_of_one_pixel_is_never_forgotten(place: Place) -> None:
@@ -447,9 +447,9 @@ def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.Monke
 
 
 def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path) -> None:
-    """While rows come, and while nothing has been answered yet; also who still waits for a lane."""
+    """While rows come, and while nothing has been answered yet; also who still waits for a slot."""
     slow = tiny_release(str(tmp_path), n_px=32, n_layer=4, n_embd=128)
-    with serving({"slow": slow}, lanes=2) as place:
+    with serving({"slow": slow}, slots=2) as place:
         engine = place.replica.easel.engine
         for stream in (True, False):
             words = json.dumps({"image": PICTURE, "rows": 0, "n": 2, "stream": stream}).encode()
@@ -460,10 +460,10 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
             until(lambda: (engine.lanes_in_use, engine.waiting) == (2, 1))
             clients[1].close()
             until(lambda: engine.waiting == 0)
-            before = engine.painted
+            before = engine.generated
             clients[0].close()
             until(lambda: engine.lanes_in_use == 0)
-            assert engine.painted - before < 200  # of 2048: it was not painted to its end
+            assert engine.generated - before < 200  # of 2048: it was not painted to its end
 
 
 def test_an_engine_that_fails_answers_500_and_says_so_to_serve(release: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,15 +32,15 @@ CLIENTS = 6
 def settings(tmp_path: Path) -> ServeConfig:
     (tmp_path / "keys").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} a test\n")
     release = tiny_release(str(tmp_path / "release"), n_px=16)
-    return ServeConfig(release=f"slow={release}", keys=str(tmp_path / "keys"), replicas=2, lanes=4, queue=8, cpus=0.5)
+    return ServeConfig(release=f"slow={release}", keys=str(tmp_path / "keys"), replicas=2, slots=4, queue=8, cpus=0.5)
 
 
 def in_use() -> int:
-    """Lanes, the most that any replica has."""
+    """Slots, the most that any replica has."""
     from ray import serve
 
     handle = serve.get_deployment_handle("release-slow", "igpt")
-    return max(handle.lanes.remote().result()[0] for _ in range(8))
+    return max(handle.slots.remote().result()[0] for _ in range(8))
 
 
 def hang_up(client: Client, body: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, settings: ServeConfig) -> None:
-    """Every answer is right, few requests fail, no lane is lost, memory stays."""
+    """Every answer is right, few requests fail, no slot is lost, memory stays."""
     import ray.serve
 
     with on_ray(settings) as client:

@@ -15,14 +15,14 @@ from conftest import listing_of, manifest_of
 from igpt_ray import storage
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, Tokens, TokenStore
+from igpt_ray.data.token_store import TokenFormat, Tokens, TokenStore
 from igpt_ray.errors import NotFound, PaletteError, TokenStoreError
 
 UNIT = {"unit": "00003", "split": "train", "view": "1"}
 
 
 @pytest.fixture
-def rows(kind: Kind) -> tuple[list[str], list[int], Tokens]:
+def rows(kind: TokenFormat) -> tuple[list[str], list[int], Tokens]:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, kind.n_vocab, (20, kind.n_positions)).astype(np.uint16)
     return [f"é/{i}.png" for i in range(20)], [i % 3 for i in range(20)], tokens
@@ -31,7 +31,7 @@ def rows(kind: Kind) -> tuple[list[str], list[int], Tokens]:
 # ------------------------------------------------------------------------------------------------ one shard
 
 
-def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
     """Rows in another order, labels of another type, tokens transposed or widened."""
     keys, labels, tokens = rows
     table = token_store.parse(token_store.encode(keys, labels, tokens, kind, UNIT))
@@ -43,14 +43,14 @@ def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: K
     np.testing.assert_array_equal(back, tokens)
 
 
-def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
     """A file copied out of its store would be 20 rows of unexplained numbers."""
     said = token_store.about(token_store.parse(token_store.encode(*rows, kind, UNIT)).schema)
     assert said == {"format": token_store.FORMAT, **kind.model_dump(), **UNIT}
     assert token_store.about(pa.table({"a": [1]}).schema) == {}
 
 
-def test_a_shard_without_rows_is_a_shard(kind: Kind) -> None:
+def test_a_shard_without_rows_is_a_shard(kind: TokenFormat) -> None:
     """A unit whose every image is in quarantine: the preparation would die at its end, not report it."""
     none = np.zeros((0, kind.n_positions), np.uint16)
     table = token_store.parse(token_store.encode([], [], none, kind, UNIT))
@@ -59,7 +59,7 @@ def test_a_shard_without_rows_is_a_shard(kind: Kind) -> None:
 
 
 def test_any_parquet_reader_sees_plain_columns(
-    rows: tuple[list[str], list[int], Tokens], kind: Kind, tmp_path: Path
+    rows: tuple[list[str], list[int], Tokens], kind: TokenFormat, tmp_path: Path
 ) -> None:
     """A format that only this project reads holds its users' data hostage."""
     keys, labels, tokens = rows
@@ -74,7 +74,7 @@ def test_any_parquet_reader_sees_plain_columns(
         np.testing.assert_array_equal(frame["tokens"][i], tokens[i])
 
 
-def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], kind: Kind) -> None:
+def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
     """A time or a path in the file: a repeated task would overwrite its shard with one of another hash."""
     keys, labels, tokens = rows
     first = token_store.encode(keys, labels, tokens, kind, UNIT)
@@ -87,7 +87,7 @@ def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], 
 # ------------------------------------------------------------------------------------------------ a whole store
 
 
-def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: Kind, palette: Palette) -> None:
+def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: TokenFormat, palette: Palette) -> None:
     """Rows of another split or view; a palette that is not the one of the tokens."""
     opened = TokenStore.open(store.root)
     assert opened.manifest == store.manifest
@@ -187,7 +187,7 @@ def test_a_manifest_of_another_shape_is_refused(store: TokenStore, change: objec
     """A field that is ignored, or a default where one is missing, is a store misread. The seal is whole."""
     path = Path(store.root, "manifest.json")
     text = token_store.unseal(path.read_bytes()).decode()
-    path.write_bytes(token_store.seal(change(text)))
+    path.write_bytes(token_store.append_checksum(change(text)))
     with pytest.raises(TokenStoreError, match=r"version: |this version reads"):
         TokenStore.open(store.root)
 
@@ -219,7 +219,7 @@ def test_a_commit_over_another_store_is_refused(store: TokenStore, what: str) ->
 
 
 def test_a_store_lives_in_a_bucket_as_it_does_on_disk(
-    place: str, kind: Kind, rows: tuple[list[str], list[int], Tokens]
+    place: str, kind: TokenFormat, rows: tuple[list[str], list[int], Tokens]
 ) -> None:
     """A path spelled with os.path somewhere."""
     data = token_store.encode(*rows, kind, UNIT)

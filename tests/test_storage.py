@@ -66,7 +66,7 @@ def test_join_and_name_undo_each_other() -> None:
     """A doubled slash is another key in a bucket."""
     assert storage.join("s3://b/x/", "y", "z.png") == "s3://b/x/y/z.png"
     assert storage.name(storage.join("/a", "z.png")) == "z.png"
-    assert storage.below("s3://b/x", storage.join("s3://b/x", "y", "z.png")) == "y/z.png"
+    assert storage.relative_to("s3://b/x", storage.join("s3://b/x", "y", "z.png")) == "y/z.png"
     assert storage.name("s3://b/x/") == "x"
 
 
@@ -137,11 +137,11 @@ def test_what_is_removed_while_it_is_walked_over_is_passed_over(tmp_path: Path) 
     for name in ("a/1", "a/2", "b/1", "c"):
         storage.write(storage.join(place, name), b"1")
     walk = storage.walk(place)
-    assert storage.below(place, next(walk).uri) == "a/1"
+    assert storage.relative_to(place, next(walk).uri) == "a/1"
     for name in ("a/2", "b/1"):
         storage.delete(storage.join(place, name))
     (tmp_path / "b").rmdir()
-    assert [storage.below(place, entry.uri) for entry in walk] == ["c"]
+    assert [storage.relative_to(place, entry.uri) for entry in walk] == ["c"]
 
 
 def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from igpt_ray import storage
 from igpt_ray.data.sources import ranges
 from igpt_ray.data.sources.ranges import RangeFile, Window, ahead
-from igpt_ray.data.sources.tars import Bad, Member, members
+from igpt_ray.data.sources.tars import Member, RejectedMember, members
 from igpt_ray.errors import SourceError
 
 QUICK = settings(
@@ -23,15 +23,15 @@ QUICK = settings(
 
 
 @pytest.fixture
-def walk(tmp_path: Path) -> Callable[[bytes], list[Bad | tuple[str, bytes]]]:
+def walk(tmp_path: Path) -> Callable[[bytes], list[RejectedMember | tuple[str, bytes]]]:
     """Bytes of an archive -> its members as the reader sees them: (name, data), or Bad."""
 
-    def walked(archive: bytes) -> list[Bad | tuple[str, bytes]]:
+    def walked(archive: bytes) -> list[RejectedMember | tuple[str, bytes]]:
         path = tmp_path / "archive.tar"
         path.write_bytes(archive)
         with Window(str(path), len(archive)) as window:
             found = members(window)
-            return [m if isinstance(m, Bad) else (m.name, window.read_all(m.start, m.size)) for m in found]
+            return [m if isinstance(m, RejectedMember) else (m.name, window.read_all(m.start, m.size)) for m in found]
 
     return walked
 
@@ -86,10 +86,12 @@ def test_it_reads_what_python_s_tarfile_reads(
 @QUICK
 @given(files=FILES.filter(bool), data=st.data())
 def test_no_flipped_bit_or_cut_makes_a_file_out_of_nothing(
-    files: list[tuple[str, bytes]], data: st.DataObject, walk: Callable[[bytes], list[Bad | tuple[str, bytes]]]
+    files: list[tuple[str, bytes]],
+    data: st.DataObject,
+    walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]],
 ) -> None:
-    """A damaged archive ends with `SourceError` or `Bad` members, never with a crash, an endless walk or one file less
-    and no word about it."""
+    """A damaged archive ends with `SourceError` or `RejectedMember` members: no crash, no endless walk, no file lost
+    without a message."""
     archive = bytearray(tar(*(member(name, content) for name, content in files)))
     end = len(archive) - len(archive) % 10240 or len(archive)
     if data.draw(st.booleans()):
@@ -101,7 +103,7 @@ def test_no_flipped_bit_or_cut_makes_a_file_out_of_nothing(
     at = data.draw(st.integers(0, 511))
     archive[at] ^= 1 << data.draw(st.integers(0, 7))
     found = walk(bytes(archive[:end]))
-    assert isinstance(found[0], Bad)
+    assert isinstance(found[0], RejectedMember)
     assert len(found) == len(files) or len(files[0][0].encode()) > 100  # a long name is a member of its own
 
 
@@ -126,26 +128,26 @@ def test_a_hostile_member_is_named_and_passed_over(harm: str, walk: Callable[[by
     archive = tar(member("a.jpg", b"one"), bad, member("b.jpg", b"two" * 300), format=tarfile.PAX_FORMAT)
     first, second, third = walk(archive)
     assert (first, third) == (("a.jpg", b"one"), ("b.jpg", b"two" * 300))
-    assert isinstance(second, Bad)
+    assert isinstance(second, RejectedMember)
     assert reason in second.reason
     assert os.listdir(tmp_path) == ["archive.tar"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME])
 def test_a_header_that_claims_a_terabyte_costs_its_own_image_only(
-    kind: bytes, walk: Callable[[bytes], list[Bad | tuple[str, bytes]]]
+    kind: bytes, walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]]
 ) -> None:
     """A size that is believed: memory for it, or the end of the archive without a word."""
     liar = with_size(member("liar.jpg", kind=kind)[0].tobuf(tarfile.GNU_FORMAT), 1 << 40)
     archive = tar(member("a.jpg", b"one"))[:1024] + liar + b"\1" * 1024 + tar(member("b.jpg", b"two"))
     first, bad, last = walk(archive)
     assert (first, last) == (("a.jpg", b"one"), ("b.jpg", b"two"))
-    assert isinstance(bad, Bad)
+    assert isinstance(bad, RejectedMember)
     assert (bad.name, bad.reason[:20]) == ("liar.jpg", "claims 1099511627776")
 
 
 def test_old_sparse_files_are_passed_over_with_all_their_headers(
-    walk: Callable[[bytes], list[Bad | tuple[str, bytes]]],
+    walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]],
 ) -> None:
     """GNU's sparse files go on in further header blocks; whoever forgets them takes a map of holes for a header."""
     header = bytearray(member("s.jpg", b"x" * 600, kind=tarfile.GNUTYPE_SPARSE)[0].tobuf(tarfile.GNU_FORMAT))
@@ -153,7 +155,7 @@ def test_old_sparse_files_are_passed_over_with_all_their_headers(
     more = b"\1" * 504 + b"\1" + b"\0" * 7 + b"\1" * 504 + b"\0" * 8
     archive = with_size(bytes(header), 600) + more + b"x" * 1024 + tar(member("b.jpg", b"two"))
     bad, last = walk(archive)
-    assert isinstance(bad, Bad)
+    assert isinstance(bad, RejectedMember)
     assert "sparse" in bad.reason
     assert last == ("b.jpg", b"two")
 

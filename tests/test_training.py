@@ -21,12 +21,12 @@ from igpt_ray import storage, weights
 from igpt_ray.data import token_store
 from igpt_ray.data.loader import SplitCache, global_batch, share
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, TokenStore, tokens_of
+from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
 from igpt_ray.errors import TrainingError
 from igpt_ray.evaluate.likelihood import image_nats, masked_nats
 from igpt_ray.flows.serve.replica import Replica
 from igpt_ray.train import checkpoint, loop, metrics, monitor
-from igpt_ray.train.batches import keep_masks
+from igpt_ray.train.batches import sample_masks
 from igpt_ray.train.config import PretrainConfig
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def state_of(built: list[Any]) -> dict[str, Any]:
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
-    process_group: None, tmp_path: Path, palette: Palette, kind: Kind, monkeypatch: pytest.MonkeyPatch
+    process_group: None, tmp_path: Path, palette: Palette, kind: TokenFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One not-a-number in a gradient is one in every weight a step later, and in the checkpoint after that.
 
@@ -200,11 +200,11 @@ def test_compiled_blocks_give_the_same_losses(
 def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
     """Masks drawn by rank: another number of workers would be another run."""
     batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
-    whole = keep_masks(3, batch, 64)
+    whole = sample_masks(3, batch, 64)
     for world_size in (2, 3, 9):
-        parts = [keep_masks(3, share(batch, rank, world_size), 64) for rank in range(world_size)]
+        parts = [sample_masks(3, share(batch, rank, world_size), 64) for rank in range(world_size)]
         assert torch.equal(torch.cat(parts), whole)
-    again = keep_masks(3, global_batch(seed=3, step=25, batch_size=9, n_rows=20), 64)
+    again = sample_masks(3, global_batch(seed=3, step=25, batch_size=9, n_rows=20), 64)
     assert not (again[:, None] == whole).all(-1).any()  # an image has another mask in every epoch
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from igpt_ray import storage, weights
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, NotFound, PaletteError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.weights import ReleaseConfig
 
 
-def about(model: ImageGPT, kind: Kind) -> ReleaseConfig:
+def about(model: ImageGPT, kind: TokenFormat) -> ReleaseConfig:
     return ReleaseConfig(
         format=weights.FORMAT,
         model=model.config,
@@ -34,7 +34,7 @@ def about(model: ImageGPT, kind: Kind) -> ReleaseConfig:
 
 
 @pytest.fixture
-def release(tmp_path: Path, palette: Palette, kind: Kind) -> str:
+def release(tmp_path: Path, palette: Palette, kind: TokenFormat) -> str:
     """The URI of a small release with random weights."""
     uri, model = str(tmp_path / "release"), random_model()
     weights.save_release(uri, model.state_dict(), palette, about(model, kind))
@@ -64,7 +64,7 @@ def refusal(uri: str, kind: type[Exception] = CheckpointError) -> str:
 
 
 @pytest.mark.parametrize("modern", [False, True])
-def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palette, kind: Kind) -> None:
+def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palette, kind: TokenFormat) -> None:
     """A tensor rounded, transposed or left at its initial value; a model left in training mode."""
     model = random_model(qk_norm=modern, rotary=modern)
     weights.save_release(place, model.state_dict(), palette, about(model, kind))
@@ -77,7 +77,7 @@ def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palet
     assert loaded.config.model_dump(exclude={"sha256"}) == about(model, kind).model_dump(exclude={"sha256"})
 
 
-def test_the_weights_are_plain_float32_safetensors(tmp_path: Path, palette: Palette, kind: Kind) -> None:
+def test_the_weights_are_plain_float32_safetensors(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
     """Any reader of safetensors sees the network's own names; strided or bfloat16 tensors are made plain."""
     model = random_model()
     odd = {name: t.bfloat16().t() if t.ndim == 2 else t for name, t in model.state_dict().items()}
@@ -96,7 +96,7 @@ def test_the_card_tells_what_the_model_is(release: str, palette: Palette) -> Non
         assert said in card
 
 
-def test_tokens_of_the_same_kind_are_accepted_and_others_named(release: str, kind: Kind) -> None:
+def test_tokens_of_the_same_kind_are_accepted_and_others_named(release: str, kind: TokenFormat) -> None:
     """The wrong palette or pixel pipeline still gives numbers, only wrong ones."""
     described = weights.load_config(release)
     weights.check_kind(described.kind, kind, "the store")
@@ -204,7 +204,7 @@ def test_a_folder_that_is_no_release_is_answered_with_what_one_is(tmp_path: Path
     assert "config.json is not a release of this version" in refusal(release)
 
 
-def test_a_release_that_was_cut_off_is_none(tmp_path: Path, palette: Palette, kind: Kind) -> None:
+def test_a_release_that_was_cut_off_is_none(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
     """The config is written last: without it there is nothing to load."""
     model = random_model()
     in_the_way = tmp_path / "config.json"

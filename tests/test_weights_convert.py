@@ -13,7 +13,7 @@ from test_weights import about
 
 from igpt_ray import weights
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, PaletteError, SettingError
 from igpt_ray.weights.config import ConvertConfig
 from igpt_ray.weights.convert import convert
@@ -22,7 +22,7 @@ OPENAI = Path(__file__).parent / "golden" / "openai_bert_tiny" / "model.ckpt-7"
 
 
 @pytest.fixture
-def release(tmp_path: Path, palette: Palette, kind: Kind) -> str:
+def release(tmp_path: Path, palette: Palette, kind: TokenFormat) -> str:
     uri, model = str(tmp_path / "release"), random_model()
     weights.save_release(uri, model.state_dict(), palette, about(model, kind))
     return uri

@@ -68,7 +68,7 @@ def test_a_checkpoint_may_lie_in_a_bucket(on_moto: str, copy: Path) -> None:
 
 
 def test_the_checksum_is_crc_32c() -> None:
-    """The values of RFC 3720, section B.4, and a byte-by-byte reference at lengths around every lane's end."""
+    """The values of RFC 3720, section B.4, and a byte-by-byte reference at lengths around every slot's end."""
     published = {
         b"123456789": 0xE3069283,
         bytes(32): 0x8A9136AA,

@@ -54,7 +54,7 @@ def _make(path: Path, n_bytes: int, pieces: Pieces) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)  # of a process that was killed; before the disk is looked at
     if shutil.disk_usage(path.parent).free < n_bytes:
-        raise storage.full(str(path), n_bytes)
+        raise storage.disk_full_error(str(path), n_bytes)
     digest = hashlib.sha256()
     try:
         with open(temporary, "wb") as f:
@@ -74,7 +74,9 @@ def _errors(path: Path, n_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in storage.FULL
-        raise storage.full(str(path), n_bytes) if full else StorageError(f"{path}: {error.strerror}") from error
+        raise (
+            storage.disk_full_error(str(path), n_bytes) if full else StorageError(f"{path}: {error.strerror}")
+        ) from error
 
 
 @contextmanager

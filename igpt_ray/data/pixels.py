@@ -39,7 +39,7 @@ DETAIL = 4
 54.1 dB and 95.1 %, 57.5 dB and 97.4 %, at 10 % fewer images per second."""
 
 
-class Frame(NamedTuple):
+class CropBox(NamedTuple):
     """Where a view lies: the picture is resized to width x height, then CROP x CROP pixels are cut at left, top."""
 
     width: int
@@ -61,7 +61,7 @@ def random_view(data: bytes, n_px: int, key: str, view: int, pipeline: str = FAS
     return _view(data, n_px, pipeline, partial(_drawn, key, view))
 
 
-def _view(data: bytes, n_px: int, pipeline: str, frame_of: Callable[[int, int], Frame]) -> RGB:
+def _view(data: bytes, n_px: int, pipeline: str, frame_of: Callable[[int, int], CropBox]) -> RGB:
     if pipeline == FAST:
         return _fast(data, n_px, frame_of)
     if pipeline == REFERENCE:
@@ -69,17 +69,17 @@ def _view(data: bytes, n_px: int, pipeline: str, frame_of: Callable[[int, int], 
     raise ImageError(f"no pixel pipeline {pipeline!r}: this version makes {FAST} and {REFERENCE}")
 
 
-def _centre(width: int, height: int) -> Frame:
+def _centre(width: int, height: int) -> CropBox:
     width, height = _resized(width, height, CROP)
-    return Frame(width, height, (width - CROP) // 2, (height - CROP) // 2)
+    return CropBox(width, height, (width - CROP) // 2, (height - CROP) // 2)
 
 
-def _drawn(key: str, view: int, width: int, height: int) -> Frame:
+def _drawn(key: str, view: int, width: int, height: int) -> CropBox:
     """No generator of a library: its stream may change with the library's version."""
     digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()
     length, left, top = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
     width, height = _resized(width, height, SHORTER_SIDE[0] + length % (SHORTER_SIDE[1] - SHORTER_SIDE[0] + 1))
-    return Frame(width, height, left % (width - CROP + 1), top % (height - CROP + 1))
+    return CropBox(width, height, left % (width - CROP + 1), top % (height - CROP + 1))
 
 
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def _resized(width: int, height: int, length: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ reference-1
 
 
-def _reference(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
+def _reference(data: bytes, n_px: int, frame_of: Callable[[int, int], CropBox]) -> RGB:
     picture = Image.fromarray(decode(data))
     frame = frame_of(*picture.size)
     resized = picture.resize((frame.width, frame.height), Image.Resampling.BICUBIC)
@@ -115,7 +115,7 @@ COLUMN_BITS = 20
 BAND = 8
 
 
-class Band(NamedTuple):
+class ResizeRows(NamedTuple):
     """Some rows of a view (or columns) are made of pixels `first` to `last` of the decoded picture, times a matrix."""
 
     first: int
@@ -123,10 +123,10 @@ class Band(NamedTuple):
     matrix: NDArray[np.floating]  # (BAND or fewer, last - first), integers
 
 
-Side = tuple[Band, ...]
+ResizeMatrix = tuple[ResizeRows, ...]
 
 
-def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
+def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], CropBox]) -> RGB:
     header = header_of(data)
     frame = frame_of(header.width, header.height)
     scalable = header.format == "JPEG" and header.colours == "RGB"
@@ -137,7 +137,7 @@ def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], Frame]) -> RGB:
     return _fold(rgb, rows, side_of(header.width, frame.width, frame.left, eighths, n_px, COLUMN_BITS), n_px)
 
 
-def _fold(rgb: RGB, rows: Side, columns: Side, n_px: int) -> RGB:
+def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB:
     """(H, W, 3) -> (n_px, n_px, 3), rows first."""
     left, right = columns[0].first, max(band.last for band in columns)
     squeezed = np.empty((n_px, (right - left) * 3), np.float32)
@@ -152,13 +152,13 @@ def _fold(rgb: RGB, rows: Side, columns: Side, n_px: int) -> RGB:
     return np.ascontiguousarray(view.reshape(n_px, 3, n_px).transpose(2, 0, 1))
 
 
-def _eighths(header: Header, frame: Frame, n_px: int) -> int:
+def _eighths(header: Header, frame: CropBox, n_px: int) -> int:
     """The scale to decode at. The other multiples of 1/8 have slower inverse transforms than no scaling at all."""
     crop = min(header.width, header.height) * CROP / min(frame.width, frame.height)  # in pixels of the picture
     return next((k for k in (1, 2, 4) if crop * k >= 8 * DETAIL * n_px), 8)
 
 
-def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits: int) -> Side:
+def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits: int) -> ResizeMatrix:
     """One side's two resizes and its crop as matrices on the decoded pixels, in units of 2**-bits.
 
     A picture decoded at k/8 has ceil(n_in * k / 8) pixels, the last of which may lie half outside the picture, so its
@@ -177,7 +177,7 @@ def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bi
     for start in range(0, n_px, BAND):  # each needs but a part of the picture
         band = slice(start, start + BAND)
         left, right = int(firsts[band].min()), int(lasts[band].max())
-        bands.append(Band(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
+        bands.append(ResizeRows(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
     return tuple(bands)
 
 

@@ -39,7 +39,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Kind(Strict):
+class TokenFormat(Strict):
     """What tokens mean. Two stores, or a store and a release, fit together only if these are equal."""
 
     n_px: int
@@ -88,7 +88,7 @@ class Quarantined(Strict):
 
 class Manifest(Strict):
     format: str
-    kind: Kind
+    kind: TokenFormat
     classes: list[str]
     shards: list[Shard]
     """Ordered by split, view and unit: the order of the rows."""
@@ -159,7 +159,7 @@ class TokenStore:
         return cls(root, manifest, hashlib.sha256(data).hexdigest())
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TokenFormat:
         return self.manifest.kind
 
     def palette(self) -> Palette:
@@ -186,7 +186,7 @@ class TokenStore:
             yield self.read(shard)
 
 
-def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: Kind, unit: dict[str, Any]) -> bytes:
+def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: TokenFormat, unit: dict[str, Any]) -> bytes:
     """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` says what it is made of."""
     T = tokens.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
@@ -215,7 +215,7 @@ def reencode(table: pa.Table) -> bytes:
     Pages have checksums; what lies between and behind them has none, but would be written otherwise.
     """
     said = about(table.schema)
-    kind = Kind(**{field: said.pop(field) for field in Kind.model_fields})
+    kind = TokenFormat(**{field: said.pop(field) for field in TokenFormat.model_fields})
     return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
 
 
@@ -257,7 +257,7 @@ def evenly(n: int, most: int) -> NDArray[np.int64]:
 SEAL = ',\n "sha256": "{}"\n}}\n'
 
 
-def seal(manifest: str) -> bytes:
+def append_checksum(manifest: str) -> bytes:
     """A manifest's file: its JSON with one field more at the end, the sha256 of all the bytes before.
 
     A flipped bit in the name of a split would otherwise be a shard that no reader misses.
@@ -277,7 +277,7 @@ def commit(root: str, manifest: Manifest) -> TokenStore:
 
     Raises `TokenStoreError` if another store has been committed under this root in the meantime.
     """
-    data = seal(manifest.model_dump_json(indent=1))
+    data = append_checksum(manifest.model_dump_json(indent=1))
     if not storage.write_new(storage.join(root, "manifest.json"), data):
         there = TokenStore.open(root)
         if there.manifest.shards != manifest.shards or there.kind != manifest.kind:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, Tokens
+from igpt_ray.data.token_store import TokenFormat, Tokens
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
 from igpt_ray.evaluate import features, likelihood
 from igpt_ray.evaluate.heads import load_head
@@ -59,7 +59,7 @@ def groups_of(uri: str) -> dict[str, list[str]]:
     """Group -> the URIs of its pictures, by sub-folder. Raises `SourceError` for fewer than two, or an empty one."""
     groups: dict[str, list[str]] = {}
     for entry in storage.walk(uri):
-        group, slash, _ = storage.below(uri, entry.uri).partition("/")
+        group, slash, _ = storage.relative_to(uri, entry.uri).partition("/")
         if slash:
             found = groups.setdefault(group, [])
             if entry.uri.lower().endswith(PICTURES):
@@ -114,7 +114,7 @@ def _test(name: str, folders: dict[str, str], where: str) -> Stimuli:
     return Stimuli(name, sets)
 
 
-def read(uri: str, kind: Kind, palette: Palette) -> Tokens:
+def read(uri: str, kind: TokenFormat, palette: Palette) -> Tokens:
     """(T,): the evaluation view of a picture, as such a release sees it. Raises `ImageError` naming the file."""
     try:
         return palette.encode(pixels.centre_view(storage.read(uri), kind.n_px, kind.pipeline)).reshape(-1)
@@ -130,11 +130,11 @@ class Classifier:
     """Tokens -> classes. `keys` name the pictures, from which a masked network draws its masks."""
 
     classes: list[str]
-    choose: Callable[[Tokens, list[str]], NDArray[np.int64]]
+    select: Callable[[Tokens, list[str]], NDArray[np.int64]]
     """(N, T) and N keys -> (N,)"""
 
 
-def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
+def classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
     """A probe's head, if `uri` is what jobs/probe.py wrote, or else a fine-tuned release, for tokens of a kind.
 
     Raises `FeatureError` or `CheckpointError` if it is neither, or not for such tokens.
@@ -149,14 +149,14 @@ def classifier(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier
         )
     model = weights.load_release(uri, device).model
 
-    def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
+    def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
         return _likeliest(probabilities(likelihood.class_logits(model, tokens, keys, batch_size)))
 
     named = about.classes if len(about.classes) == about.model.n_class else map(str, range(about.model.n_class))
-    return Classifier(list(named), choose)
+    return Classifier(list(named), select)
 
 
-def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
+def _probed(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
     """The head, on features of the release that probe.json names; it must still be the one the head was fitted on."""
     try:
         release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
@@ -173,10 +173,10 @@ def _probed(uri: str, kind: Kind, device: str, batch_size: int) -> Classifier:
         )
     model = features.network(release, device, None, head.precision)
 
-    def choose(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
+    def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
         return _likeliest(head.probabilities(model, tokens, keys, batch_size))
 
-    return Classifier(head.classes, choose)
+    return Classifier(head.classes, select)
 
 
 def _likeliest(p: NDArray[np.float64]) -> NDArray[np.int64]:

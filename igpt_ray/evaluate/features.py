@@ -86,7 +86,7 @@ class File(Strict):
     sha256: str
 
 
-class Unit(Strict):
+class WorkUnit(Strict):
     """The features of a shard of tokens."""
 
     source: str
@@ -98,7 +98,7 @@ class Unit(Strict):
 class Manifest(Strict):
     about: About
     split: str
-    units: list[Unit]
+    units: list[WorkUnit]
     """In the order of the token store's rows."""
     made_by: dict[str, Any]
 
@@ -154,7 +154,7 @@ def _look(
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def claim(root: str, about: About) -> None:
+def create_or_check(root: str, about: About) -> None:
     """Make `root` the folder of these features. Raises `FeatureError` if it holds those of something else."""
     uri = storage.join(root, "features.json")
     if not storage.exists(uri):
@@ -178,7 +178,7 @@ def about_of(root: str) -> About:
         raise FeatureError(f"{root}/features.json is damaged or of another version: remove {root}") from error
 
 
-def finished(root: str, listed: list[Shard]) -> dict[str, Unit]:
+def finished(root: str, listed: list[Shard]) -> dict[str, WorkUnit]:
     """Path of a shard -> the unit that is there, its files in their full size. Reading compares their sha256 too."""
     places = {storage.join(root, shard.split) for shard in listed}
     sizes = {entry.uri: entry.size for place in places for entry in storage.walk(place)}
@@ -188,7 +188,7 @@ def finished(root: str, listed: list[Shard]) -> dict[str, Unit]:
         if uri not in sizes:
             continue
         try:
-            unit = Unit.model_validate_json(storage.read(uri))
+            unit = WorkUnit.model_validate_json(storage.read(uri))
         except ValidationError:
             continue  # damaged: it is made again
         whole = all(sizes.get(storage.join(root, file.path)) == file.bytes for file in unit.files)
@@ -197,7 +197,7 @@ def finished(root: str, listed: list[Shard]) -> dict[str, Unit]:
     return found
 
 
-def make_unit(root: str, store: TokenStore, shard: Shard, about: About, model: ImageGPT, batch_size: int) -> Unit:
+def make_unit(root: str, store: TokenStore, shard: Shard, about: About, model: ImageGPT, batch_size: int) -> WorkUnit:
     """Compute the features of a shard and store them, a file a layer, then the line that says so.
 
     Raises `FeatureError` if they are not finite, naming the image.
@@ -218,14 +218,14 @@ def make_unit(root: str, store: TokenStore, shard: Shard, about: About, model: I
                     column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(found[..., i, :]))
                     writers[layer].write_table(part.append_column("features", column).cast(schema))
         files = [_store(root, shard, layer, path) for layer, path in paths.items()]
-    unit = Unit(source=shard.sha256, rows=len(tokens), files=files)
+    unit = WorkUnit(source=shard.sha256, rows=len(tokens), files=files)
     storage.write(_line_uri(root, shard), (unit.model_dump_json(indent=1) + "\n").encode())
     return unit
 
 
 def commit(root: str, manifest: Manifest) -> None:
     """Write a split's manifest, the last step; one that says the same already is left alone."""
-    uri, data = _manifest_uri(root, manifest.split), token_store.seal(manifest.model_dump_json(indent=1))
+    uri, data = _manifest_uri(root, manifest.split), token_store.append_checksum(manifest.model_dump_json(indent=1))
     try:
         there = _manifest(root, manifest.split)
         if (there.about, there.units) == (manifest.about, manifest.units):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.features import Features, Labels
-from igpt_ray.evaluate.linear_probe import Labelled, Rows, check_finite, judge
+from igpt_ray.evaluate.linear_probe import Labelled, Rows, check_finite, evaluate_classifier
 from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, moments
 
 SUBSETS = 5
@@ -67,9 +67,11 @@ def linear(fit: Labelled, rows: Rows, test: Labelled, n_classes: int) -> float:
     for f in range(folds):
         fitted = _fit(fit, rows[fold != f], n_classes, L2)
         for l2, classifier in fitted.items():
-            hits[l2] += judge(classifier, fit, rows[fold == f], n_classes).confusion.trace()
+            hits[l2] += evaluate_classifier(classifier, fit, rows[fold == f], n_classes).confusion.trace()
     best = max(sorted(hits), key=lambda l2: hits[l2])
-    return judge(_fit(fit, rows, n_classes, (best,))[best], test, np.arange(len(test)), n_classes).accuracy
+    return evaluate_classifier(
+        _fit(fit, rows, n_classes, (best,))[best], test, np.arange(len(test)), n_classes
+    ).accuracy
 
 
 def _fit(fit: Labelled, rows: Rows, n_classes: int, l2s: Sequence[float]) -> dict[float, Linear]:

@@ -73,10 +73,10 @@ def class_logits(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: i
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
         if model.causal:
-            found.append(model.joint(x)[1])
+            found.append(model.forward_with_classifier(x)[1])
             continue
         keeps = (losses.keep_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
-        found.append(torch.stack([model.joint(x, keep.to(device))[1] for keep in keeps], dim=1))
+        found.append(torch.stack([model.forward_with_classifier(x, keep.to(device))[1] for keep in keeps], dim=1))
     logits: NDArray[np.float32] = torch.cat(found).float().cpu().numpy()
     return logits
 
@@ -126,7 +126,7 @@ HEAT = ((0, 0, 0), (150, 20, 60), (250, 140, 20), (255, 255, 220))
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClassificationSums:
     """Images of a split and what each costs."""
 
     keys: list[str]
@@ -139,7 +139,7 @@ class Judged:
     """Of those with labels, by a network that tells their classes apart."""
 
     @classmethod
-    def joined(cls, parts: list["Judged"]) -> "Judged":
+    def joined(cls, parts: list["ClassificationSums"]) -> "ClassificationSums":
         classified = [part.classified for part in parts if part.classified is not None]
         return cls(
             [key for part in parts for key in part.keys],
@@ -216,9 +216,9 @@ def _mixture(
     backoff: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best strength s."""
-    joint = _counts(fit_context << 17 | fit_token, context << 17 | token)
+    forward_with_classifier = _counts(fit_context << 17 | fit_token, context << 17 | token)
     total = _counts(fit_context, context)
-    candidates = ((joint + s * backoff) / (total + s) for s in STRENGTHS)
+    candidates = ((forward_with_classifier + s * backoff) / (total + s) for s in STRENGTHS)
     return max(candidates, key=lambda p: float(np.log(p).sum()))
 
 

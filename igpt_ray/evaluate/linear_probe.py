@@ -93,7 +93,7 @@ def held_out(n: int, seed: int) -> tuple[Rows, Rows]:
     return np.flatnonzero(~choosing), np.flatnonzero(choosing)
 
 
-def choose(data: Labelled, n_classes: int, seed: int, method: Method) -> Choice:
+def select(data: Labelled, n_classes: int, seed: int, method: Method) -> Choice:
     """The best candidate by the held-out fifth; of equals the first.
 
     Raises `FeatureError` if there are fewer than two classes to tell apart, features are not finite, or nothing fits.
@@ -103,7 +103,7 @@ def choose(data: Labelled, n_classes: int, seed: int, method: Method) -> Choice:
     fitted = method.fit(data, fitting, n_classes, method.candidates)
     if not fitted:
         raise FeatureError(f"SGD diverged at every learning rate of {method.candidates}: lower --sgd.lrs")
-    accuracy = {c: judge(linear, data, choosing, n_classes).accuracy for c, linear in fitted.items()}
+    accuracy = {c: evaluate_classifier(linear, data, choosing, n_classes).accuracy for c, linear in fitted.items()}
     best = max(sorted(accuracy), key=lambda c: accuracy[c])
     return Choice(accuracy[best], best)
 
@@ -182,7 +182,7 @@ class Judgement:
         }
 
 
-def judge(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> Judgement:
+def evaluate_classifier(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> Judgement:
     """What a classifier makes of some images, a chunk at a time."""
     judged = []
     for start in range(0, len(rows), CHUNK):
@@ -224,5 +224,5 @@ def summary(linear: Linear, test: Labelled, n_classes: int) -> tuple[dict[str, A
     """The report on a test split, and its confusion matrix."""
     if not len(test):
         raise FeatureError("there are no images to report on")
-    judged = judge(linear, test, np.arange(len(test)), n_classes)
+    judged = evaluate_classifier(linear, test, np.arange(len(test)), n_classes)
     return judged.report(), judged.confusion

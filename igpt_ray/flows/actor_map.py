@@ -16,7 +16,7 @@ PART = "ray-subcluster"
 """Nodes without this label are a part too: the one of work that needs GPUs."""
 
 
-def spread(
+def actor_map(
     tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: PoolConfig
 ) -> Iterator[Any]:
     """`worker(**arguments)` once per actor, then its result called with every task; yields what comes back, in order.

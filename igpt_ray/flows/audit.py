@@ -23,7 +23,7 @@ from igpt_ray.evaluate import bias, features, ieat
 from igpt_ray.evaluate.bias import Stimuli
 from igpt_ray.evaluate.config import AuditConfig
 from igpt_ray.evaluate.features import Features
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device
 from igpt_ray.generate import sampler
 from igpt_ray.provenance import provenance
@@ -84,7 +84,7 @@ def _associations(settings: AuditConfig, tests: list[Stimuli], layers: list[int]
     uris = sorted({uri for test in tests for pictures in test.sets.values() for uri in pictures})
     batches = [uris[start : start + settings.batch_size] for start in range(0, len(uris), settings.batch_size)]
     given = {"release": settings.release, "layers": layers, "batch_size": settings.batch_size}
-    embedded = np.concatenate(list(spread(batches, Embed, given, settings.pool)))  # (pictures, layers, C)
+    embedded = np.concatenate(list(actor_map(batches, Embed, given, settings.pool)))  # (pictures, layers, C)
     log.info("%d pictures embedded", len(uris))
     at = {uri: i for i, uri in enumerate(uris)}
     rows = []
@@ -121,9 +121,9 @@ class Embed:
 def _finished(settings: AuditConfig, groups: dict[str, list[str]], classes: list[str], n_px: int) -> Report:
     """Classes of completions by group, with counts, and whether groups differ by more than chance."""
     rows = n_px // 2 if settings.rows is None else settings.rows
-    tasks = [(group, storage.below(settings.groups, uri), uri) for group, uris in groups.items() for uri in uris]
+    tasks = [(group, storage.relative_to(settings.groups, uri), uri) for group, uris in groups.items() for uri in uris]
     given = {"settings": settings, "given": rows * n_px}
-    completions, chosen = zip(*spread(tasks, Finish, given, settings.pool), strict=True)
+    completions, chosen = zip(*actor_map(tasks, Finish, given, settings.pool), strict=True)
     table = pa.table(
         {
             "group": [group for group, _, _ in tasks],
@@ -170,4 +170,4 @@ class Finish:
         given = torch.from_numpy(tokens[None, : self.given].astype(np.int64)).to(model.wpe.device)
         seeds = [rng.seed_of(self.settings.seed, key, i) for i in range(n)]
         done = sampler.complete(model, given, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
-        return done, self.classifier.choose(done, [f"{key} {i}" for i in range(n)])
+        return done, self.classifier.select(done, [f"{key} {i}" for i in range(n)])

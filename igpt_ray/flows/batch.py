@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 from igpt_ray import rng, storage, weights
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.sources import Unit, Unreadable
-from igpt_ray.data.token_store import Kind, Shard, Tokens, TokenStore, evenly, tokens_of
+from igpt_ray.data.sources import UnreadableImage, WorkUnit
+from igpt_ray.data.token_store import Shard, TokenFormat, Tokens, TokenStore, evenly, tokens_of
 from igpt_ray.errors import ImageError, NotFound, SettingError, SourceError
 from igpt_ray.evaluate.config import ScoreConfig
 from igpt_ray.evaluate.likelihood import Likelihood, image_nats
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device
 from igpt_ray.generate import sampler
 from igpt_ray.generate.config import BatchConfig, CompleteConfig
@@ -60,16 +60,16 @@ class Rows(NamedTuple):
     """Key -> why."""
 
 
-class Asked(NamedTuple):
+class BaseRequest(NamedTuple):
     """What is known before work begins."""
 
-    kind: Kind
+    kind: TokenFormat
     sha256: str
     """Of the weights."""
-    units: list[Shard] | list[Unit]
+    units: list[Shard] | list[WorkUnit]
 
 
-def _asked(settings: BatchConfig) -> Asked:
+def _asked(settings: BatchConfig) -> BaseRequest:
     """Refuses what does not fit together, before any worker starts."""
     if settings.endpoint:
         server = _client(settings)
@@ -82,13 +82,13 @@ def _asked(settings: BatchConfig) -> Asked:
         store = TokenStore.open(settings.tokens)
         who = "the release" if settings.release else f"the model at {settings.endpoint}"
         weights.check_kind(kind, store.kind, settings.tokens, who)
-        return Asked(kind, sha256, store.manifest.select(settings.split))
+        return BaseRequest(kind, sha256, store.manifest.select(settings.split))
     plan = sources.plan(settings.source, settings.unit_images, settings.layout)
     units = [unit for unit in plan.units if unit.split == settings.split]
     if not units:
         there = ", ".join(sorted({unit.split for unit in plan.units}))
         raise SourceError(f"{settings.source} has no split {settings.split!r}: it has {there or 'no images'}")
-    return Asked(kind, sha256, units)
+    return BaseRequest(kind, sha256, units)
 
 
 def _client(settings: BatchConfig) -> Client:
@@ -98,7 +98,7 @@ def _client(settings: BatchConfig) -> Client:
 class Reading:
     """What workers of both kinds hold: the pictures' place, and the palette where pixels become tokens here."""
 
-    def __init__(self, settings: BatchConfig, kind: Kind, client: Client | None):
+    def __init__(self, settings: BatchConfig, kind: TokenFormat, client: Client | None):
         self.settings = settings
         self.kind = kind
         self.client = client
@@ -106,14 +106,14 @@ class Reading:
         here = settings.source and client is None
         self.palette = Palette.load(storage.join(settings.release, "palette.npy")) if here else None
 
-    def rows(self, unit: Shard | Unit) -> Rows:
+    def rows(self, unit: Shard | WorkUnit) -> Rows:
         if isinstance(unit, Shard):
             assert self.store is not None
             table = self.store.read(unit)
             return Rows(table["key"].to_pylist(), table["label"].to_pylist(), list(tokens_of(table)), {})
         found = Rows([], [], [], {})
         for image in sources.read(unit):
-            if isinstance(image, Unreadable):
+            if isinstance(image, UnreadableImage):
                 found.unreadable[image.key] = image.reason
                 continue
             try:
@@ -140,7 +140,7 @@ def score(settings: ScoreConfig) -> dict[str, Any]:
     asked = _asked(settings)
     arguments = {"settings": settings, "asked": asked._replace(units=[]), "key": os.environ.get(KEY, "")}
     total, unreadable = Likelihood.of(np.empty(0), asked.kind.n_positions), 0
-    for table in spread(asked.units, ScoreUnit, arguments, settings.pool):
+    for table in actor_map(asked.units, ScoreUnit, arguments, settings.pool):
         nats = table["nats"].drop_null().to_numpy()
         total += Likelihood.of(nats, asked.kind.n_positions)
         unreadable += len(table) - len(nats)
@@ -163,16 +163,16 @@ def score(settings: ScoreConfig) -> dict[str, Any]:
 class ScoreUnit:
     """Unit -> its table of nats, stored, made unless it is there."""
 
-    def __init__(self, settings: ScoreConfig, asked: Asked, key: str):
+    def __init__(self, settings: ScoreConfig, asked: BaseRequest, key: str):
         self.settings, self.asked = settings, asked
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
         self.model = None if self.client else weights.load_release(settings.release, device()).model
         self.reading = Reading(settings, asked.kind, self.client)
 
-    def __call__(self, unit: Shard | Unit) -> pa.Table:
+    def __call__(self, unit: Shard | WorkUnit) -> pa.Table:
         return _once(_place(self.settings, unit), _mark(self.asked, unit), lambda: self.made(unit))
 
-    def made(self, unit: Shard | Unit) -> pa.Table:
+    def made(self, unit: Shard | WorkUnit) -> pa.Table:
         rows = self.reading.rows(unit)
         nats, reasons = self.nats(rows)
         bad = list(rows.unreadable)
@@ -181,7 +181,7 @@ class ScoreUnit:
             "label": pa.array(rows.labels + [-1] * len(bad), pa.int32()),
             "nats": pa.array(nats + [None] * len(bad), pa.float64()),
         }
-        if isinstance(unit, Unit):
+        if isinstance(unit, WorkUnit):
             table["unreadable"] = pa.array(reasons + [rows.unreadable[key] for key in bad], pa.string())
         return pa.table(table)
 
@@ -223,12 +223,12 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
     arguments = {"settings": settings, "asked": asked._replace(units=[]), "key": os.environ.get(KEY, "")}
     if settings.tokens and settings.images:
         units: list[Any] = _pick(TokenStore.open(settings.tokens), settings)
-        tables = list(spread(units, CompleteUnit, arguments, settings.pool))
+        tables = list(actor_map(units, CompleteUnit, arguments, settings.pool))
         picture = _write_few(settings, asked, pa.concat_tables(tables))
         done = [(len(table), 0) for table in tables]
     else:
         done = []
-        for part in spread(asked.units, CompleteUnit, arguments, settings.pool):
+        for part in actor_map(asked.units, CompleteUnit, arguments, settings.pool):
             done.append(part)
             log.info("%d images", sum(images for images, _ in done))
         picture = storage.join(settings.out, settings.split)
@@ -258,15 +258,15 @@ class CompleteUnit:
     """Few -> the table of its completions. Unit -> how many images it has, and how many could not be read: its table
     is stored, and drawn, unless it is there."""
 
-    def __init__(self, settings: CompleteConfig, asked: Asked, key: str):
+    def __init__(self, settings: CompleteConfig, asked: BaseRequest, key: str):
         self.settings, self.asked = settings, asked
         self.rows = _given_rows(settings, asked.kind)
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
         self.reading = Reading(settings, asked.kind, self.client)
         if self.client is None:
-            self.engine = Engine(weights.load_release(settings.release, device()).model, settings.lanes)
+            self.engine = Engine(weights.load_release(settings.release, device()).model, settings.slots)
 
-    def __call__(self, unit: Shard | Unit | Few) -> Any:
+    def __call__(self, unit: Shard | WorkUnit | Few) -> Any:
         if isinstance(unit, Few):
             return self.table([unit.key], [-1], [unit.tokens], [_seeds(self.settings, unit.number)])[0]
         place = _place(self.settings, unit)
@@ -275,7 +275,7 @@ class CompleteUnit:
         table = _once(place, mark, lambda: self.made(unit), drawn=self.draw)
         return len(table), int(table.schema.metadata.get(b"unreadable", b"0"))
 
-    def made(self, unit: Shard | Unit) -> pa.Table:
+    def made(self, unit: Shard | WorkUnit) -> pa.Table:
         rows = self.reading.rows(unit)
         seeds = [_seeds(self.settings, key) for key in rows.keys]
         table, refused = self.table(rows.keys, rows.labels, rows.pictures, seeds)
@@ -288,7 +288,7 @@ class CompleteUnit:
         self, keys: list[str], labels: list[int], pictures: Any, seeds: list[list[int]]
     ) -> tuple[pa.Table, dict[str, str]]:
         """Of the pictures that can be read; and the others by key, with the reason."""
-        answers = self.asked_of_server(pictures, seeds) if self.client else self.painted(pictures, seeds)
+        answers = self.asked_of_server(pictures, seeds) if self.client else self.generated(pictures, seeds)
         refused = {key: one for key, one in zip(keys, answers, strict=True) if isinstance(one, str)}
         kept = [i for i, one in enumerate(answers) if not isinstance(one, str)]
         T, n = self.asked.kind.n_positions, self.settings.n
@@ -302,7 +302,7 @@ class CompleteUnit:
         }
         return pa.table(columns), refused
 
-    def painted(self, pictures: list[Tokens], seeds: list[list[int]]) -> list[Any]:
+    def generated(self, pictures: list[Tokens], seeds: list[list[int]]) -> list[Any]:
         s, T = self.settings, self.asked.kind.n_positions
         given = np.arange(T) < self.rows * self.asked.kind.n_px
         tickets = [
@@ -326,7 +326,7 @@ class CompleteUnit:
             storage.write(f"{place.removesuffix('.parquet')}.png", figure)
 
 
-def _given_rows(settings: CompleteConfig, kind: Kind) -> int:
+def _given_rows(settings: CompleteConfig, kind: TokenFormat) -> int:
     rows = kind.n_px // 2 if settings.rows is None else settings.rows
     if rows > kind.n_px:
         raise SettingError(f"{rows} rows are given; a picture has {kind.n_px}")
@@ -352,7 +352,7 @@ def _seeds(settings: CompleteConfig, picture: int | str) -> list[int]:
     return [rng.seed_of(settings.seed, picture, i) for i in range(settings.n)]
 
 
-def _write_few(settings: CompleteConfig, asked: Asked, table: pa.Table) -> str:
+def _write_few(settings: CompleteConfig, asked: BaseRequest, table: pa.Table) -> str:
     rows = _given_rows(settings, asked.kind)
     said = {"igpt_ray": json.dumps({"given": rows * asked.kind.n_px, **provenance(settings)})}
     table = table.drop_columns("label").replace_schema_metadata(said)
@@ -390,12 +390,12 @@ def _tensor(values: Tokens) -> pa.Array:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _place(settings: ScoreConfig | CompleteConfig, unit: Shard | Unit) -> str:
+def _place(settings: ScoreConfig | CompleteConfig, unit: Shard | WorkUnit) -> str:
     name = unit.path if isinstance(unit, Shard) else f"{unit.split}/{unit.name}.parquet"
     return storage.join(settings.out, name)
 
 
-def _mark(asked: Asked, unit: Shard | Unit) -> str:
+def _mark(asked: BaseRequest, unit: Shard | WorkUnit) -> str:
     """The weights, and the pictures, by content as far as their place tells it."""
     return f"{asked.sha256} {unit.sha256 if isinstance(unit, Shard) else unit.digest}"
 

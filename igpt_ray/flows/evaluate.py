@@ -15,7 +15,7 @@ from igpt_ray.errors import SettingError
 from igpt_ray.evaluate.config import EvaluateConfig
 from igpt_ray.evaluate.features import Labels
 from igpt_ray.evaluate.likelihood import (
-    Judged,
+    ClassificationSums,
     Likelihood,
     auroc,
     class_logits,
@@ -25,7 +25,7 @@ from igpt_ray.evaluate.likelihood import (
     nats_both_ways,
 )
 from igpt_ray.evaluate.linear_probe import Judgement, judge_logits
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.model import losses
 from igpt_ray.provenance import provenance
 
@@ -93,16 +93,18 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _judged(settings: EvaluateConfig, store: TokenStore) -> Judged:
+def _judged(settings: EvaluateConfig, store: TokenStore) -> ClassificationSums:
     arguments = {"release": settings.release, "tokens": store.root, "batch_size": settings.batch_size}
-    rows, parts = store.manifest.rows(settings.split), list[Judged]()
-    for part in spread(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
+    rows, parts = store.manifest.rows(settings.split), list[ClassificationSums]()
+    for part in actor_map(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
         parts.append(part)
         log.info("%d of %d images", sum(len(part.nats) for part in parts), rows)
-    return Judged.joined(parts)
+    return ClassificationSums.joined(parts)
 
 
-def _write_report(settings: EvaluateConfig, store: TokenStore, report: dict[str, Any], judged: Judged) -> None:
+def _write_report(
+    settings: EvaluateConfig, store: TokenStore, report: dict[str, Any], judged: ClassificationSums
+) -> None:
     """likelihood.json and surprise.png: bright is where an image costs most."""
     n_px = store.kind.n_px
     by_position = (judged.by_position / len(judged.nats)).reshape(n_px, n_px)
@@ -128,7 +130,7 @@ class ShardNats:
         self.batch_size = batch_size
         self.knows = self.model.config.n_class > 0 and loaded.config.classes == self.store.manifest.classes
 
-    def __call__(self, shard: Shard) -> Judged:
+    def __call__(self, shard: Shard) -> ClassificationSums:
         table = self.store.read(shard)
         keys, tokens = table["key"].to_pylist(), tokens_of(table)
         if self.model.causal:
@@ -137,7 +139,7 @@ class ShardNats:
             nats = masked_nats(self.model, tokens, keys, self.batch_size)
             by_position = np.zeros(tokens.shape[1])  # masks differ, so positions cannot be compared
         labels = table["label"].to_numpy().astype(np.int64)
-        return Judged(keys, labels, nats, by_position, self.classified(tokens, keys, labels))
+        return ClassificationSums(keys, labels, nats, by_position, self.classified(tokens, keys, labels))
 
     def classified(self, tokens: Tokens, keys: list[str], labels: Labels) -> Judgement | None:
         """None if the network has no head for the store's classes, or no image a label."""

@@ -9,8 +9,8 @@ from igpt_ray import weights
 from igpt_ray.data.token_store import Shard, TokenStore
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig
-from igpt_ray.evaluate.features import About, Manifest, Unit
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.evaluate.features import About, Manifest, WorkUnit
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.model import losses
 from igpt_ray.provenance import provenance
@@ -25,7 +25,7 @@ def extract(settings: FeaturesConfig) -> dict[str, Any]:
     store = open_store(settings.release, settings.tokens, *settings.splits)
     splits = sorted({name for split in settings.splits for name in split.split("+")}) or store.manifest.splits
     about = _about(settings, store)
-    features.claim(settings.out, about)
+    features.create_or_check(settings.out, about)
     wanted = [shard for split in splits for shard in store.manifest.select(split)]
     units = features.finished(settings.out, wanted)
     missing = [shard for shard in wanted if shard.path not in units]
@@ -54,7 +54,7 @@ def extract(settings: FeaturesConfig) -> dict[str, Any]:
 
 
 def _made(missing: list[Shard], arguments: dict[str, Any], pool: PoolConfig) -> Any:
-    return spread(missing, MakeUnit, arguments, pool) if missing else iter(())
+    return actor_map(missing, MakeUnit, arguments, pool) if missing else iter(())
 
 
 def _about(settings: FeaturesConfig, store: TokenStore) -> About:
@@ -84,5 +84,5 @@ class MakeUnit:
         self.about = about
         self.batch_size = settings.batch_size
 
-    def __call__(self, shard: Shard) -> Unit:
+    def __call__(self, shard: Shard) -> WorkUnit:
         return self.make(shard, self.about, self.model, self.batch_size)

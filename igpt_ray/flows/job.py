@@ -30,7 +30,7 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        known = mendable(error)
+        known = user_error(error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)
@@ -85,7 +85,7 @@ def log_to_stderr() -> None:
     ours.setLevel(logging.INFO)
 
 
-def mendable(error: BaseException | None) -> IgptError | None:
+def user_error(error: BaseException | None) -> IgptError | None:
     """The error for the user inside what Ray wrapped around it, if there is one."""
     seen = set()
     pending = [error]

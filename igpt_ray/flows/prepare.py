@@ -22,10 +22,10 @@ from igpt_ray.data import sources, token_store
 from igpt_ray.data.config import OPENAI_PALETTE, PaletteConfig, PixelsConfig, PrepareConfig
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import COLOURS, Palette, pack, quality, swatches
-from igpt_ray.data.sources import TRAIN, Unit, Unreadable, Wanted
-from igpt_ray.data.token_store import Kind, Manifest, Quarantined, Shard, Statistics, TokenStore
+from igpt_ray.data.sources import TRAIN, KeyFilter, UnreadableImage, WorkUnit
+from igpt_ray.data.token_store import Manifest, Quarantined, Shard, Statistics, TokenFormat, TokenStore
 from igpt_ray.errors import ImageError, NotFound, PaletteError, SourceError, TokenStoreError
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def fit_palette(settings: PaletteConfig) -> dict[str, Any]:
     arguments = {"pixels": settings.pixels, "fraction": settings.images / total, "seed": settings.seed}
     histogram = np.zeros(COLOURS, np.int64)
     sampled = unreadable = 0
-    for counted in spread(units, CountColours, arguments, settings.pool):
+    for counted in actor_map(units, CountColours, arguments, settings.pool):
         histogram[counted.colours] += counted.counts
         sampled += counted.images
         unreadable += counted.unreadable
@@ -90,10 +90,10 @@ class CountColours:
         self.pixels = pixels
         self.wanted = functools.partial(sources.sampled, fraction=fraction, seed=seed)
 
-    def __call__(self, unit: Unit) -> Counted:
+    def __call__(self, unit: WorkUnit) -> Counted:
         pixels, unreadable = [], 0
         for image in sources.read(unit, self.wanted):
-            if isinstance(image, Unreadable):
+            if isinstance(image, UnreadableImage):
                 unreadable += 1
                 continue
             try:
@@ -117,7 +117,7 @@ def prepare(settings: PrepareConfig) -> dict[str, Any]:
     started = time.perf_counter()
     pipeline = images.PIPELINES[settings.pixels.pipeline]
     palette = _load_palette(settings.palette, pipeline)
-    kind = Kind(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
+    kind = TokenFormat(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
     plan = sources.plan(settings.source, settings.shard_images, settings.layout)
     tasks = tasks_of(plan, settings.views)
     committed = _committed(settings, kind, tasks)
@@ -132,7 +132,7 @@ def prepare(settings: PrepareConfig) -> dict[str, Any]:
         "committed": committed,
     }
     progress = Progress(tasks)
-    for done in spread(tasks, MakeShard, arguments, settings.pool):
+    for done in actor_map(tasks, MakeShard, arguments, settings.pool):
         for shard, bad in done.shards:
             made.append(shard)
             quarantined += [(shard.split, image) for image in bad]
@@ -169,7 +169,7 @@ def prepare(settings: PrepareConfig) -> dict[str, Any]:
 class Task(NamedTuple):
     """What an actor is handed: a unit of work, cropped for the view-th time."""
 
-    unit: Unit
+    unit: WorkUnit
     view: int
 
 
@@ -178,7 +178,7 @@ def tasks_of(plan: sources.Plan, views: int) -> list[Task]:
     return sorted(tasks, key=lambda task: (task.unit.split, task.view, task.unit.name))
 
 
-def splits_of(unit: Unit, holdout: float) -> list[str]:
+def splits_of(unit: WorkUnit, holdout: float) -> list[str]:
     """The splits that a unit's images go to; each gets a shard of its own."""
     return [TRAIN, HOLDOUT] if unit.split == TRAIN and holdout else [unit.split]
 
@@ -242,7 +242,7 @@ class MakeShard:
     hash in the manifest that names it, or, before the commit, to the last bit of what its rows would be written as.
     """
 
-    def __init__(self, root: str, kind: Kind, pixels: PixelsConfig, holdout: float, committed: dict[str, str]):
+    def __init__(self, root: str, kind: TokenFormat, pixels: PixelsConfig, holdout: float, committed: dict[str, str]):
         self.root = root
         self.kind = kind
         self.pixels = pixels
@@ -264,12 +264,12 @@ class MakeShard:
             listed.append((self._listing(task, split, data), bad))
         return Done(task.unit.images, listed, kept=not made)
 
-    def make(self, task: Task, wanted: Wanted | None = None) -> dict[str, Made]:
+    def make(self, task: Task, wanted: KeyFilter | None = None) -> dict[str, Made]:
         """For each split the shard and what could not be read, of the images whose key is `wanted`, or of all."""
         parts = {split: _Part(self.palette, self.kind) for split in splits_of(task.unit, self.holdout)}
         for image in sources.read(task.unit, wanted):
             part = parts[HOLDOUT if HOLDOUT in parts and held_out(image.key, self.holdout) else task.unit.split]
-            if isinstance(image, Unreadable):
+            if isinstance(image, UnreadableImage):
                 part.leave_out(image.key, image.reason)
                 continue
             try:
@@ -325,7 +325,7 @@ class _Part:
     """The rows of one shard as they come in. Pixels become tokens some images at a time, which costs less than one by
     one, and holds less than all at the end."""
 
-    def __init__(self, palette: Palette, kind: Kind):
+    def __init__(self, palette: Palette, kind: TokenFormat):
         self.palette = palette
         self.kind = kind
         self.keys: list[str] = []
@@ -401,13 +401,13 @@ def _load_palette(uri: str, pipeline: str) -> Palette:
     return palette
 
 
-def _committed(settings: PrepareConfig, kind: Kind, tasks: list[Task]) -> dict[str, str]:
+def _committed(settings: PrepareConfig, kind: TokenFormat, tasks: list[Task]) -> dict[str, str]:
     """Path -> sha256 of a store that is already committed here; refused if it is not the one now asked for."""
     root = settings.tokens
     if not storage.exists(storage.join(root, "manifest.json")):
         return {}
     manifest = TokenStore.open(root).manifest
-    for field in Kind.model_fields:
+    for field in TokenFormat.model_fields:
         there, asked = getattr(manifest.kind, field), getattr(kind, field)
         if there != asked:
             raise TokenStoreError(
@@ -429,7 +429,7 @@ def _committed(settings: PrepareConfig, kind: Kind, tasks: list[Task]) -> dict[s
     return {shard.path: shard.sha256 for shard in manifest.shards}
 
 
-def _psnr_db(made: list[Shard], kind: Kind) -> float | None:
+def _psnr_db(made: list[Shard], kind: TokenFormat) -> float | None:
     """Of the pixels, once they are colours of the palette."""
     error = sum(shard.statistics.squared_error for shard in made)
     values = 3 * kind.n_positions * sum(shard.rows for shard in made)

@@ -23,7 +23,7 @@ from igpt_ray.evaluate import features, few_shot, linear_probe
 from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
 from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
 from igpt_ray.provenance import provenance
@@ -107,7 +107,7 @@ def _extracted(settings: ProbeConfig) -> dict[str, str]:
 def _answers(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict[Any, Any]:
     answers = {}
     given = {"settings": settings, "roots": roots}
-    for task, answer in zip(tasks, spread(tasks, Prober, given, settings.pool), strict=True):
+    for task, answer in zip(tasks, actor_map(tasks, Prober, given, settings.pool), strict=True):
         answers[task] = answer
         if isinstance(answer, Choice):
             log.info("%s %s: %.1f %% of held-out images", task.source, task.layers or "", 100 * answer.validation)
@@ -148,7 +148,7 @@ def _labels(store: TokenStore, split: str) -> Labels:
 # ------------------------------------------------------------------------------------------------ on an actor
 
 
-class Judged(NamedTuple):
+class ClassificationSums(NamedTuple):
     report: dict[str, float]
     confusion: np.ndarray
     linear: Any
@@ -168,12 +168,12 @@ class Prober:
         with tempfile.TemporaryDirectory() as folder:
             fit = self.labelled(task.source, task.layers, self.settings.fit_split, folder)
             if isinstance(task, Choose):
-                return linear_probe.choose(fit, len(classes), seed, self.method)
+                return linear_probe.select(fit, len(classes), seed, self.method)
             test = self.labelled(task.source, task.layers, self.settings.split, folder)
             if isinstance(task, Few):
                 return few_shot.few_labels(fit, test, task.k, classes, seed)
             linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
-            return Judged(*linear_probe.summary(linear, test, len(classes)), linear)
+            return ClassificationSums(*linear_probe.summary(linear, test, len(classes)), linear)
 
     def labelled(self, source: str, layers: tuple[int, ...], split: str, folder: str) -> Labelled:
         """Features of some layers side by side; for SGD in a file on this node's disk, whatever their size."""
@@ -251,7 +251,7 @@ def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     }
 
 
-def _write(settings: ProbeConfig, store: TokenStore, report: Report, judged: Judged) -> None:
+def _write(settings: ProbeConfig, store: TokenStore, report: Report, judged: ClassificationSums) -> None:
     about = {"protocol": _protocol(settings, store), "made_by": provenance(settings)}
     storage.write(storage.join(settings.out, "probe.json"), json.dumps({**report, **about}, indent=1).encode())
     classes = store.manifest.classes

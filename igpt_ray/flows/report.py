@@ -72,7 +72,7 @@ def write_report(settings: ReportConfig) -> dict[str, Any]:
         "split": settings.split,
         "network": about.model.model_dump() | {"n_params": about.model.n_params},
         "likelihood": likelihood,
-        "probe": parts.once("probe", probed, lambda: _probed(probed)) if probed else None,
+        "probe": parts.cached("probe", probed, lambda: _probed(probed)) if probed else None,
         "finetuned": {name: _finetuned(settings, parts, wanted) for name, wanted in tuned.items()},
         "left_out": _left_out(settings, about.model, probed, bool(counted)),
         "made_by": provenance(settings),
@@ -114,7 +114,7 @@ class Parts:
     def place(self, name: str) -> str:
         return storage.join(self.root, name)
 
-    def once(self, name: str, settings: BaseModel, make: Callable[[], Found], file: str = "part.json") -> Found:
+    def cached(self, name: str, settings: BaseModel, make: Callable[[], Found], file: str = "part.json") -> Found:
         """What `make` returned, now or in an earlier run that left `file`."""
         said = settings.model_dump(mode="json", exclude=UNMADE)
         uri, about = storage.join(self.place(name), "part.json"), {**self.marks, "settings": said}
@@ -142,11 +142,11 @@ def _likelihood(settings: ReportConfig, parts: Parts, counted: bool) -> Found:
         evaluate.evaluate(wanted)
         return _json(storage.join(place, "likelihood.json"))
 
-    return parts.once("likelihood", wanted, make)
+    return parts.cached("likelihood", wanted, make)
 
 
 def _masked_nats(settings: ReportConfig, parts: Parts) -> Found:
-    return parts.once("likelihood", _evaluate(settings), lambda: evaluate.evaluate(_evaluate(settings)))
+    return parts.cached("likelihood", _evaluate(settings), lambda: evaluate.evaluate(_evaluate(settings)))
 
 
 def _evaluate(settings: ReportConfig) -> EvaluateConfig:
@@ -199,7 +199,7 @@ def _finetuned(settings: ReportConfig, parts: Parts, wanted: FinetuneConfig) -> 
         judged = evaluate.evaluate(_evaluate(settings).model_copy(update={"release": wanted.run.release}))
         return {**judged, **judged["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
 
-    return parts.once(storage.below(settings.out, wanted.run.uri), wanted, make)
+    return parts.cached(storage.relative_to(settings.out, wanted.run.uri), wanted, make)
 
 
 def _completions(settings: ReportConfig, parts: Parts) -> dict[str, list[Picture]]:
@@ -213,7 +213,7 @@ def _completions(settings: ReportConfig, parts: Parts) -> dict[str, list[Picture
         seed=settings.seed,
         pool=settings.pool,
     )
-    parts.once("completions", wanted, lambda: batch.complete(wanted), "completions.png")
+    parts.cached("completions", wanted, lambda: batch.complete(wanted), "completions.png")
     figure = storage.read(storage.join(wanted.out, "completions.png"))
     caption = f"The given half, {settings.n} completions of it, and the whole picture as the network sees it."
     return {"completions": [Picture(figure, caption)]}

@@ -31,7 +31,7 @@ from ray.util.placement_group import PlacementGroup
 from igpt_ray import storage
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError
-from igpt_ray.flows.job import log_to_stderr, mendable
+from igpt_ray.flows.job import log_to_stderr, user_error
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, loop, metrics
@@ -63,7 +63,7 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
         try:
             report = _trainer(settings, _n_that_fit(settings.workers)).fit().return_value
         except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
-            if known := mendable(error):
+            if known := user_error(error):
                 raise known from error
             failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
             if failures > settings.workers.max_failures:

@@ -15,7 +15,7 @@ from igpt_ray.data import sources
 from igpt_ray.data.config import PrepareConfig, VerifyConfig
 from igpt_ray.data.token_store import Shard, TokenStore, about, evenly, parse, tokens_of
 from igpt_ray.errors import StorageError, TokenStoreError
-from igpt_ray.flows.actor_map import spread
+from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.prepare import MakeShard, Task, path_of, splits_of, tasks_of
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def verify(settings: VerifyConfig) -> dict[str, Any]:
     store = TokenStore.open(settings.tokens)
     store.palette()
     problems: list[str] = []
-    for n, found in enumerate(spread(store.manifest.shards, CheckShard, {"tokens": settings.tokens}, settings.pool)):
+    for n, found in enumerate(actor_map(store.manifest.shards, CheckShard, {"tokens": settings.tokens}, settings.pool)):
         problems += found
         log.info("%d of %d shards, %d problems", n + 1, len(store.manifest.shards), len(problems))
     problems += _check_against_source(store, settings)
@@ -103,7 +103,7 @@ def _check_against_source(store: TokenStore, settings: VerifyConfig) -> list[str
         return [f"{path}: the source has no such unit any more" for path in missing]
     arguments = {"tokens": settings.tokens, "made_with": made_with}
     work = [(shard, tasks[shard.path]) for shard in chosen]
-    return [line for found in spread(work, RemakeShard, arguments, settings.pool) for line in found]
+    return [line for found in actor_map(work, RemakeShard, arguments, settings.pool) for line in found]
 
 
 class RemakeShard:
@@ -137,7 +137,7 @@ def _unnamed(store: TokenStore) -> list[str]:
     writes that were killed; other files are not ours."""
     named = {shard.path for shard in store.manifest.shards}
     named |= {f"quarantine/{path.removesuffix('.parquet').replace('/', '-')}.json" for path in named}
-    below = [storage.below(store.root, entry.uri) for entry in storage.walk(store.root)]
-    ours = [path for path in below if path.endswith(".parquet") or path.startswith("quarantine/")]
+    relative_to = [storage.relative_to(store.root, entry.uri) for entry in storage.walk(store.root)]
+    ours = [path for path in relative_to if path.endswith(".parquet") or path.startswith("quarantine/")]
     unnamed = [storage.join(store.root, path) for path in ours if path not in named]
     return unnamed + [entry.uri for entry in storage.leftovers(store.root)]

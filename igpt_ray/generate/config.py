@@ -57,5 +57,5 @@ class CompleteConfig(BatchConfig):
     """Sample among the likeliest colours that together have this probability."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the samples; each has its own stream, so neighbours in a batch do not matter."""
-    lanes: Annotated[int, Field(ge=16)] = 32
+    slots: Annotated[int, Field(ge=16)] = 32
     """Pictures that a worker paints at once."""

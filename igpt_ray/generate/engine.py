@@ -20,7 +20,7 @@ from igpt_ray import rng
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
-from igpt_ray.generate.kv_cache import Lanes, Precision
+from igpt_ray.generate.kv_cache import KVCache, Precision
 from igpt_ray.model.image_gpt import ImageGPT
 
 
@@ -38,7 +38,7 @@ class Request:
     top_p: float = 1
 
 
-class Ticket:
+class Generation:
     """A request on its way. To be read by any thread; only the engine writes."""
 
     def __init__(self, request: Request):
@@ -56,9 +56,9 @@ class Ticket:
 
 
 class Sample(NamedTuple):
-    """What a lane holds."""
+    """What a slot holds."""
 
-    ticket: Ticket
+    ticket: Generation
     number: int
     """Among those of the ticket."""
     uniforms: Tensor
@@ -66,18 +66,18 @@ class Sample(NamedTuple):
 
 
 class Engine:
-    """`lanes` samples at a time. `submit` and `cancel` are for any thread, `step` for one."""
+    """`slots` samples at a time. `submit` and `cancel` are for any thread, `step` for one."""
 
-    def __init__(self, model: ImageGPT, lanes: int, precision: Precision = "float32"):
+    def __init__(self, model: ImageGPT, slots: int, precision: Precision = "float32"):
         """Raises `SettingError` for a masked network: it has no next pixel."""
-        self.lanes = lanes
-        self.painted = 0
+        self.slots = slots
+        self.generated = 0
         """Pixels drawn since the start, of all samples."""
         self._shape = model.config
-        self._network = Lanes(model, lanes, precision)
+        self._network = KVCache(model, slots, precision)
         self._lock = threading.Lock()
-        self._waiting: deque[Ticket] = deque()
-        self._held: list[Sample | None] = [None] * lanes
+        self._waiting: deque[Generation] = deque()
+        self._held: list[Sample | None] = [None] * slots
 
     @property
     def lanes_in_use(self) -> int:
@@ -85,39 +85,39 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests for which there were not enough lanes yet."""
+        """Requests for which there were not enough slots yet."""
         return len(self._waiting)
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> Generation:
         """Queue a request. One with nothing to paint comes back finished, and no step returns it.
 
         Raises `SettingError` if it is malformed.
         """
         self._check(request)
-        ticket = Ticket(request)
+        ticket = Generation(request)
         if not ticket.finished:
             with self._lock:
                 self._waiting.append(ticket)
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Its lanes are free before the next step, and no step returns it. A finished one stays finished."""
+    def cancel(self, ticket: Generation) -> None:
+        """Its slots are free before the next step, and no step returns it. A finished one stays finished."""
         with self._lock:
             ticket.cancelled = not ticket.finished
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
 
-    def step(self) -> list[Ticket]:
-        """One position for every lane in use, after admitting who waits. Returns who has finished."""
+    def step(self) -> list[Generation]:
+        """One position for every slot in use, after admitting who waits. Returns who has finished."""
         with self._lock:
             self._release()
             admitted = self._admit()
         for ticket in admitted:
             self._begin(ticket)
-        lanes = [lane for lane, held in enumerate(self._held) if held is not None]
-        if not lanes:
+        slots = [slot for slot, held in enumerate(self._held) if held is not None]
+        if not slots:
             return []
-        self._paint(lanes, [held for held in self._held if held is not None])
+        self._paint(slots, [held for held in self._held if held is not None])
         with self._lock:
             finished = self._advance()
             self._release()
@@ -136,9 +136,9 @@ class Engine:
         for colour in request.tokens[request.given]:
             if not 0 <= colour < V:
                 raise SettingError(f"a given pixel has the colour {colour}, expected 0 to {V - 1}")
-        if not 1 <= len(request.seeds) <= self.lanes:
+        if not 1 <= len(request.seeds) <= self.slots:
             raise SettingError(
-                f"{len(request.seeds)} samples are wanted, expected 1 to {self.lanes}: send several requests"
+                f"{len(request.seeds)} samples are wanted, expected 1 to {self.slots}: send several requests"
             )
         for seed in request.seeds:
             if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**128:
@@ -151,14 +151,14 @@ class Engine:
             raise SettingError(f"top_p is {request.top_p}, expected more than 0 and at most 1 (all colours)")
 
     def _release(self) -> None:
-        """Free the lanes of what is over."""
-        for lane, held in enumerate(self._held):
+        """Free the slots of what is over."""
+        for slot, held in enumerate(self._held):
             if held is not None and (held.ticket.cancelled or held.ticket.finished):
-                self._held[lane] = None
+                self._held[slot] = None
 
-    def _admit(self) -> list[Ticket]:
-        """Give lanes to who waits, in order: who does not fit yet is not overtaken, or many samples would starve."""
-        free = [lane for lane, held in enumerate(self._held) if held is None]
+    def _admit(self) -> list[Generation]:
+        """Give slots to who waits, in order: who does not fit yet is not overtaken, or many samples would starve."""
+        free = [slot for slot, held in enumerate(self._held) if held is None]
         admitted = []
         while self._waiting and len(self._waiting[0].request.seeds) <= len(free):
             ticket = self._waiting.popleft()
@@ -168,19 +168,19 @@ class Engine:
                 self._held[free.pop(0)] = Sample(ticket, number, stream)
         return admitted
 
-    def _begin(self, ticket: Ticket) -> None:
-        """Fill its lanes with what is given before the first pixel to paint."""
+    def _begin(self, ticket: Generation) -> None:
+        """Fill its slots with what is given before the first pixel to paint."""
         if ticket.position:
-            lanes = [lane for lane, held in enumerate(self._held) if held is not None and held.ticket is ticket]
-            self._network.fill(lanes, torch.from_numpy(ticket.tokens[0, : ticket.position].astype(np.int64)))
+            slots = [slot for slot, held in enumerate(self._held) if held is not None and held.ticket is ticket]
+            self._network.fill(slots, torch.from_numpy(ticket.tokens[0, : ticket.position].astype(np.int64)))
 
-    def _paint(self, lanes: list[int], samples: list[Sample]) -> None:
+    def _paint(self, slots: list[int], samples: list[Sample]) -> None:
         """Draw the colour of every sample's next pixel. A given one was there before: only its keys were wanted."""
         at = [sample.ticket.position for sample in samples]
         before = [int(s.ticket.tokens[s.number, max(t, 1) - 1]) for s, t in zip(samples, at, strict=True)]
-        logits = self._network.logits(lanes, at, before)  # (lanes, V)
+        logits = self._network.logits(slots, at, before)  # (slots, V)
         asked = [sample.ticket.request for sample in samples]
-        colours = sampler.pick(
+        colours = sampler.sample_inverse_cdf(
             logits,
             torch.stack([sample.uniforms[t] for sample, t in zip(samples, at, strict=True)]).to(logits.device),
             torch.tensor([request.temperature for request in asked], dtype=torch.float64),
@@ -190,9 +190,9 @@ class Engine:
         for sample, t, colour in zip(samples, at, colours, strict=True):
             if not sample.ticket.request.given[t]:
                 sample.ticket.tokens[sample.number, t] = colour
-                self.painted += 1
+                self.generated += 1
 
-    def _advance(self) -> list[Ticket]:
+    def _advance(self) -> list[Generation]:
         """Move every ticket on by a position; returns those that have come to their end."""
         finished = []
         for ticket in dict.fromkeys(held.ticket for held in self._held if held is not None):

@@ -1,8 +1,8 @@
-"""Lanes: a network with the keys and values of several samples, each at a position of its own. Sampling's arithmetic.
+"""Slots: a network with the keys and values of several samples, each at a position of its own. Sampling's arithmetic.
 
-A lane's logits are the same bits whatever the other lanes hold. Attention is over a lane's own positions. For products,
-which all lanes share, a library may choose another kernel for another number of rows, and with it another order of
-summation: from how many rows on it does not is found by trial when the lanes are made, and so many are always computed.
+A slot's logits are the same bits whatever the other slots hold. Attention is over a slot's own positions. For products,
+which all slots share, a library may choose another kernel for another number of rows, and with it another order of
+summation: from how many rows on it does not is found by trial when the slots are made, and so many are always computed.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt_ray.errors import SettingError
-from igpt_ray.model.image_gpt import ImageGPT, attended
+from igpt_ray.model.image_gpt import ImageGPT, sdpa
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """Of weights, keys and values. With int8, weights are integers with a scale for each output, all else is bfloat16."""
@@ -25,15 +25,15 @@ rows torch's product with int8 takes several times as long as bfloat16's."""
 
 
 class Run(NamedTuple):
-    """Neighbouring lanes at one position, which attend in one call."""
+    """Neighbouring slots at one position, which attend in one call."""
 
     rows: slice
-    lanes: slice
+    slots: slice
     length: int
 
 
-class Lanes:
-    """`n` samples of a network. Who calls knows which lanes are in use, and where they stand."""
+class KVCache:
+    """`n` samples of a network. Who calls knows which slots are in use, and where they stand."""
 
     def __init__(self, model: ImageGPT, n: int, precision: Precision):
         """Raises `SettingError` for a masked network."""
@@ -43,31 +43,31 @@ class Lanes:
         self.network = _prepared(model, precision)
         shape = (c.n_layer, 2, n, c.n_head, c.n_positions, c.head_width)
         self.kv = torch.zeros(shape, dtype=self.network.wpe.dtype, device=self.device)
-        """Keys and values, (L, 2, lanes, N, T, D), allocated once."""
+        """Keys and values, (L, 2, slots, N, T, D), allocated once."""
         self.turns = model.rotation(c.n_positions)
         self.graph = Graph(self) if self.device.type == "cuda" else None
         self.fewest = n if self.graph else self._same_bits_from(max(n, ROWS))
-        """Rows that are computed even for fewer lanes."""
+        """Rows that are computed even for fewer slots."""
 
     @torch.inference_mode()
-    def fill(self, lanes: Sequence[int], given: Tensor) -> None:
+    def fill(self, slots: Sequence[int], given: Tensor) -> None:
         """The first positions of samples of one picture, in one pass: (S,) colours."""
-        S, first, m = len(given), lanes[0], self.network
-        h, turn = m.embed(given[None].to(self.device)), m.rotation(S)
+        S, first, m = len(given), slots[0], self.network
+        h, rope = m.embed(given[None].to(self.device)), m.rotation(S)
         for block, kv in zip(m.blocks, self.kv, strict=True):
-            h = block(h, turn, partial(_attend_from_the_start, kv[:, first, :, :S]))
-        for lane in lanes[1:]:
-            self.kv[:, :, lane, :, :S] = self.kv[:, :, first, :, :S]
+            h = block(h, rope, partial(_attend_from_the_start, kv[:, first, :, :S]))
+        for slot in slots[1:]:
+            self.kv[:, :, slot, :, :S] = self.kv[:, :, first, :, :S]
 
     @torch.inference_mode()
-    def logits(self, lanes: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
-        """What lanes in use, in rising order, predict at their positions `at`, whose predecessors have the colours
-        `before` (anything at position 0): (lanes, V). All earlier positions must have been filled or asked for."""
+    def logits(self, slots: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
+        """What slots in use, in rising order, predict at their positions `at`, whose predecessors have the colours
+        `before` (anything at position 0): (slots, V). All earlier positions must have been filled or asked for."""
         if self.graph is not None:
-            return self.graph.logits(lanes, at, before)
-        n, spare = len(lanes), [0] * (self.fewest - len(lanes))
+            return self.graph.logits(slots, at, before)
+        n, spare = len(slots), [0] * (self.fewest - len(slots))
         where, colours = torch.tensor([*at, *spare]), torch.tensor([*before, *spare])
-        attend = partial(_attend_runs, torch.tensor(lanes), where[:n], _runs(lanes, at))
+        attend = partial(_attend_runs, torch.tensor(slots), where[:n], _runs(slots, at))
         return self.forward(where, colours, attend)[:n]
 
     def forward(self, at: Tensor, before: Tensor, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -75,9 +75,9 @@ class Lanes:
         m = self.network
         h = torch.where(at[:, None] > 0, m.wte(before), m.sos) + m.wpe[at]  # (rows, C)
         h = h[:, None]  # (rows, 1, C)
-        turn = None if self.turns is None else self.turns[:, at, None, None]  # (2, rows, 1, 1, D / 2)
+        rope = None if self.turns is None else self.turns[:, at, None, None]  # (2, rows, 1, 1, D / 2)
         for block, kv in zip(m.blocks, self.kv, strict=True):
-            h = block(h, turn, partial(attend, kv))
+            h = block(h, rope, partial(attend, kv))
         return m.wtet(m.ln_f(h))[:, 0]
 
     @torch.inference_mode()
@@ -101,24 +101,24 @@ class Lanes:
 def _attend_from_the_start(kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, each (1, N, S, D), that leaves its keys and values in (2, N, S, D)."""
     kv[:] = torch.cat([k, v])
-    return attended(q, k, v, causal=True)
+    return sdpa(q, k, v, causal=True)
 
 
-def _attend_runs(lanes: Tensor, at: Tensor, runs: list[Run], kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query a lane over the lane's own positions, each (rows, N, 1, D). Rows beyond the lanes are left zero."""
-    n = len(lanes)
-    kv[:, lanes, :, at] = torch.stack([k[:n, :, 0], v[:n, :, 0]], dim=1)  # (lanes, 2, N, D)
+def _attend_runs(slots: Tensor, at: Tensor, runs: list[Run], kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query a slot over the slot's own positions, each (rows, N, 1, D). Rows beyond the slots are left zero."""
+    n = len(slots)
+    kv[:, slots, :, at] = torch.stack([k[:n, :, 0], v[:n, :, 0]], dim=1)  # (slots, 2, N, D)
     y = torch.zeros_like(q)
     for rows, here, length in runs:
-        keys, values = kv[:, here, :, :length]  # each (lanes, N, length, D)
+        keys, values = kv[:, here, :, :length]  # each (slots, N, length, D)
         y[rows] = F.scaled_dot_product_attention(q[rows], keys, values)
     return y
 
 
-def _runs(lanes: Sequence[int], at: Sequence[int]) -> list[Run]:
-    """Rows whose lanes follow each other and stand at one position."""
+def _runs(slots: Sequence[int], at: Sequence[int]) -> list[Run]:
+    """Rows whose slots follow each other and stand at one position."""
     runs = []
-    steps = itertools.groupby(range(len(lanes)), key=lambda row: (lanes[row] - row, at[row]))
+    steps = itertools.groupby(range(len(slots)), key=lambda row: (slots[row] - row, at[row]))
     for (offset, position), group in steps:
         rows = list(group)
         first, end = rows[0], rows[-1] + 1
@@ -183,30 +183,30 @@ class Int8(nn.Module):
 
 
 class Graph:
-    """The step of all lanes, used or not, recorded once and replayed: hundreds of small kernels, one launch.
+    """The step of all slots, used or not, recorded once and replayed: hundreds of small kernels, one launch.
 
-    Shapes cannot change in a graph, so attention looks at all positions and masks those that a lane has not reached.
+    Shapes cannot change in a graph, so attention looks at all positions and masks those that a slot has not reached.
     """
 
-    def __init__(self, lanes: Lanes):
-        n = lanes.kv.shape[2]
-        self.lanes = lanes
-        self.at = torch.zeros(n, dtype=torch.long, device=lanes.device)
+    def __init__(self, slots: KVCache):
+        n = slots.kv.shape[2]
+        self.slots = slots
+        self.at = torch.zeros(n, dtype=torch.long, device=slots.device)
         self.before = torch.zeros_like(self.at)
-        self.all = torch.arange(n, device=lanes.device)
+        self.all = torch.arange(n, device=slots.device)
         self.recorded: torch.cuda.CUDAGraph | None = None
 
-    def logits(self, lanes: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
-        where = self.place(lanes, at, before)
+    def logits(self, slots: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
+        where = self.place(slots, at, before)
         if self.recorded is None:
             self._record()
         assert self.recorded is not None
         self.recorded.replay()
         return self.out[where]
 
-    def place(self, lanes: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
-        """Put down where the lanes in use stand; returns which they are."""
-        where, positions, colours = torch.tensor([list(lanes), list(at), list(before)], device=self.at.device)
+    def place(self, slots: Sequence[int], at: Sequence[int], before: Sequence[int]) -> Tensor:
+        """Put down where the slots in use stand; returns which they are."""
+        where, positions, colours = torch.tensor([list(slots), list(at), list(before)], device=self.at.device)
         self.at.zero_()
         self.at[where] = positions
         self.before[where] = colours
@@ -224,9 +224,9 @@ class Graph:
             self.out = self.run()
 
     def run(self) -> Tensor:
-        """(lanes, V). A lane that is not in use writes over its first position, which is filled before it is."""
-        reached = torch.arange(self.lanes.kv.shape[4], device=self.at.device) <= self.at[:, None]  # (lanes, T)
-        return self.lanes.forward(self.at, self.before, partial(self._attend, reached[:, None, None]))
+        """(slots, V). A slot that is not in use writes over its first position, which is filled before it is."""
+        reached = torch.arange(self.slots.kv.shape[4], device=self.at.device) <= self.at[:, None]  # (slots, T)
+        return self.slots.forward(self.at, self.before, partial(self._attend, reached[:, None, None]))
 
     def _attend(self, reached: Tensor, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv[:, self.all, :, self.at] = torch.stack([k[:, :, 0], v[:, :, 0]], dim=1)

@@ -49,8 +49,8 @@ def complete(
     engine = Engine(model, min(len(seeds), LANES), "float32" if model.wpe.dtype == torch.float32 else "bfloat16")
     tickets = []
     for sample in range(0, B * n, n):
-        for start in range(sample, sample + n, engine.lanes):
-            mine = tuple(seeds[start : min(start + engine.lanes, sample + n)])
+        for start in range(sample, sample + n, engine.slots):
+            mine = tuple(seeds[start : min(start + engine.slots, sample + n)])
             picture = sample // n
             tickets.append(engine.submit(Request(pixels[picture], forced[picture], mine, temperature, top_k, top_p)))
     while engine.waiting or engine.lanes_in_use:
@@ -58,7 +58,7 @@ def complete(
     return torch.from_numpy(np.concatenate([ticket.tokens for ticket in tickets]).astype(np.int64)).to(tokens.device)
 
 
-def pick(
+def sample_inverse_cdf(
     logits: Tensor,
     u: Tensor,
     temperature: float | Tensor = 1,
@@ -73,15 +73,15 @@ def pick(
     """
     V = logits.shape[-1]
     k, mass = torch.as_tensor(top_k), torch.as_tensor(top_p, dtype=torch.float64)
-    warmth = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).expand(len(logits))
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).expand(len(logits))
     below = logits.double() - logits.amax(-1, keepdim=True)  # the likeliest is 0, whatever it is divided by
-    p = (below / torch.where(warmth > 0, warmth, 1)[:, None]).softmax(-1)  # (B, V)
+    p = (below / torch.where(temperatures > 0, temperatures, 1)[:, None]).softmax(-1)  # (B, V)
     if (k > 0).any() or (mass < 1).any():
         p = p * (p >= _least_kept(p, k.to(p.device), mass.to(p.device)))
     cumulative = p.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(V - 1)
-    return torch.where(warmth > 0, drawn, logits.argmax(-1))
+    return torch.where(temperatures > 0, drawn, logits.argmax(-1))
 
 
 def _least_kept(p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

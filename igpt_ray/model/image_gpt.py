@@ -66,7 +66,7 @@ class ImageGPT(nn.Module):
         """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t, unless a mask keeps it."""
         return self.wtet(self.hidden(tokens, keep))  # (B, T, V)
 
-    def joint(self, tokens: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_classifier(self, tokens: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of every position, and of the classes: (B, T) -> (B, T, V), (B, classes). For fine-tuning.
 
         The head looks at the mean over positions of what `wtet` looks at (paper, section 2.3).
@@ -77,9 +77,9 @@ class ImageGPT(nn.Module):
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The output of the last norm: (B, T) -> (B, T, C)."""
         h = self.embed(tokens, keep)
-        turn = self.rotation(tokens.shape[1])
+        rope = self.rotation(tokens.shape[1])
         for block in self.h:
-            h = block(h, turn)
+            h = block(h, rope)
         return self.ln_f(h)
 
     def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -105,12 +105,12 @@ class ImageGPT(nn.Module):
         at layer L, pooled over positions. Stops at layer `last` (default L)."""
         last = len(self.h) if last is None else last
         h = self.embed(tokens, keep)
-        turn = self.rotation(tokens.shape[1])
+        rope = self.rotation(tokens.shape[1])
         pooled = []
         for block in self.blocks[: last + 1]:
             pooled.append(pool(block.ln_1(h)))
             if len(pooled) <= last:
-                h = block(h, turn)
+                h = block(h, rope)
         if last == len(self.h):
             pooled.append(pool(self.ln_f(h)))
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
@@ -158,8 +158,8 @@ class Block(nn.Module):
         self.ln_2 = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.mlp = MLP(config.n_embd)
 
-    def forward(self, h: Tensor, turn: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        h = h + self.attn(self.ln_1(h), turn, attend)
+    def forward(self, h: Tensor, rope: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        h = h + self.attn(self.ln_1(h), rope, attend)
         return h + self.mlp(self.ln_2(h))
 
 
@@ -175,18 +175,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, NORM_EPS) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """`turn`: rotary positions. `attend`: what attends instead, to more than the keys of x; see `lanes.py`."""
+    def forward(self, x: Tensor, rope: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """`rope`: rotary positions. `attend`: what attends instead, to more than the keys of x; see `slots.py`."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = turned(q, turn), turned(k, turn)
-        y = attend(q, k, v) if attend else attended(q, k, v, causal=self.causal)  # (B, N, T, D)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        y = attend(q, k, v) if attend else sdpa(q, k, v, causal=self.causal)  # (B, N, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """torch's attention, (B, N, T, D), in the way that is fast: in float32 for what is `SHORT` on a CPU.
 
     Causal queries then come in `PARTS`, each with the keys up to its end: the kernel computes what a mask hides.
@@ -205,10 +205,10 @@ def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return torch.cat(parts, dim=2).to(dtype)
 
 
-def turned(x: Tensor, turn: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021): element i and i + D/2 are a point in the plane, turned by an angle of the
     position: (B, N, T, D). A query and a key then agree by how far apart they stand."""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), turn.to(x.dtype)
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 

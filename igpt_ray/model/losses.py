@@ -32,7 +32,7 @@ def masked_pixel(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
     return (next_pixel(logits, tokens) * masked).sum(1) / masked.sum(1)
 
 
-def keep_masks(seeds: list[int], n_positions: int) -> Tensor:
+def sample_masks(seeds: list[int], n_positions: int) -> Tensor:
     """A mask for each seed, False where masked: (len(seeds), T) bool.
 
     A position is masked with probability MASKED. If none is, which is common only in pictures of a few pixels, the one
@@ -44,7 +44,7 @@ def keep_masks(seeds: list[int], n_positions: int) -> Tensor:
 
 def keep_of_keys(keys: list[str], mask: int, n_positions: int) -> Tensor:
     """The masks under which images are judged, a function of their keys: (len(keys), T) bool. `mask` < MASKS."""
-    return keep_masks([seed_of("mask", key, mask) for key in keys], n_positions)
+    return sample_masks([seed_of("mask", key, mask) for key in keys], n_positions)
 
 
 def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None = None) -> T
     return masked_pixel(model(tokens, keep), tokens, keep).sum()
 
 
-def joint(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
+def forward_with_classifier(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
     """The fine-tuning loss of every image, generative + classification, 1:1 (paper, section 2.3): (B, T), (B,) -> (B,).
 
     In nats: the mean over the image's (masked) tokens, and of its label.
@@ -64,7 +64,7 @@ def joint(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None =
 
 def joint_parts(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
     """That loss, the generative part of it, and whether the head is right, of every image: (3, B)."""
-    logits, classes = model.joint(tokens, keep)
+    logits, classes = model.forward_with_classifier(tokens, keep)
     nats = next_pixel(logits, tokens).mean(1) if keep is None else masked_pixel(logits, tokens, keep)
     return torch.stack([nats + classification(classes, labels), nats, classes.argmax(1) == labels])
 

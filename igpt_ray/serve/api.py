@@ -37,11 +37,11 @@ from starlette.exceptions import HTTPException
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.generate import engine
-from igpt_ray.serve.middleware import PUBLIC, Gate, Keys, Refused
+from igpt_ray.serve.middleware import PUBLIC, APIError, Gate, Keys
 from igpt_ray.serve.schemas import (
     MAX_PICTURES,
     MAX_SAMPLES,
-    Asked,
+    BaseRequest,
     ClassifyRequest,
     CompletionRequest,
     FeaturesRequest,
@@ -56,7 +56,7 @@ REQUEST_SECONDS = 300
 READY_SECONDS = 30
 PAGE = Path(__file__).resolve().parent / "web" / "index.html"
 
-A = TypeVar("A", bound=Asked)
+A = TypeVar("A", bound=BaseRequest)
 
 
 class Model(Protocol):
@@ -67,15 +67,15 @@ class Model(Protocol):
     def ask(self, what: str, *words: Any) -> Awaitable[Any]: ...
 
 
-class Served:
+class ServedModel:
     """A release as the API knows it."""
 
-    def __init__(self, name: str, reader: Reader, heads: dict[str, list[str]], lanes: int, model: Model):
+    def __init__(self, name: str, reader: Reader, heads: dict[str, list[str]], slots: int, model: Model):
         self.name = name
         self.reader = reader
         self.heads = heads
         """Name -> its classes."""
-        self.lanes = lanes
+        self.slots = slots
         self.model = model
 
     def listing(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Served:
             "n_layer": about.model.n_layer,
             "n_embd": about.model.n_embd,
             "parameters": about.model.n_params,
-            "max_n": min(self.lanes, MAX_SAMPLES),
+            "max_n": min(self.slots, MAX_SAMPLES),
             "pipeline": about.kind.pipeline,
             "sha256": about.sha256,
             "palette_sha256": about.kind.palette,
@@ -105,13 +105,13 @@ class Served:
 # ------------------------------------------------------------------------------------------------ the application
 
 
-def application(served: dict[str, Served], keys: Keys | None, queue: int) -> FastAPI:
+def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -> FastAPI:
     """All routes behind the gate. `served` is the allow-list of models, its first the one that answers by default."""
     app = FastAPI(title="igpt_ray", version="1", description="Image GPT over HTTP.", redoc_url=None)
     app.add_middleware(Gate, keys=keys, queue=queue)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_fault)
-    for error in (Refused, ImageError, SettingError, ValidationError, TimeoutError):
+    for error in (APIError, ImageError, SettingError, ValidationError, TimeoutError):
         app.add_exception_handler(error, lambda _, error: refusal_of(error).response)
     app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign]
     page = PAGE.read_text()
@@ -131,7 +131,7 @@ def application(served: dict[str, Served], keys: Keys | None, queue: int) -> Fas
             async with asyncio.timeout(READY_SECONDS):
                 await asyncio.gather(*(one.model.ask("ready") for one in served.values()))
         except Exception as error:
-            raise Refused(503, "not_ready", f"a model does not answer yet ({type(error).__name__})") from error
+            raise APIError(503, "not_ready", f"a model does not answer yet ({type(error).__name__})") from error
         return {"status": "ready"}
 
     @app.get("/v1/models", summary="What is served", responses=_said(401))
@@ -142,8 +142,8 @@ def application(served: dict[str, Served], keys: Keys | None, queue: int) -> Fas
     async def completions(request: Request) -> Response:
         asked = await parsed(request, CompletionRequest)
         one = _chosen(served, asked)
-        if asked.n > one.lanes:
-            raise SettingError(f"n is {asked.n}; this server paints {one.lanes} pictures at once")
+        if asked.n > one.slots:
+            raise SettingError(f"n is {asked.n}; this server paints {one.slots} pictures at once")
         wanted = await asyncio.to_thread(one.reader.request, asked)
         answer = Completion(one, asked, wanted)
         if asked.stream:
@@ -173,7 +173,7 @@ def application(served: dict[str, Served], keys: Keys | None, queue: int) -> Fas
         one = _chosen(served, asked)
         head = asked.head or next(iter(one.heads), "")
         if head not in one.heads:
-            raise Refused(404, "head_not_found", f"{one.name} has the heads {', '.join(one.heads) or '(none)'}")
+            raise APIError(404, "head_not_found", f"{one.name} has the heads {', '.join(one.heads) or '(none)'}")
         found, classes = await _ask(one, asked, "classify", head), one.heads[head]
         data = [{"index": i, "classes": _likeliest(row, classes, asked.top_k)} for i, row in enumerate(found[1])]
         return JSONResponse({"model": one.name, "head": head, "data": data})
@@ -196,15 +196,15 @@ def application(served: dict[str, Served], keys: Keys | None, queue: int) -> Fas
     return app
 
 
-def _chosen(served: dict[str, Served], asked: Asked) -> Served:
+def _chosen(served: dict[str, ServedModel], asked: BaseRequest) -> ServedModel:
     if not asked.model:
         return next(iter(served.values()))
     if asked.model not in served:
-        raise Refused(404, "model_not_found", f"no such model: this server has {', '.join(served)}")
+        raise APIError(404, "model_not_found", f"no such model: this server has {', '.join(served)}")
     return served[asked.model]
 
 
-async def _ask(one: Served, asked: Asked, what: str, *words: Any) -> tuple[Tokens, Any]:
+async def _ask(one: ServedModel, asked: BaseRequest, what: str, *words: Any) -> tuple[Tokens, Any]:
     """The pictures' tokens, and what the model says to them."""
     tokens = await asyncio.to_thread(one.reader.pictures, asked)
     async with asyncio.timeout(REQUEST_SECONDS):
@@ -222,7 +222,7 @@ def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
 class Completion:
     """An answer to a completion request as it comes about."""
 
-    def __init__(self, one: Served, asked: CompletionRequest, wanted: engine.Request):
+    def __init__(self, one: ServedModel, asked: CompletionRequest, wanted: engine.Request):
         self.one = one
         self.asked = asked
         self.wanted = wanted
@@ -235,9 +235,9 @@ class Completion:
     async def rows(self) -> AsyncIterator[tuple[int, Tokens]]:
         painting = self.one.model.complete(self.wanted)
         try:
-            async for row, painted in painting:
-                self.tokens[:, row * self.n_px : (row + 1) * self.n_px] = painted
-                yield row, painted
+            async for row, generated in painting:
+                self.tokens[:, row * self.n_px : (row + 1) * self.n_px] = generated
+                yield row, generated
         finally:
             await painting.aclose()  # type: ignore[attr-defined]
 
@@ -249,10 +249,10 @@ class Completion:
         try:
             while True:
                 try:
-                    row, painted = await asyncio.wait_for(anext(rows), deadline - time.monotonic())
+                    row, generated = await asyncio.wait_for(anext(rows), deadline - time.monotonic())
                 except StopAsyncIteration:
                     break
-                data = [{"index": i, **self._shown(strip)} for i, strip in enumerate(painted)]
+                data = [{"index": i, **self._shown(strip)} for i, strip in enumerate(generated)]
                 yield _event("row", {"row": row, "data": data})
             yield _event("completed", self.whole())
         except Exception as error:
@@ -263,8 +263,8 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         seeds = self.asked.seeds
         data = [{"index": i, "seed": seeds[i], **self._shown(x)} for i, x in enumerate(self.tokens)]
-        painted = int((~self.wanted.given).sum()) * self.asked.n
-        return {**self._head(), "data": data, "usage": {"painted_pixels": painted}}
+        generated = int((~self.wanted.given).sum()) * self.asked.n
+        return {**self._head(), "data": data, "usage": {"painted_pixels": generated}}
 
     def _head(self) -> dict[str, Any]:
         original = self._shown(self.wanted.tokens)
@@ -287,7 +287,7 @@ async def parsed(request: Request, body: type[A]) -> A:
     if kind == "multipart/form-data":
         return body.model_validate(await _form(request))
     if kind != "application/json":
-        raise Refused(415, "unsupported_media_type", "send application/json or multipart/form-data")
+        raise APIError(415, "unsupported_media_type", "send application/json or multipart/form-data")
     return body.model_validate_json(await request.body())
 
 
@@ -303,7 +303,7 @@ async def _form(request: Request) -> dict[str, Any]:
     return found
 
 
-def _takes(body: type[Asked], stream: bool = False) -> dict[str, Any]:
+def _takes(body: type[BaseRequest], stream: bool = False) -> dict[str, Any]:
     """How a route is documented: its body is parsed above and not by FastAPI, which knows one kind of body a route."""
     schema = body.model_json_schema()
     form = {**schema, "properties": {k: v for k, v in schema["properties"].items() if k != "tokens"}}
@@ -342,27 +342,27 @@ def _openapi(app: FastAPI, keyed: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def refusal_of(error: Exception) -> Refused:
+def refusal_of(error: Exception) -> APIError:
     """What the client is told. What is our own fault is logged, and not told."""
-    if isinstance(error, Refused):
+    if isinstance(error, APIError):
         return error
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        return Refused(422, "invalid_body", f"{where}: {first['msg']}" if where else first["msg"])
+        return APIError(422, "invalid_body", f"{where}: {first['msg']}" if where else first["msg"])
     if isinstance(error, ImageError):
-        return Refused(400, "invalid_image", str(error))
+        return APIError(400, "invalid_image", str(error))
     if isinstance(error, SettingError):
-        return Refused(400, "invalid_setting", str(error))
+        return APIError(400, "invalid_setting", str(error))
     if isinstance(error, TimeoutError):
-        return Refused(504, "timeout", f"no answer within {REQUEST_SECONDS} s")
+        return APIError(504, "timeout", f"no answer within {REQUEST_SECONDS} s")
     log.error("a request failed", exc_info=error)
-    return Refused(500, "internal_error", "the server failed; its log says why")
+    return APIError(500, "internal_error", "the server failed; its log says why")
 
 
 async def _http_error(_: Request, error: Any) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    refused = Refused(error.status_code, code, str(error.detail))
+    refused = APIError(error.status_code, code, str(error.detail))
     refused.headers = dict(error.headers or {})
     return refused.response
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from igpt_ray.data.token_store import Kind, Tokens
+from igpt_ray.data.token_store import TokenFormat, Tokens
 from igpt_ray.errors import EndpointError, ImageError
 from igpt_ray.evaluate.likelihood import Nats
 
@@ -45,10 +45,10 @@ class Client:
             raise EndpointError(f"{self.endpoint} has no model {self.model!r}: {', '.join(x['id'] for x in listed)}")
         return dict(found[0])
 
-    def kind(self) -> Kind:
+    def kind(self) -> TokenFormat:
         """What its tokens mean."""
         about = self.about()
-        return Kind(
+        return TokenFormat(
             n_px=about["n_px"], n_vocab=about["n_vocab"], palette=about["palette_sha256"], pipeline=about["pipeline"]
         )
 

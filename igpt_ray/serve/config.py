@@ -26,7 +26,7 @@ class ServeConfig(Section):
     """Port to listen on."""
     replicas: Count = 1
     """Copies of each model."""
-    lanes: Count = 32
+    slots: Count = 32
     """Pictures that a copy paints at once; a request for n of them takes n."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
     """Of the weights that paint; scores, features and classes stay float32, as evaluation is."""

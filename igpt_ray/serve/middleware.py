@@ -35,7 +35,7 @@ LINE = re.compile(r"([0-9a-f]{64})(?:\s+(\S.*))?")
 TYPES = {401: "authentication_error", 403: "authentication_error", 429: "overloaded_error"}
 
 
-class Refused(Exception):
+class APIError(Exception):
     """A request that gets an error for an answer."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str):
@@ -102,7 +102,7 @@ class Gate:
                     await self._answer(scope, body, receive, send)
                 finally:
                     self.held -= len(body)
-        except Refused as refused:
+        except APIError as refused:
             await refused.response(scope, receive, send)
         except _HungUp:
             pass
@@ -114,9 +114,9 @@ class Gate:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             challenge = {"WWW_Authenticate": "Bearer"}
             if scheme.lower() != "bearer" or not key.strip():
-                raise Refused(401, "missing_key", "send a key: Authorization: Bearer KEY", **challenge)
+                raise APIError(401, "missing_key", "send a key: Authorization: Bearer KEY", **challenge)
             if not self.keys.know(key.strip()):
-                raise Refused(401, "wrong_key", "this key is not one of ours", **challenge)
+                raise APIError(401, "wrong_key", "this key is not one of ours", **challenge)
 
     @contextmanager
     def _room(self, scope: Scope) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Counted as it comes: a Content-Length may lie, or be missing."""
-        too_large = Refused(413, "too_large", f"the body has more than {MAX_BODY} bytes", Connection="close")
+        too_large = APIError(413, "too_large", f"the body has more than {MAX_BODY} bytes", Connection="close")
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > MAX_BODY:
             raise too_large
@@ -158,7 +158,7 @@ class Gate:
             self.held -= size
             if isinstance(error, TimeoutError):
                 slow = f"the body took longer than {BODY_SECONDS:g} s"
-                raise Refused(408, "slow_body", slow, Connection="close") from None
+                raise APIError(408, "slow_body", slow, Connection="close") from None
             raise
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -190,8 +190,8 @@ class Gate:
                 await answer
 
 
-def _overloaded(why: str) -> Refused:
-    return Refused(429, "overloaded", f"{why}: try again", Retry_After=str(RETRY_AFTER_S))
+def _overloaded(why: str) -> APIError:
+    return APIError(429, "overloaded", f"{why}: try again", Retry_After=str(RETRY_AFTER_S))
 
 
 class _HungUp(Exception):
@@ -203,12 +203,12 @@ def _check_local(scope: Scope, headers: Headers) -> None:
     requests here, and can have its own name point here."""
     client = scope.get("client")
     if client is None or not is_loopback(client[0]):
-        raise Refused(401, "missing_key", "this server asks for no key and so answers on its own machine alone")
+        raise APIError(401, "missing_key", "this server asks for no key and so answers on its own machine alone")
     host, origin = headers.get("host", ""), headers.get("origin")
     if not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise Refused(403, "foreign_host", "ask for this server as localhost, or start it with --keys")
+        raise APIError(403, "foreign_host", "ask for this server as localhost, or start it with --keys")
     if origin is not None and urlsplit(origin).netloc != host:
-        raise Refused(403, "foreign_origin", "a page of another site cannot ask this server")
+        raise APIError(403, "foreign_origin", "a page of another site cannot ask this server")
 
 
 def _with_header(send: Send, name: bytes, value: bytes) -> Send:

@@ -55,7 +55,7 @@ Pictures = Annotated[
 ]
 
 
-class Asked(BaseModel):
+class BaseRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
 
     model: Annotated[str, Field(max_length=64)] = ""
@@ -72,7 +72,7 @@ class Asked(BaseModel):
         return self
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(BaseRequest):
     """Finish a picture, n times."""
 
     rows: Annotated[int, Field(ge=0)] | None = None
@@ -111,7 +111,7 @@ class CompletionRequest(Asked):
         return tuple(self.seed) if isinstance(self.seed, list) else tuple(self.seed + i for i in range(self.n))
 
 
-class FeaturesRequest(Asked):
+class FeaturesRequest(BaseRequest):
     """What the network makes of pictures at a layer."""
 
     layer: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
@@ -120,7 +120,7 @@ class FeaturesRequest(Asked):
     """Over positions."""
 
 
-class ClassifyRequest(Asked):
+class ClassifyRequest(BaseRequest):
     """What pictures show, by a head of the model."""
 
     head: Annotated[str, Field(max_length=64)] = ""
@@ -129,7 +129,7 @@ class ClassifyRequest(Asked):
     """Classes to name, the likeliest first."""
 
 
-class ScoreRequest(Asked):
+class ScoreRequest(BaseRequest):
     """How surprising pictures are."""
 
     per_pixel: bool = False
@@ -145,7 +145,7 @@ class Reader:
         self.n_px = about.model.n_px
         palette.encode(np.zeros((1, 3), np.uint8))  # its table is made before anyone waits for it
 
-    def pictures(self, asked: Asked) -> Tokens:
+    def pictures(self, asked: BaseRequest) -> Tokens:
         """(N, T). Raises `ImageError` or `SettingError` for what cannot be read."""
         if asked.image:
             return np.stack([self._encoded(image) for image in asked.image])

@@ -25,7 +25,7 @@ from igpt_ray.train.config import PretrainConfig
 log = logging.getLogger(__name__)
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """What one forward pass takes."""
 
     batch: Batch
@@ -37,7 +37,7 @@ class Micro(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Feed:
+class MicroBatchLoader:
     """A worker's part of any global batch, in forward passes of at most `micro_batch` images."""
 
     images: SplitCache
@@ -47,25 +47,25 @@ class Feed:
     device: torch.device
     augment: Augment | None = None
 
-    def beside(self, images: SplitCache) -> "Feed":
+    def beside(self, images: SplitCache) -> "MicroBatchLoader":
         """The same for another split, whose images are left as they are."""
         return replace(self, images=images, augment=None)
 
-    def micros(self, batch: Batch) -> list[Micro]:
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """This worker's passes over its part of a batch."""
         parts = passes(batch, dist.get_rank(), dist.get_world_size(), self.micro_batch)
         idle = Batch(batch.epochs[:1], batch.rows[:1])
         return [self._micro(part, 1) if len(part.rows) else self._micro(idle, 0) for part in parts]
 
-    def _micro(self, batch: Batch, weight: int) -> Micro:
+    def _micro(self, batch: Batch, weight: int) -> MicroBatch:
         images = self.images[batch]
         if self.augment is not None:
             images = self.augment(images, self.seed, batch)
         tokens = self._there(torch.from_numpy(images.astype(np.int64)))
         masked, labelled = self.model.objective == "masked", self.model.n_class > 0
-        keep = self._there(keep_masks(self.seed, batch, self.model.n_positions)) if masked else None
+        keep = self._there(sample_masks(self.seed, batch, self.model.n_positions)) if masked else None
         labels = self._there(torch.from_numpy(self.images.labels_of(batch))) if labelled else None
-        return Micro(batch, tokens, keep, weight, labels)
+        return MicroBatch(batch, tokens, keep, weight, labels)
 
     def _there(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -81,10 +81,10 @@ def passes(batch: Batch, rank: int, world_size: int, micro_batch: int) -> list[B
     return [share(mine, i, n) for i in range(n)]
 
 
-def keep_masks(seed: int, batch: Batch, n_positions: int) -> Tensor:
+def sample_masks(seed: int, batch: Batch, n_positions: int) -> Tensor:
     """The masks of a batch, a function of (seed, epoch, row): the same on any number of workers. (B, T) bool."""
     rows = zip(batch.epochs.tolist(), batch.rows.tolist(), strict=True)
-    return losses.keep_masks([seed_of(seed, epoch, row) for epoch, row in rows], n_positions)
+    return losses.sample_masks([seed_of(seed, epoch, row) for epoch, row in rows], n_positions)
 
 
 def micro_batch_that_fits(cfg: PretrainConfig, device: torch.device) -> int:

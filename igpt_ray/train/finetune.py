@@ -70,7 +70,7 @@ def probed_head(model: ImageGPT, cfg: FinetuneRunConfig) -> Tensor:
     keys, last = [str(row) for row in rows], [cfg.model.n_layer]
     found = features.pooled(model, images[batch], keys, last, "mean", BATCH)[..., 0, :]
     seen, method = linear_probe.Labelled(found, images.labels_of(batch)), linear_probe.Method(seed=cfg.seed)
-    choice = linear_probe.choose(seen, cfg.model.n_class, cfg.seed, method)
+    choice = linear_probe.select(seen, cfg.model.n_class, cfg.seed, method)
     fitted = linear_probe.refit(seen, cfg.model.n_class, choice.setting, method)
     log.info("the head starts as a probe of %d images: %.1f%% right", len(rows), 100 * choice.validation)
     x = seen.examples[0].astype(np.float64)

@@ -26,7 +26,7 @@ from igpt_ray.errors import TrainingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, finetune, metrics, monitor, optim, parallelize, trackers
-from igpt_ray.train.batches import Feed, Micro, micro_batch_that_fits
+from igpt_ray.train.batches import MicroBatch, MicroBatchLoader, micro_batch_that_fits
 from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
 from igpt_ray.train.early_stopping import EarlyStopping
 
@@ -39,7 +39,7 @@ NAMED = 8
 def train(
     cfg: PretrainConfig,
     device: torch.device,
-    told_to_leave: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     show: Callable[[metrics.Line], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train to the last step and write the release. Returns the last metrics and the release's URI, on all workers.
@@ -54,7 +54,7 @@ def train(
     labelled = cfg.model.n_class > 0
     images = SplitCache(store, cfg.data.split, labelled=labelled)
     micro_batch = cfg.workers.micro_batch or micro_batch_that_fits(cfg, device)
-    feed = Feed(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
+    feed = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
     held_out = feed.beside(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else feed
     model, optimizer = build(cfg, device)
 
@@ -76,20 +76,20 @@ def train(
     while step < n_steps and not stopping.should_stop:
         profiler.before(step)
         with meter.spent("data_wait"):
-            micros = feed.micros(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
+            micro_batches = feed.micro_batches(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
         sums = []
-        for i, micro in enumerate(micros):
-            parallelize.reduce_gradients(model, i == len(micros) - 1)
-            summed = monitor.sums_of(model, micro)
+        for i, micro in enumerate(micro_batches):
+            parallelize.reduce_gradients(model, i == len(micro_batches) - 1)
+            summed = monitor.loss_sums(model, micro)
             loss = summed[0] * (world_size / meter.counted_per_step)  # FSDP averages over workers; the loss is a mean
             loss.backward()
             sums.append(summed.detach())
 
         grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
-        *step_sums, step_norm, leaving = _measured(sums, grad_norm, told_to_leave())
+        *step_sums, step_norm, leaving = _measured(sums, grad_norm, should_stop())
         if not math.isfinite(step_sums[0] + step_norm):
             saver.wait()
-            raise TrainingError(_which_images(cfg, store, step, micros, sums, step_norm))
+            raise TrainingError(_which_images(cfg, store, step, micro_batches, sums, step_norm))
         lr = optim.lr_at(step, cfg.optim)
         optim.set_lr(optimizer, lr)
         optimizer.step()
@@ -167,11 +167,13 @@ def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> list[floa
 
 
 def _which_images(
-    cfg: PretrainConfig, store: TokenStore, step: int, micros: list[Micro], sums: list[Tensor], norm: float
+    cfg: PretrainConfig, store: TokenStore, step: int, micro_batches: list[MicroBatch], sums: list[Tensor], norm: float
 ) -> str:
     """What a user needs to find the images, the same on all workers: those of the forward passes that went wrong, or
     of the whole batch if only its gradient did."""
-    mine = [m.batch for m, summed in zip(micros, sums, strict=True) if m.weight and not torch.isfinite(summed[0])]
+    mine = [
+        m.batch for m, summed in zip(micro_batches, sums, strict=True) if m.weight and not torch.isfinite(summed[0])
+    ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     bad = [batch for batches in everyone for batch in batches]

@@ -28,7 +28,7 @@ from igpt_ray.model import losses
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train import estimate
-from igpt_ray.train.batches import Feed, Micro
+from igpt_ray.train.batches import MicroBatch, MicroBatchLoader
 from igpt_ray.train.config import PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,14 @@ def measured(model: ModelConfig) -> tuple[str, ...]:
     return ("loss", "nats_per_token", "accuracy") if model.n_class else ("nats_per_token",)
 
 
-def sums_of(model: ImageGPT, micro: Micro) -> Tensor:
+def loss_sums(model: ImageGPT, micro: MicroBatch) -> Tensor:
     """The sums of which what is `measured` are means: (1,), or (3,) with labels."""
     if micro.labels is None:
         return micro.weight * losses.generative(model, micro.tokens, micro.keep)[None]
     return micro.weight * losses.joint_parts(model, micro.tokens, micro.labels, micro.keep).sum(1)
 
 
-def counted_per_image(model: ModelConfig) -> int:
+def loss_units_per_image(model: ModelConfig) -> int:
     """An image counts by its tokens where the loss is a mean over them all, and as one where it is over images."""
     return 1 if model.objective == "masked" or model.n_class else model.n_positions
 
@@ -65,7 +65,7 @@ class Meter:
         self.cfg, self.device, self.n_images = cfg, device, n_images
         batch_size = cfg.optim.batch_size
         self.tokens_per_step = batch_size * cfg.model.n_positions
-        self.counted_per_step = batch_size * counted_per_image(cfg.model)
+        self.counted_per_step = batch_size * loss_units_per_image(cfg.model)
         """What the loss is a mean over: images, or tokens."""
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak_flops = estimate.peak_flops(named)
@@ -77,7 +77,7 @@ class Meter:
         self.seconds = dict.fromkeys(SPENT, 0.0)
 
     def add(self, sums: list[float]) -> None:
-        """Those of `sums_of`, over all workers."""
+        """Those of `loss_sums`, over all workers."""
         for name, more in zip(self.sums, sums, strict=True):
             self.sums[name] += more
 
@@ -167,7 +167,7 @@ def spread_over(split: SplitCache, n: int) -> Batch:
 
 
 @torch.no_grad()
-def held_out(model: ImageGPT, feed: Feed, n: int) -> dict[str, float]:
+def held_out(model: ImageGPT, feed: MicroBatchLoader, n: int) -> dict[str, float]:
     """What is measured of a step, on images that the model does not train on; sums and counts over all workers.
 
     Of a masked network under one mask an image, always the same.
@@ -175,12 +175,12 @@ def held_out(model: ImageGPT, feed: Feed, n: int) -> dict[str, float]:
     batch = spread_over(feed.images, n)
     names = measured(feed.model)
     sums = torch.zeros(len(names), dtype=torch.float64, device=feed.device)
-    for micro in feed.micros(batch):
-        sums += sums_of(model, micro)
+    for micro in feed.micro_batches(batch):
+        sums += loss_sums(model, micro)
     assert isinstance(model, FSDPModule)
     model.reshard()  # no backward pass comes to do it
     dist.all_reduce(sums)
-    counted = len(batch.rows) * counted_per_image(feed.model)
+    counted = len(batch.rows) * loss_units_per_image(feed.model)
     return {f"val_{name}": total / counted for name, total in zip(names, sums.tolist(), strict=True)}
 
 

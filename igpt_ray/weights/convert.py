@@ -7,7 +7,7 @@ from typing import Any
 from igpt_ray import storage
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind
+from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
@@ -77,7 +77,7 @@ def _release(settings: ConvertConfig, found: Source, palette: Palette | None) ->
         raise SettingError(f"{settings.source} has no palette, and a release needs one: --palette openai, or a .npy")
     if len(palette) != m.n_vocab:
         raise SettingError(f"the palette has {len(palette)} colours, the network a vocabulary of {m.n_vocab}")
-    kind = Kind(
+    kind = TokenFormat(
         n_px=m.n_px,
         n_vocab=m.n_vocab,
         palette=palette.fingerprint,

@@ -18,12 +18,12 @@ LANES = 1 << 14
 
 
 def crc32c(data: bytes) -> int:
-    lanes = min(LANES, 1 << (len(data) // 64).bit_length())
-    n_words = -(-len(data) // (4 * lanes))
-    padded = np.zeros(4 * lanes * n_words, np.uint8)
+    slots = min(LANES, 1 << (len(data) // 64).bit_length())
+    n_words = -(-len(data) // (4 * slots))
+    padded = np.zeros(4 * slots * n_words, np.uint8)
     padded[len(padded) - len(data) :] = np.frombuffer(data, np.uint8)
-    registers = np.zeros(lanes, np.uint32)
-    for words in np.ascontiguousarray(padded.view("<u4").reshape(lanes, n_words).T):
+    registers = np.zeros(slots, np.uint32)
+    for words in np.ascontiguousarray(padded.view("<u4").reshape(slots, n_words).T):
         registers ^= words
         registers = _LOW[registers & 0xFFFF] ^ _HIGH[registers >> 16]
     move = _moved_by(4 * n_words)

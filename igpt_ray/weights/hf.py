@@ -33,7 +33,7 @@ from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, r
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
-class Theirs(NamedTuple):
+class TensorMapping(NamedTuple):
     """One of their tensors, and whether it lies as a Conv1D: [in, out], and with a bias beside it."""
 
     name: str
@@ -41,15 +41,15 @@ class Theirs(NamedTuple):
 
 
 TABLE = {
-    "wpe": Theirs("transformer.wpe.weight"),
-    "ln_f.weight": Theirs("transformer.ln_f.weight"),
-    "wtet.weight": Theirs("lm_head.weight"),
-    "h.#.ln_1.weight": Theirs("transformer.h.#.ln_1.weight"),
-    "h.#.attn.c_attn.weight": Theirs("transformer.h.#.attn.c_attn.weight", conv1d=True),
-    "h.#.attn.c_proj.weight": Theirs("transformer.h.#.attn.c_proj.weight", conv1d=True),
-    "h.#.ln_2.weight": Theirs("transformer.h.#.ln_2.weight"),
-    "h.#.mlp.c_fc.weight": Theirs("transformer.h.#.mlp.c_fc.weight", conv1d=True),
-    "h.#.mlp.c_proj.weight": Theirs("transformer.h.#.mlp.c_proj.weight", conv1d=True),
+    "wpe": TensorMapping("transformer.wpe.weight"),
+    "ln_f.weight": TensorMapping("transformer.ln_f.weight"),
+    "wtet.weight": TensorMapping("lm_head.weight"),
+    "h.#.ln_1.weight": TensorMapping("transformer.h.#.ln_1.weight"),
+    "h.#.attn.c_attn.weight": TensorMapping("transformer.h.#.attn.c_attn.weight", conv1d=True),
+    "h.#.attn.c_proj.weight": TensorMapping("transformer.h.#.attn.c_proj.weight", conv1d=True),
+    "h.#.ln_2.weight": TensorMapping("transformer.h.#.ln_2.weight"),
+    "h.#.mlp.c_fc.weight": TensorMapping("transformer.h.#.mlp.c_fc.weight", conv1d=True),
+    "h.#.mlp.c_proj.weight": TensorMapping("transformer.h.#.mlp.c_proj.weight", conv1d=True),
 }
 """Our name -> theirs; # is the number of a block. Beside these stands EMBEDDING, which is our wte and sos."""
 
@@ -130,11 +130,11 @@ def palette_of(folder: str) -> Palette | None:
 def _ours(found: dict[str, Tensor], model: ImageGPT) -> dict[str, Tensor]:
     wte, sos = found[EMBEDDING].split([model.config.n_vocab, 1])
     rows = _rows(model)
-    turned = {ours: found[row.name].T if row.conv1d else found[row.name] for ours, row in rows.items()}
-    return turned | {"wte.weight": wte, "sos": sos[0]}
+    apply_rope = {ours: found[row.name].T if row.conv1d else found[row.name] for ours, row in rows.items()}
+    return apply_rope | {"wte.weight": wte, "sos": sos[0]}
 
 
-def _rows(model: ImageGPT) -> dict[str, Theirs]:
+def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
     """The table's row for each of the network's weights but wte and sos."""
     rows = {}
     for ours, _ in model.named_parameters():

@@ -40,7 +40,7 @@ def _heads_to_columns(w: Tensor) -> Tensor:
     return w.flatten(0, 1).T
 
 
-class Theirs(NamedTuple):
+class TensorMapping(NamedTuple):
     """The variables that make one of our weights, their shape, and how they become it."""
 
     names: tuple[str, ...]
@@ -49,19 +49,19 @@ class Theirs(NamedTuple):
 
 
 TABLE = {
-    "wpe": Theirs(("model/wpe",), "T C", _same),
-    "wte.weight": Theirs(("model/wte",), "V C", _same),
-    "wtet.weight": Theirs(("model/wtet",), "V C", _same),
-    "sos": Theirs(("model/sos",), "C", _same),
-    "ln_f.weight": Theirs(("model/ln_f/g",), "C", _same),
-    "h.#.ln_1.weight": Theirs(("model/h#/ln_1/g",), "C", _same),
-    "h.#.attn.c_attn.weight": Theirs(
+    "wpe": TensorMapping(("model/wpe",), "T C", _same),
+    "wte.weight": TensorMapping(("model/wte",), "V C", _same),
+    "wtet.weight": TensorMapping(("model/wtet",), "V C", _same),
+    "sos": TensorMapping(("model/sos",), "C", _same),
+    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C", _same),
+    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C", _same),
+    "h.#.attn.c_attn.weight": TensorMapping(
         ("model/h#/attn/q_proj", "model/h#/attn/k_proj", "model/h#/attn/v_proj"), "N D C", _heads_to_rows
     ),
-    "h.#.attn.c_proj.weight": Theirs(("model/h#/attn/c_proj",), "N D C", _heads_to_columns),
-    "h.#.ln_2.weight": Theirs(("model/h#/ln_2/g",), "C", _same),
-    "h.#.mlp.c_fc.weight": Theirs(("model/h#/mlp/c_fc/w",), "C 4C", _transposed),
-    "h.#.mlp.c_proj.weight": Theirs(("model/h#/mlp/c_proj/w",), "4C C", _transposed),
+    "h.#.attn.c_proj.weight": TensorMapping(("model/h#/attn/c_proj",), "N D C", _heads_to_columns),
+    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C", _same),
+    "h.#.mlp.c_fc.weight": TensorMapping(("model/h#/mlp/c_fc/w",), "C 4C", _transposed),
+    "h.#.mlp.c_proj.weight": TensorMapping(("model/h#/mlp/c_proj/w",), "4C C", _transposed),
 }
 """Our name -> theirs; # is the number of a block. Shapes are in the letters of model.py."""
 
@@ -93,7 +93,7 @@ def _read(bundle: Bundle, name: str) -> Tensor:
     return value
 
 
-def _rows(model: ImageGPT) -> dict[str, Theirs]:
+def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
     """The table's row for each of the network's weights."""
     rows = {}
     for ours, _ in model.named_parameters():
@@ -102,7 +102,7 @@ def _rows(model: ImageGPT) -> dict[str, Theirs]:
     return rows
 
 
-def _expected(rows: dict[str, Theirs], c: ModelConfig) -> dict[str, Shape]:
+def _expected(rows: dict[str, TensorMapping], c: ModelConfig) -> dict[str, Shape]:
     sizes = {"T": c.n_positions, "V": c.n_vocab, "C": c.n_embd, "4C": 4 * c.n_embd}
     sizes |= {"N": c.n_head, "D": c.n_embd // c.n_head}
     return {name: tuple(sizes[s] for s in row.shape.split()) for row in rows.values() for name in row.names}

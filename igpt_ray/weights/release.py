@@ -19,7 +19,7 @@ from torch import Tensor
 
 from igpt_ray import storage
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Kind, Strict
+from igpt_ray.data.token_store import Strict, TokenFormat
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
@@ -31,7 +31,7 @@ FORMAT = "igpt_ray release 1"
 class ReleaseConfig(Strict):
     format: str
     model: ModelConfig
-    kind: Kind
+    kind: TokenFormat
     """What the tokens it was trained on mean."""
     sha256: str
     """Of model.safetensors."""
@@ -47,9 +47,9 @@ class Release:
     config: ReleaseConfig
 
 
-def check_kind(trained: Kind, kind: Kind, where: str, who: str = "the release") -> None:
+def check_kind(trained: TokenFormat, kind: TokenFormat, where: str, who: str = "the release") -> None:
     """Raises `CheckpointError` unless tokens of this kind are what it was trained on."""
-    for field in Kind.model_fields:
+    for field in TokenFormat.model_fields:
         ours, theirs = getattr(trained, field), getattr(kind, field)
         if ours != theirs:
             raise CheckpointError(

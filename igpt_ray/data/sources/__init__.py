@@ -22,7 +22,7 @@ from igpt_ray.data.sources.imagenet import plan_tars
 from igpt_ray.data.sources.parquet import plan_parquet
 from igpt_ray.data.sources.ranges import Window
 from igpt_ray.data.sources.tars import members
-from igpt_ray.data.sources.units import SPLITS, TRAIN, Image, Plan, Unit, Unreadable, Wanted, key_of
+from igpt_ray.data.sources.units import SPLITS, TRAIN, Image, KeyFilter, Plan, UnreadableImage, WorkUnit, key_of
 from igpt_ray.data.sources.webdataset import plan_webdataset
 from igpt_ray.errors import SourceError
 
@@ -30,11 +30,11 @@ __all__ = [
     "SPLITS",
     "TRAIN",
     "Image",
+    "KeyFilter",
     "Layout",
     "Plan",
-    "Unit",
-    "Unreadable",
-    "Wanted",
+    "UnreadableImage",
+    "WorkUnit",
     "key_of",
     "plan",
     "read",
@@ -62,7 +62,7 @@ def plan(source: str, images_per_unit: int, layout: Layout | None = None) -> Pla
     return PLANNERS[layout or recognise(source)](source, images_per_unit)
 
 
-def read(unit: Unit, wanted: Wanted | None = None) -> Iterator[Image | Unreadable]:
+def read(unit: WorkUnit, wanted: KeyFilter | None = None) -> Iterator[Image | UnreadableImage]:
     """The images of a unit, in order, and what could not be read; only those whose key is `wanted`, if that is given.
 
     Raises `StorageError` if something cannot be fetched, and `SourceError` if the unit as a whole cannot be read.
@@ -77,7 +77,7 @@ def read(unit: Unit, wanted: Wanted | None = None) -> Iterator[Image | Unreadabl
 def recognise(source: str) -> Layout:
     """The layout of a place, by its first names; of unnamed tars, by the first member of the first."""
     head = list(islice(storage.walk(source), LOOKED_AT))
-    names = [storage.below(source, entry.uri).lower() for entry in head]
+    names = [storage.relative_to(source, entry.uri).lower() for entry in head]
     if any(name.startswith(("ilsvrc/", "loc_")) for name in names):
         return "kaggle"
     if any(name.endswith(PICTURES) for name in names):

@@ -21,11 +21,11 @@ from igpt_ray.data.sources.units import (
     TRAIN,
     UNLABELLED,
     VAL,
-    Draft,
+    DraftUnit,
     Image,
+    KeyFilter,
     Plan,
-    Unreadable,
-    Wanted,
+    UnreadableImage,
     batched,
     key_of,
     numbered,
@@ -58,7 +58,7 @@ class Files:
     def identity(self) -> object:
         return tuple(zip(self.paths, self.sizes, strict=True)), self.labels
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         """Raises `StorageError` if a file cannot be fetched."""
         items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
         items = [item for item in items if wanted is None or wanted(item[1])]
@@ -66,12 +66,14 @@ class Files:
         for part in fetched(batched(items, TOGETHER), self._fetch, ahead):
             yield from part
 
-    def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | Unreadable]:
-        found: list[Image | Unreadable] = []
+    def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | UnreadableImage]:
+        found: list[Image | UnreadableImage] = []
         for path, key, label in items:
             data = storage.read(storage.join(self.root, path), 0, MOST_BYTES + 1)
             whole = len(data) <= MOST_BYTES
-            found.append(Image(key, label, data) if whole else Unreadable(key, f"has more than {MOST_BYTES} bytes"))
+            found.append(
+                Image(key, label, data) if whole else UnreadableImage(key, f"has more than {MOST_BYTES} bytes")
+            )
         return found
 
 
@@ -83,7 +85,7 @@ def plan_folders(source: str, images_per_unit: int) -> Plan:
     index = {name: i for i, name in enumerate(names)}
     if new := set(names) - classes.get(TRAIN, set(names)):
         log.warning("%d of %d classes have no training image: %s", len(new), len(names), ", ".join(sorted(new)[:5]))
-    drafts: list[Draft] = []
+    drafts: list[DraftUnit] = []
     for split, listing in files.items():
         root = storage.join(source, split) if nested else source
         drafts += _cut(split, root, listing, lambda path: index[_class_of(path)], images_per_unit)
@@ -95,7 +97,7 @@ def plan_kaggle(source: str, images_per_unit: int) -> Plan:
     images = storage.join(source, "ILSVRC/Data/CLS-LOC")
     files: dict[str, Listing] = defaultdict(list)
     for entry in storage.walk(images):
-        split, slash, path = storage.below(images, entry.uri).partition("/")
+        split, slash, path = storage.relative_to(images, entry.uri).partition("/")
         if split not in SPLITS or not slash or ("/" in path) != (split == TRAIN):
             raise SourceError(f"{entry.uri} has no place in Kaggle's layout: train/<wnid>/<image>, val/<image>")
         files[split].append((path, entry.size))
@@ -109,7 +111,7 @@ def plan_kaggle(source: str, images_per_unit: int) -> Plan:
         VAL: lambda path: index[validated[path]],
         TEST: lambda path: UNLABELLED,
     }
-    drafts: list[Draft] = []
+    drafts: list[DraftUnit] = []
     for split, listing in files.items():
         drafts += _cut(split, storage.join(images, split), listing, label_of[split], images_per_unit)
     return Plan(classes, numbered(drafts))
@@ -132,17 +134,17 @@ def _solution(uri: str, listing: Listing) -> dict[str, str]:
     return {path: words[0] for path, words in found.items() if words}
 
 
-def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int], n: int) -> Iterator[Draft]:
+def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int], n: int) -> Iterator[DraftUnit]:
     """Units of n images, sorted by path."""
     for part in batched(sorted(listing), n):
         paths, sizes = tuple(path for path, _ in part), tuple(size for _, size in part)
-        yield Draft(split, len(part), Files(root, paths, sizes, tuple(label_of(path) for path in paths)))
+        yield DraftUnit(split, len(part), Files(root, paths, sizes, tuple(label_of(path) for path in paths)))
 
 
 def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
     """Split -> files, and whether the splits are folders (every top folder is one) or all is training."""
     layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
-    listing = [(storage.below(source, entry.uri), entry.size) for entry in storage.walk(source)]
+    listing = [(storage.relative_to(source, entry.uri), entry.size) for entry in storage.walk(source)]
     if not listing:
         raise SourceError(f"{source} holds no files: expected images in class folders, {layout}")
     tops = {path.partition("/")[0] for path, _ in listing}

@@ -15,18 +15,18 @@ from itertools import islice
 
 from igpt_ray import storage
 from igpt_ray.data.sources.ranges import Window
-from igpt_ray.data.sources.tars import Bad, Member, members
+from igpt_ray.data.sources.tars import Member, RejectedMember, members
 from igpt_ray.data.sources.units import (
     MOST_BYTES,
     MOST_CLASSES,
     TEST,
     TRAIN,
     UNLABELLED,
-    Draft,
+    DraftUnit,
     Image,
+    KeyFilter,
     Plan,
-    Unreadable,
-    Wanted,
+    UnreadableImage,
     batched,
     key_of,
     numbered,
@@ -56,7 +56,7 @@ class ClassTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.size, self.wnid, self.label
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         try:
             with Window(self.uri, self.total) as window:
                 found = members(window, self.start, self.start + self.size)
@@ -78,7 +78,7 @@ class FlatTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.names, self.labels
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         label_of = dict(zip(self.names, self.labels, strict=True))
         with Window(self.uri, self.total) as window:
             found = islice(members(window, self.start), len(self.names))
@@ -100,7 +100,7 @@ def plan_tars(source: str, images_per_unit: int) -> Plan:
         raise SourceError(f"{source} holds the class {wnid} twice: leave one archive of training images there")
     classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in told.values()))))
     index = {wnid: i for i, wnid in enumerate(classes)}
-    drafts: list[Draft] = []
+    drafts: list[DraftUnit] = []
     for entry, found in nested.items():
         drafts += (_class_draft(entry, member, index) for member in found)
     for entry, images in flat.items():
@@ -114,8 +114,8 @@ def _class_tars(entry: storage.Entry) -> list[Member]:
     inner = []
     with Window(*entry) as window:
         for member in members(window):
-            if isinstance(member, Bad) or not member.name.lower().endswith(".tar"):
-                reason = member.reason if isinstance(member, Bad) else "is no tar"
+            if isinstance(member, RejectedMember) or not member.name.lower().endswith(".tar"):
+                reason = member.reason if isinstance(member, RejectedMember) else "is no tar"
                 raise SourceError(f"{entry.uri}: {member.name!r} {reason}; expected a tar per class, <wnid>.tar")
             if next(members(window, member.start, member.start + member.size), None) is None:
                 raise SourceError(f"{entry.uri}: {member.name} holds no images")
@@ -125,13 +125,13 @@ def _class_tars(entry: storage.Entry) -> list[Member]:
     return sorted(inner, key=lambda member: storage.name(member.name))
 
 
-def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) -> Draft:
+def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) -> DraftUnit:
     wnid = storage.name(member.name)[:-4]
     content = ClassTar(entry.uri, entry.size, member.start, member.size, wnid, index[wnid])
-    return Draft(TRAIN, max(1, round(member.size / TYPICAL_BYTES)), content)
+    return DraftUnit(TRAIN, max(1, round(member.size / TYPICAL_BYTES)), content)
 
 
-def _flat(entry: storage.Entry) -> list[Member | Bad]:
+def _flat(entry: storage.Entry) -> list[Member | RejectedMember]:
     with Window(*entry) as window:
         found = list(islice(members(window), MOST_FLAT + 1))
     if len(found) > MOST_FLAT:
@@ -139,15 +139,17 @@ def _flat(entry: storage.Entry) -> list[Member | Bad]:
     return found
 
 
-def _cut(entry: storage.Entry, found: list[Member | Bad], labels: dict[str, int], n: int) -> Iterator[Draft]:
+def _cut(
+    entry: storage.Entry, found: list[Member | RejectedMember], labels: dict[str, int], n: int
+) -> Iterator[DraftUnit]:
     for part in batched(found, n):
         names = tuple(member.name for member in part)
         numbers = tuple(labels.get(name, UNLABELLED) for name in names)
         content = FlatTar(entry.uri, entry.size, part[0].header, names, numbers)
-        yield Draft(split_of(storage.name(entry.uri)), len(part), content)
+        yield DraftUnit(split_of(storage.name(entry.uri)), len(part), content)
 
 
-def _labels(tar: str, found: list[Member | Bad], entries: list[storage.Entry]) -> dict[str, str]:
+def _labels(tar: str, found: list[Member | RejectedMember], entries: list[storage.Entry]) -> dict[str, str]:
     """Name in a flat archive -> WordNet id. Nothing is known of the test images."""
     if split_of(storage.name(tar)) == TEST:
         return {}
@@ -155,7 +157,9 @@ def _labels(tar: str, found: list[Member | Bad], entries: list[storage.Entry]) -
     if not texts:
         raise SourceError(f"{tar} needs its labels beside it: ILSVRC2012_validation_synsets.txt, a WordNet id a line")
     for member in found:
-        if isinstance(member, Bad):  # and who knows whether its name is: one name more or less shifts all labels
+        if isinstance(
+            member, RejectedMember
+        ):  # and who knows whether its name is: one name more or less shifts all labels
             raise SourceError(
                 f"{tar}: {member.name!r} {member.reason}; labels follow the names, so all must be readable"
             )
@@ -186,11 +190,14 @@ def _numbered_wnids(uri: str, lines: list[str]) -> list[str]:
 
 
 def _images(
-    window: Window, found: Iterator[Member | Bad], label_of: Callable[[str], int | None], wanted: Wanted | None
-) -> Iterator[Image | Unreadable]:
+    window: Window,
+    found: Iterator[Member | RejectedMember],
+    label_of: Callable[[str], int | None],
+    wanted: KeyFilter | None,
+) -> Iterator[Image | UnreadableImage]:
     for member in found:
-        if isinstance(member, Bad):
-            yield Unreadable(member.name, member.reason)
+        if isinstance(member, RejectedMember):
+            yield UnreadableImage(member.name, member.reason)
             continue
         key, label = key_of(member.name), label_of(member.name)
         if label is None:
@@ -198,8 +205,8 @@ def _images(
         if wanted is not None and not wanted(key):
             continue
         if member.name.lower().endswith(".tar"):
-            yield Unreadable(key, "is a tar archive inside that of its class")
+            yield UnreadableImage(key, "is a tar archive inside that of its class")
         elif member.size > MOST_BYTES:
-            yield Unreadable(key, f"has {member.size} bytes, more than {MOST_BYTES}")
+            yield UnreadableImage(key, f"has {member.size} bytes, more than {MOST_BYTES}")
         else:
             yield Image(key, label, window.read_all(member.start, member.size))

@@ -23,11 +23,11 @@ from igpt_ray.data.sources.ranges import LARGEST, RangeFile, ahead
 from igpt_ray.data.sources.units import (
     MOST_BYTES,
     UNLABELLED,
-    Draft,
+    DraftUnit,
     Image,
+    KeyFilter,
     Plan,
-    Unreadable,
-    Wanted,
+    UnreadableImage,
     key_of,
     label_in,
     numbered,
@@ -66,7 +66,7 @@ class Rows:
     def identity(self) -> object:
         return self.path, self.size, self.n_classes, self.first, self.last
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         uri = storage.join(self.root, self.path)
         with _opened(uri, self.size) as file:
             groups = range(self.first, file.num_row_groups if self.last is None else self.last)
@@ -76,7 +76,9 @@ class Rows:
                     yield from self._image(f"{self.path}/{row}", image, label.as_py(), wanted)
                     row += 1
 
-    def _image(self, place: str, image: Any, label: int | None, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def _image(
+        self, place: str, image: Any, label: int | None, wanted: KeyFilter | None
+    ) -> Iterator[Image | UnreadableImage]:
         path = image["path"].as_py() if image.is_valid else None
         key = key_of(path) if path else place
         if wanted is not None and not wanted(key):
@@ -85,9 +87,9 @@ class Rows:
         label = label_in(UNLABELLED if label is None else label, self.n_classes, self.split, where)
         data = image["bytes"].as_py() if image.is_valid else None
         if data is None:
-            yield Unreadable(key, f"has no bytes in row {place}")
+            yield UnreadableImage(key, f"has no bytes in row {place}")
         elif len(data) > MOST_BYTES:
-            yield Unreadable(key, f"has {len(data)} bytes, more than {MOST_BYTES}")
+            yield UnreadableImage(key, f"has {len(data)} bytes, more than {MOST_BYTES}")
         else:
             yield Image(key, label, data)
 
@@ -112,7 +114,7 @@ def plan_parquet(source: str, images_per_unit: int) -> Plan:
         raise SourceError(f"the files of {source} name different classes in their metadata")
     classes = indexes[0].classes or stated_classes(source) or _survey(source, head)
     if len(head) <= MOST_OPENED:
-        drafts: Iterable[Draft] = chain.from_iterable(
+        drafts: Iterable[DraftUnit] = chain.from_iterable(
             _runs(source, entry, index.rows, len(classes), images_per_unit)
             for entry, index in zip(head, indexes, strict=True)
         )
@@ -126,14 +128,16 @@ def plan_parquet(source: str, images_per_unit: int) -> Plan:
     return Plan(classes, numbered(drafts))
 
 
-def _runs(source: str, entry: storage.Entry, rows: tuple[int, ...], n: int, images_per_unit: int) -> Iterator[Draft]:
+def _runs(
+    source: str, entry: storage.Entry, rows: tuple[int, ...], n: int, images_per_unit: int
+) -> Iterator[DraftUnit]:
     """Runs of row groups that reach `images_per_unit`, or all that are left."""
-    path = storage.below(source, entry.uri)
+    path = storage.relative_to(source, entry.uri)
     split, first, images = split_of(path), 0, 0
     for i, of_group in enumerate(rows, 1):
         images += of_group
         if images and (images >= images_per_unit or i == len(rows)):
-            yield Draft(split, images, Rows(source, path, entry.size, split, n, first, i))
+            yield DraftUnit(split, images, Rows(source, path, entry.size, split, n, first, i))
             first, images = i, 0
 
 

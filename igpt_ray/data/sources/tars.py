@@ -1,8 +1,9 @@
 """A tar archive, member by member, out of range reads: nothing is extracted, and nothing it says is trusted.
 
-Reads ustar, GNU and PAX archives, long names included. What is no plain file with a harmless name comes back as `Bad`
-with a reason, and the walk goes on behind it. After a damaged header it goes on at the next one, as GNU tar does. An
-archive whose end is missing raises `SourceError`, because nobody can say what has been lost. Memory: one header.
+Reads ustar, GNU and PAX archives, long names included. What is no plain file with a harmless name comes back as
+`RejectedMember` with a reason, and the walk goes on behind it. After a damaged header it goes on at the next one, as
+GNU tar does. An archive whose end is missing raises `SourceError`, because nobody can say what has been lost. Memory:
+one header.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Member(NamedTuple):
     size: int
 
 
-class Bad(NamedTuple):
+class RejectedMember(NamedTuple):
     """A member that is none of ours, and why."""
 
     header: int
@@ -50,13 +51,13 @@ class _Header(NamedTuple):
 
 
 class _Step(NamedTuple):
-    found: Member | Bad | None
+    found: Member | RejectedMember | None
     at: int
     lost: bool = False
     """Whether the next header must be looked for, from `at` on."""
 
 
-def members(window: Window, start: int = 0, end: int | None = None) -> Iterator[Member | Bad]:
+def members(window: Window, start: int = 0, end: int | None = None) -> Iterator[Member | RejectedMember]:
     """The members of the archive in bytes `start` to `end` of a file, in order; folders are passed over.
 
     What follows the end mark is padding, as it is for tar itself.
@@ -80,11 +81,11 @@ def _step(window: Window, first: int, end: int) -> _Step | None:
             return None
         header, at = _parse(block), at + BLOCK
         if header is None:
-            return _Step(Bad(first, f"byte-{at - BLOCK}", "its tar header is damaged"), at, lost=True)
+            return _Step(RejectedMember(first, f"byte-{at - BLOCK}", "its tar header is damaged"), at, lost=True)
         if header.type not in BEFORE_A_MEMBER:
             return _member(window, header, said, first, at, end)
         if header.size > end - at:
-            return _Step(Bad(first, header.name, _too_large(header.size, end - at)), at, lost=True)
+            return _Step(RejectedMember(first, header.name, _too_large(header.size, end - at)), at, lost=True)
         said |= _said(window, header, at)
         at += _padded(header.size)
 
@@ -99,12 +100,12 @@ def _member(window: Window, header: _Header, said: dict[str, str], first: int, a
         block = window.read(data, BLOCK)
         data, more = data + BLOCK, len(block) == BLOCK and block[504] != 0
     if size > end - data:
-        return _Step(Bad(first, name[:LONGEST_NAME], _too_large(size, end - data)), at, lost=True)
+        return _Step(RejectedMember(first, name[:LONGEST_NAME], _too_large(size, end - data)), at, lost=True)
     after = data + _padded(size)
     if header.type == FOLDER:
         return _Step(None, after)
     if reason := _objection(name, header.type, said):
-        return _Step(Bad(first, name[:LONGEST_NAME], reason), after)
+        return _Step(RejectedMember(first, name[:LONGEST_NAME], reason), after)
     return _Step(Member(first, name, data, size), after)
 
 

@@ -38,14 +38,14 @@ class Image(NamedTuple):
     data: bytes
 
 
-class Unreadable(NamedTuple):
+class UnreadableImage(NamedTuple):
     """A place where an image should be, and why there is none: for the quarantine."""
 
     key: str
     reason: str
 
 
-Wanted = Callable[[str], bool]
+KeyFilter = Callable[[str], bool]
 """Says of a key whether its image shall be read."""
 
 
@@ -55,11 +55,11 @@ class Content(Protocol):
     def identity(self) -> object:
         """All that the images follow from, and nothing that changes when the source is copied elsewhere."""
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]: ...
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """What one task turns into one shard."""
 
     name: str
@@ -82,10 +82,10 @@ class Unit:
 @dataclass(frozen=True)
 class Plan:
     classes: tuple[str, ...]
-    units: tuple[Unit, ...]
+    units: tuple[WorkUnit, ...]
 
 
-class Draft(NamedTuple):
+class DraftUnit(NamedTuple):
     """A unit that has no number yet."""
 
     split: str
@@ -93,26 +93,26 @@ class Draft(NamedTuple):
     content: Content
 
 
-def numbered(drafts: Iterable[Draft]) -> tuple[Unit, ...]:
+def numbered(drafts: Iterable[DraftUnit]) -> tuple[WorkUnit, ...]:
     """Units by split; the names of a split have one width, so that they sort as they count."""
-    by_split: dict[str, list[Draft]] = defaultdict(list)
+    by_split: dict[str, list[DraftUnit]] = defaultdict(list)
     for draft in drafts:
         by_split[draft.split].append(draft)
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     for split, parts in sorted(by_split.items()):
         width = max(5, len(str(len(parts) - 1)))
-        units += (Unit(f"{i:0{width}d}", split, d.images, d.content) for i, d in enumerate(parts))
+        units += (WorkUnit(f"{i:0{width}d}", split, d.images, d.content) for i, d in enumerate(parts))
     return tuple(units)
 
 
 def whole_files(
     source: str, entries: Iterable[storage.Entry], bytes_per_image: float, content: Callable[[str, int, str], Content]
-) -> Iterator[Draft]:
+) -> Iterator[DraftUnit]:
     """Each file is a unit, `content(path, size, split)`; how many images it holds is guessed from its size."""
     for uri, size in entries:
-        path = storage.below(source, uri)
+        path = storage.relative_to(source, uri)
         split = split_of(path)
-        yield Draft(split, max(1, round(size / bytes_per_image)), content(path, size, split))
+        yield DraftUnit(split, max(1, round(size / bytes_per_image)), content(path, size, split))
 
 
 def key_of(path: str) -> str:

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from igpt_ray import storage
 from igpt_ray.data.sources.ranges import Window
-from igpt_ray.data.sources.tars import BLOCK, Bad, Member, members
+from igpt_ray.data.sources.tars import BLOCK, Member, RejectedMember, members
 from igpt_ray.data.sources.units import (
     MOST_BYTES,
     TEST,
     UNLABELLED,
     Image,
+    KeyFilter,
     Plan,
-    Unreadable,
-    Wanted,
+    UnreadableImage,
     key_of,
     label_in,
     numbered,
@@ -57,14 +57,14 @@ class TarShard:
     def identity(self) -> object:
         return self.path, self.size, self.n_classes, self.names
 
-    def read(self, wanted: Wanted | None) -> Iterator[Image | Unreadable]:
+    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         index = {name: i for i, name in enumerate(self.names or ())}
         with Window(storage.join(self.root, self.path), self.size) as window:
             for sample in _samples(window, wanted):
                 yield from self._image(sample, index)
 
-    def _image(self, sample: "Sample | Unreadable", index: dict[str, int]) -> Iterator[Image | Unreadable]:
-        if isinstance(sample, Unreadable):
+    def _image(self, sample: "Sample | UnreadableImage", index: dict[str, int]) -> Iterator[Image | UnreadableImage]:
+        if isinstance(sample, UnreadableImage):
             yield sample
         elif not sample.skipped:
             where = f"{storage.join(self.root, self.path)}: {sample.key}"
@@ -74,9 +74,9 @@ class TarShard:
                     raise SourceError(f"{where} has the label {label!r}, which is none of the {self.n_classes} classes")
                 label = index[label]
             if sample.image is None:
-                yield Unreadable(sample.key, f"has no picture: expected one of {', '.join(IMAGES)}")
+                yield UnreadableImage(sample.key, f"has no picture: expected one of {', '.join(IMAGES)}")
             elif label is None and self.split != TEST:
-                yield Unreadable(sample.key, "has no label: expected a .cls, or a .json with a label")
+                yield UnreadableImage(sample.key, "has no label: expected a .cls, or a .json with a label")
             else:
                 label = label_in(UNLABELLED if label is None else label, self.n_classes, self.split, where)
                 yield Image(sample.key, label, sample.image)
@@ -96,13 +96,13 @@ class Sample:
         """It has a picture that was not wanted, or none that we read."""
         self.labels: dict[str, bytes] = {}
 
-    def add_picture(self, window: Window, member: Member, wanted: Wanted | None) -> Iterator[Unreadable]:
+    def add_picture(self, window: Window, member: Member, wanted: KeyFilter | None) -> Iterator[UnreadableImage]:
         self.has_picture = True
         self.key = key_of(member.name)
         self.skipped = wanted is not None and not wanted(self.key)
         if not self.skipped and member.size > MOST_BYTES:
             self.skipped = True
-            yield Unreadable(self.key, f"has {member.size} bytes, more than {MOST_BYTES}")
+            yield UnreadableImage(self.key, f"has {member.size} bytes, more than {MOST_BYTES}")
         elif not self.skipped:
             self.image = window.read_all(member.start, member.size)
 
@@ -161,12 +161,12 @@ def _labelled(entry: storage.Entry) -> Iterator[tuple["Sample", int | str | None
                 yield sample, _label(sample, f"{entry.uri}: {sample.key}")
 
 
-def _samples(window: Window, wanted: Wanted | None) -> Iterator["Sample | Unreadable"]:
+def _samples(window: Window, wanted: KeyFilter | None) -> Iterator["Sample | UnreadableImage"]:
     """Consecutive members of one stem. A second picture under the same stem begins another sample."""
     sample: Sample | None = None
     for member in members(window):
-        if isinstance(member, Bad):
-            yield Unreadable(member.name, member.reason)
+        if isinstance(member, RejectedMember):
+            yield UnreadableImage(member.name, member.reason)
             continue
         folder, slash, name = member.name.rpartition("/")
         base, _, extension = name.partition(".")

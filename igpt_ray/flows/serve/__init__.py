@@ -23,9 +23,9 @@ from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.check import API, check_file, deployment_of
 from igpt_ray.flows.serve.replica import Replica, heads_of
 from igpt_ray.generate import engine
-from igpt_ray.serve.api import REQUEST_SECONDS, Served, application
+from igpt_ray.serve.api import REQUEST_SECONDS, ServedModel, application
 from igpt_ray.serve.config import ServeConfig
-from igpt_ray.serve.middleware import Keys, Refused
+from igpt_ray.serve.middleware import APIError, Keys
 from igpt_ray.serve.schemas import Reader
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Api:
             about = weights.load_config(uri)
             reader = Reader(about, Palette.load(storage.join(uri, "palette.npy")))
             replicas = Replicas(self.handles[name])
-            served[name] = Served(name, reader, heads_of(about, heads), self.settings.lanes, replicas)
+            served[name] = ServedModel(name, reader, heads_of(about, heads), self.settings.slots, replicas)
         return application(served, self.keys, self.settings.queue)
 
 
@@ -89,7 +89,7 @@ class Replicas:
 def _give_up_after(attempt: int, error: RayActorError) -> None:
     log.warning("a replica was lost (attempt %d): %s", attempt, error)
     if attempt == ATTEMPTS:
-        raise Refused(503, "replica_lost", "the replicas at this request died: try again", Retry_After="5") from error
+        raise APIError(503, "replica_lost", "the replicas at this request died: try again", Retry_After="5") from error
 
 
 def build(settings: ServeConfig) -> serve.Application:
@@ -105,12 +105,12 @@ def build(settings: ServeConfig) -> serve.Application:
         deployment = serve.deployment(
             name=deployment_of(name),
             num_replicas=settings.replicas,
-            max_ongoing_requests=settings.lanes,
+            max_ongoing_requests=settings.slots,
             ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
             graceful_shutdown_timeout_s=REQUEST_SECONDS,
             health_check_period_s=5,
         )(Replica)
-        handles[name] = deployment.bind(name, uri, fitting, settings.lanes, settings.precision)
+        handles[name] = deployment.bind(name, uri, fitting, settings.slots, settings.precision)
     if strangers:
         raise FeatureError(f"no release served is the one that the head {min(strangers)} was fitted on")
     api = serve.deployment(

@@ -24,7 +24,7 @@ from igpt_ray.evaluate.features import Features, Pooling
 from igpt_ray.evaluate.heads import Head, load_head
 from igpt_ray.evaluate.likelihood import Nats, class_logits, pixel_nats
 from igpt_ray.evaluate.logistic import probabilities
-from igpt_ray.generate.engine import Engine, Request, Ticket
+from igpt_ray.generate.engine import Engine, Generation, Request
 from igpt_ray.generate.kv_cache import Precision
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ TOLD_EVERY_S = 0.5
 
 
 class Replica:
-    def __init__(self, name: str, release: str, heads: dict[str, str], lanes: int, precision: Precision = "float32"):
+    def __init__(self, name: str, release: str, heads: dict[str, str], slots: int, precision: Precision = "float32"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.about = weights.load_config(release)
         weights.check_next(self.about, release)
@@ -50,12 +50,12 @@ class Replica:
             if head.precision != "float32"
         }
         self.turn = asyncio.Lock()
-        self.easel = Easel(Engine(self.model, lanes, precision), self.about.model.n_px, Gauges(name))
+        self.easel = EngineLoop(Engine(self.model, slots, precision), self.about.model.n_px, Gauges(name))
 
     async def complete(self, request: Request) -> AsyncIterator[tuple[int, Tokens]]:
         """(row, (samples, n_px)) of every row in which something is painted, as soon as all samples have it.
 
-        Whoever stops listening frees the lanes.
+        Whoever stops listening frees the slots.
         """
         rows = self.easel.rows(request)
         try:
@@ -93,7 +93,7 @@ class Replica:
         if self.easel.failure is not None:
             raise self.easel.failure
 
-    async def lanes(self) -> tuple[int, int]:
+    async def slots(self) -> tuple[int, int]:
         """In use, and requests waiting for some."""
         return self.easel.engine.lanes_in_use, self.easel.engine.waiting
 
@@ -111,7 +111,7 @@ class Waiting:
     wake: Callable[[], object]
 
 
-class Easel:
+class EngineLoop:
     """The engine and the thread it runs in."""
 
     def __init__(self, engine: Engine, n_px: int, gauges: "Gauges"):
@@ -120,7 +120,7 @@ class Easel:
         self.gauges = gauges
         self.failure: Exception | None = None
         self._work = threading.Event()
-        self._waiting: dict[Ticket, Waiting] = {}
+        self._waiting: dict[Generation, Waiting] = {}
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     async def rows(self, request: Request) -> AsyncIterator[tuple[int, Tokens]]:
@@ -182,8 +182,8 @@ class Gauges:
     def __init__(self, name: str):
         tags = ("model",)
         self.of = {"model": name}
-        self.lanes = Gauge("igpt_lanes_in_use", "Pictures being painted.", tags)
-        self.waiting = Gauge("igpt_requests_waiting", "Requests that no lane is free for yet.", tags)
+        self.slots = Gauge("igpt_lanes_in_use", "Pictures being painted.", tags)
+        self.waiting = Gauge("igpt_requests_waiting", "Requests that no slot is free for yet.", tags)
         self.pixels = Counter("igpt_pixels_painted", "Pixels painted; its rate is the speed in tokens.", tags)
         self.first_row = Histogram(
             "igpt_first_row_seconds",
@@ -197,11 +197,11 @@ class Gauges:
         if not now and time.monotonic() < self._told + TOLD_EVERY_S:
             return
         self._told = time.monotonic()
-        self.lanes.set(engine.lanes_in_use, self.of)
+        self.slots.set(engine.lanes_in_use, self.of)
         self.waiting.set(engine.waiting, self.of)
-        if engine.painted > self._counted:
-            self.pixels.inc(engine.painted - self._counted, self.of)
-            self._counted = engine.painted
+        if engine.generated > self._counted:
+            self.pixels.inc(engine.generated - self._counted, self.of)
+            self._counted = engine.generated
 
 
 def heads_of(about: weights.ReleaseConfig, heads: dict[str, Head]) -> dict[str, list[str]]:

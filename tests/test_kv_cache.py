@@ -1,4 +1,4 @@
-"""Lanes: the logits of the network without a cache, and the same bits whatever is in the lanes beside."""
+"""Slots: the logits of the network without a cache, and the same bits whatever is in the slots beside."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import kv_cache
-from igpt_ray.generate.kv_cache import Int8, Lanes, Packed, Precision
+from igpt_ray.generate.kv_cache import Int8, KVCache, Packed, Precision
 
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 SHAPES: list[dict[str, Any]] = [
@@ -20,12 +20,12 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def followed(cache: Lanes, x: Tensor, start: int) -> Tensor:
-    """Logits of the positions from `start` on, with x (n, T) in the lanes: (n, T - start, V)."""
+def followed(cache: KVCache, x: Tensor, start: int) -> Tensor:
+    """Logits of the positions from `start` on, with x (n, T) in the slots: (n, T - start, V)."""
     n, T = x.shape
     if start:
-        for lane in range(n):
-            cache.fill([lane], x[lane, :start])
+        for slot in range(n):
+            cache.fill([slot], x[slot, :start])
     steps = [cache.logits(range(n), [t] * n, x[:, max(t, 1) - 1].tolist()) for t in range(start, T)]
     return torch.stack(steps, dim=1)
 
@@ -36,24 +36,24 @@ def test_a_cache_gives_the_logits_of_the_full_pass(given: int, shape: dict[str, 
     """A position or a cache slot off by one, keys that are stored before they are turned: it shows only in samples."""
     model = random_model(std=0.1, **shape)
     x = random_tokens(model, 3)
-    found = followed(Lanes(model, 3, "float32"), x, given)
+    found = followed(KVCache(model, 3, "float32"), x, given)
     torch.testing.assert_close(found, model(x)[:, given:], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_lane_is_the_same_bits_beside_any_others(precision: Precision, shape: dict[str, Any]) -> None:
-    """A kernel chosen by the number of rows, attention that sees the longest lane: a served completion would depend on
-    who else is being served. Alone in another lane of fewer, among lanes of its own position, and among all others."""
+    """A kernel chosen by the number of rows, attention that sees the longest slot: a served completion would depend on
+    who else is being served. Alone in another slot of fewer, among slots of its own position, and among all others."""
     model = random_model(std=0.1, **shape)
     x = random_tokens(model, 7)
     own = [4, 9, 2, 9, 0, 15, 9]
-    among = Lanes(model, 7, precision)
-    alone = Lanes(model, 2, precision)
-    for lane, t in enumerate(own):
+    among = KVCache(model, 7, precision)
+    alone = KVCache(model, 2, precision)
+    for slot, t in enumerate(own):
         if t:
-            among.fill([lane], x[lane, :t])
-    before = [int(x[lane, max(t, 1) - 1]) for lane, t in enumerate(own)]
+            among.fill([slot], x[slot, :t])
+    before = [int(x[slot, max(t, 1) - 1]) for slot, t in enumerate(own)]
     for together in ([0, 1, 2, 3, 4, 5, 6], [1, 3, 6], [5, 6], [2, 3, 4]):
         found = among.logits(together, [own[i] for i in together], [before[i] for i in together])
         for row, i in enumerate(together):
@@ -63,11 +63,11 @@ def test_a_lane_is_the_same_bits_beside_any_others(precision: Precision, shape: 
 
 
 def test_samples_of_a_picture_share_its_prefill() -> None:
-    """Lanes that read each other's keys from then on, or one that was left out."""
+    """Slots that read each other's keys from then on, or one that was left out."""
     model = random_model()
     x = random_tokens(model, 3)
     x[1:, :5] = x[0, :5]
-    cache = Lanes(model, 4, "float32")
+    cache = KVCache(model, 4, "float32")
     cache.fill([0, 2, 3], x[0, :5])
     for t in range(5, 16):
         found = cache.logits([0, 2, 3], [t] * 3, x[:, t - 1].tolist())
@@ -86,7 +86,7 @@ def test_the_number_of_rows_is_found_from_which_products_stay_the_same(monkeypat
             return F.linear(x, self.weight) if len(x) >= 5 else F.linear(x * 3, self.weight / 3)
 
     monkeypatch.setattr(kv_cache, "Packed", Fickle)
-    assert Lanes(random_model(), 2, "float32").fewest >= 5
+    assert KVCache(random_model(), 2, "float32").fewest >= 5
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -101,27 +101,27 @@ def test_layers_compute_their_products(shape: tuple[int, int], rows: int) -> Non
 
 
 def test_the_model_keeps_its_own_weights() -> None:
-    """A network that was given to lanes and scored or saved afterwards would be another one."""
+    """A network that was given to slots and scored or saved afterwards would be another one."""
     model = random_model()
     x = random_tokens(model, 2)
     logits = model(x)
     for precision in PRECISIONS:
-        followed(Lanes(model, 2, precision), x, 3)
+        followed(KVCache(model, 2, precision), x, 3)
     assert torch.equal(model(x), logits)
 
 
 def test_a_masked_network_is_refused() -> None:
     """It has no start vector: an AttributeError from inside."""
     with pytest.raises(SettingError, match="a masked network has no next pixel"):
-        Lanes(random_model(objective="masked"), 1, "float32")
+        KVCache(random_model(objective="masked"), 1, "float32")
 
 
 def test_all_lanes_at_once_behind_a_mask_are_what_a_graph_replays() -> None:
-    """What is recorded on CUDA, run here without recording: a lane that sees beyond its position, an idle one that
+    """What is recorded on CUDA, run here without recording: a slot that sees beyond its position, an idle one that
     disturbs another."""
     model = random_model(**SHAPES[1])
     x = random_tokens(model, 3)
-    cache = Lanes(model, 4, "float32")
+    cache = KVCache(model, 4, "float32")
     graph = kv_cache.Graph(cache)
     cache.fill([1], x[0, :6])
     cache.fill([3], x[1, :15])
@@ -138,7 +138,7 @@ def test_a_graph_paints_what_the_cpu_does(precision: Precision) -> None:
     """A buffer that the recording does not read, or that a later replay writes over."""
     model = random_model()
     x = random_tokens(model, 3)
-    expected = followed(Lanes(model, 3, precision), x, 4)
-    found = followed(Lanes(model.cuda(), 3, precision), x, 4).cpu()
+    expected = followed(KVCache(model, 3, precision), x, 4)
+    found = followed(KVCache(model.cuda(), 3, precision), x, 4).cpu()
     tolerance = 1e-4 if precision == "float32" else 0.1
     torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
