@@ -151,7 +151,7 @@ def ours(model: ImageGPT, batch: int, precision: Precision) -> Way:
     def way(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
         half = x.shape[1] // 2
         tickets = [engine.submit(request(tokens, half, pixels, temperature=0)) for tokens in x]
-        while engine.lanes_in_use or engine.waiting:
+        while engine.slots_in_use or engine.waiting:
             engine.step()
         return np.concatenate([ticket.tokens[:, half : half + pixels] for ticket in tickets])
 
@@ -251,7 +251,7 @@ def under_load(model: ImageGPT, settings: BenchServeConfig) -> dict[str, Any]:
     started = time.perf_counter()
     for one in asked[: settings.slots]:
         engine.submit(one)
-    while engine.lanes_in_use or engine.waiting:
+    while engine.slots_in_use or engine.waiting:
         engine.step()
     rate = settings.load * min(settings.slots, len(asked)) / (time.perf_counter() - started)  # requests a second
     arrivals = np.random.default_rng(1).exponential(1 / rate, len(asked)).cumsum()
@@ -278,7 +278,7 @@ def attended_to(
     started = time.perf_counter()
     while np.isnan(end).any():
         now = time.perf_counter() - started
-        idle = not (engine.lanes_in_use or engine.waiting)
+        idle = not (engine.slots_in_use or engine.waiting)
         arrived = int((arrivals <= now).sum())
         if continuous or idle:
             room = len(asked) if continuous else engine.slots

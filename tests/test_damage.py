@@ -28,7 +28,7 @@ VICTIM = "train/00001-v0.parquet"
 def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
     """Of a store of four shards, two of them with an image in quarantine."""
     for flow in (prepare, verify):
-        monkeypatch.setattr(flow, "spread", one_by_one)
+        monkeypatch.setattr(flow, "actor_map", one_by_one)
     palette.save(str(tmp_path / "palette.npy"))
     return PrepareConfig(
         source=pictures,

@@ -26,7 +26,7 @@ TOP_ROWS = np.arange(16) < 8
 
 def drained(engine: Engine) -> list[Generation]:
     done = []
-    while engine.lanes_in_use or engine.waiting:
+    while engine.slots_in_use or engine.waiting:
         done += engine.step()
     return done
 
@@ -79,7 +79,7 @@ def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(slots: int, happeni
         if ticket.finished:
             assert ticket.position == 16
             assert (ticket.tokens == alone(ticket.request)).all()
-    assert engine.lanes_in_use == engine.waiting == 0
+    assert engine.slots_in_use == engine.waiting == 0
     assert engine.step() == []
 
 
@@ -127,7 +127,7 @@ def test_a_picture_with_nothing_to_paint_is_finished_at_once() -> None:
     assert ticket.finished
     assert ticket.position == 16
     assert (ticket.tokens == PICTURES[0]).all()
-    assert (engine.lanes_in_use, engine.waiting, engine.generated, engine.step()) == (0, 0, 0, [])
+    assert (engine.slots_in_use, engine.waiting, engine.generated, engine.step()) == (0, 0, 0, [])
 
 
 def test_a_request_of_many_samples_is_not_overtaken() -> None:
@@ -137,7 +137,7 @@ def test_a_request_of_many_samples_is_not_overtaken() -> None:
     engine.step()
     many = engine.submit(Request(PICTURES[1], TOP_ROWS, (1, 2, 3, 4)))
     late = engine.submit(Request(PICTURES[2], TOP_ROWS, (1,)))
-    assert (engine.lanes_in_use, engine.waiting) == (1, 2)
+    assert (engine.slots_in_use, engine.waiting) == (1, 2)
     assert drained(engine) == [first, many, late]
 
 
@@ -148,7 +148,7 @@ def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
     engine.step()
     engine.cancel(gone)
     engine.cancel(waiting)
-    assert (engine.lanes_in_use, engine.waiting) == (0, 1)
+    assert (engine.slots_in_use, engine.waiting) == (0, 1)
     engine.step()
     assert served.position == 9
     assert gone.position == 9
@@ -174,7 +174,7 @@ def test_requests_may_come_from_any_thread_while_it_steps() -> None:
     for thread in threads:
         thread.start()
     done = []
-    while any(thread.is_alive() for thread in threads) or engine.waiting or engine.lanes_in_use:
+    while any(thread.is_alive() for thread in threads) or engine.waiting or engine.slots_in_use:
         done += engine.step()
     assert len(tickets) == 40
     assert set(done) == {ticket for ticket in tickets if ticket.finished}

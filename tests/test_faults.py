@@ -203,7 +203,7 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Reading the pictures and writing shards, lists and manifest: some writes take effect without an answer."""
-    monkeypatch.setattr(prepare, "spread", one_by_one)
+    monkeypatch.setattr(prepare, "actor_map", one_by_one)
     for entry in storage.walk(pictures):
         storage.write(f"{on_rclone}/images{entry.uri.removeprefix(pictures)}", storage.read(entry.uri))
     palette.save(storage.join(on_rclone, "palette.npy"))

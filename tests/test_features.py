@@ -45,7 +45,7 @@ def release_of(model: ImageGPT, store: TokenStore, uri: str) -> str:
 @pytest.fixture
 def extract(store: TokenStore, release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extract:
     """The flow in this process; what Ray adds is in test_flows_features.py."""
-    monkeypatch.setattr(flow, "spread", one_by_one)
+    monkeypatch.setattr(flow, "actor_map", one_by_one)
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 4)
 
     def extracted(**settings: object) -> dict[str, object]:

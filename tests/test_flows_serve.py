@@ -36,7 +36,7 @@ from igpt_ray.serve.config import ServeConfig
 
 pytestmark = pytest.mark.ray
 
-LANES = 4
+SLOTS = 4
 CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
 PICTURE = base64_of(picture())
 
@@ -56,7 +56,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def settings(release: str, keys: str) -> ServeConfig:
-    return ServeConfig(release=f"slow={release}", keys=keys, replicas=2, slots=LANES, queue=64)
+    return ServeConfig(release=f"slow={release}", keys=keys, replicas=2, slots=SLOTS, queue=64)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Clie
         alone = place.ask("/v1/completions", body).body["data"]
 
     def other(i: int) -> int:
-        words = {"image": base64_of(picture(i)), "rows": 13 + i % 3, "n": 1 + i % LANES, "seed": i}
+        words = {"image": base64_of(picture(i)), "rows": 13 + i % 3, "n": 1 + i % SLOTS, "seed": i}
         return client.ask("/v1/completions", words | {"stream": bool(i % 2)}).status
 
     with ThreadPoolExecutor(36) as pool:
@@ -102,7 +102,7 @@ def test_a_stream_comes_row_by_row(client: Client) -> None:
 
 
 def test_who_hangs_up_frees_the_slots(client: Client) -> None:
-    body = json.dumps({"image": PICTURE, "rows": 0, "n": LANES, "stream": True}).encode()
+    body = json.dumps({"image": PICTURE, "rows": 0, "n": SLOTS, "stream": True}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -116,7 +116,7 @@ def test_who_hangs_up_frees_the_slots(client: Client) -> None:
 
     with socket.create_connection(("127.0.0.1", client.port)) as s:
         s.sendall(head.encode() + body)
-        until(lambda: in_use() == LANES)
+        until(lambda: in_use() == SLOTS)
     started = time.monotonic()
     until(lambda: in_use() == 0, 5)
     assert time.monotonic() - started < 3
@@ -161,7 +161,7 @@ def test_metrics_are_where_prometheus_looks(client: Client) -> None:
             pages.append(urllib.request.urlopen(url, timeout=10).read().decode())
         return "\n".join(pages)
 
-    names = ("igpt_lanes_in_use", "igpt_requests_waiting", "igpt_pixels_painted", "igpt_first_row_seconds")
+    names = ("igpt_slots_in_use", "igpt_requests_waiting", "igpt_pixels_painted", "igpt_first_row_seconds")
     until(lambda: all(name in found() for name in names), 40)
 
 

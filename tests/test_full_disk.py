@@ -60,7 +60,7 @@ def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
     many_pictures: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file, what it needs and what is free; nothing half-written that fills the disk further; the same bytes."""
-    monkeypatch.setattr(prepare, "spread", one_by_one)
+    monkeypatch.setattr(prepare, "actor_map", one_by_one)
     colours = np.random.default_rng(7).uniform(-1, 1, (512, 3)).astype(np.float32)
     Palette(colours).save(str(tmp_path / "palette.npy"))
     settings = PrepareConfig(

@@ -98,7 +98,7 @@ def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
 
 def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Tensor) -> None:
     """A picture's samples that lose their order, or those beyond the slots."""
-    n = sampler.LANES + 3
+    n = sampler.SLOTS + 3
     done = sampler.complete(model, given[:2], n, list(range(2 * n)))
     assert done.shape == (2 * n, 16)
     for i in (0, n - 1, n, 2 * n - 1):

@@ -457,12 +457,12 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
             clients = [socket.create_connection((place.host, place.port)) for _ in range(2)]
             for client in clients:
                 client.sendall(head.encode() + words)
-            until(lambda: (engine.lanes_in_use, engine.waiting) == (2, 1))
+            until(lambda: (engine.slots_in_use, engine.waiting) == (2, 1))
             clients[1].close()
             until(lambda: engine.waiting == 0)
             before = engine.generated
             clients[0].close()
-            until(lambda: engine.lanes_in_use == 0)
+            until(lambda: engine.slots_in_use == 0)
             assert engine.generated - before < 200  # of 2048: it was not painted to its end
 
 

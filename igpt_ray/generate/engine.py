@@ -80,7 +80,7 @@ class Engine:
         self._held: list[Sample | None] = [None] * slots
 
     @property
-    def lanes_in_use(self) -> int:
+    def slots_in_use(self) -> int:
         return sum(held is not None and not held.ticket.cancelled for held in self._held)
 
     @property

@@ -19,7 +19,7 @@ from igpt_ray.model.image_gpt import ImageGPT
 
 TILE = 96
 """About how many pixels wide a picture is drawn in a figure."""
-LANES = 32
+SLOTS = 32
 """Samples that `complete` paints at once: what more of them would gain on a CPU they would take in memory."""
 
 
@@ -36,7 +36,7 @@ def complete(
     """Finish each picture n times: (B, S) given tokens -> (B * n, T), the samples of a picture side by side.
 
     With `given` (B, T), True where a pixel is to stay as it is, `tokens` are (B, T) too, anything elsewhere. `seeds`
-    has one seed per sample (B * n). It is the engine that paints, in the precision of the network and up to `LANES`
+    has one seed per sample (B * n). It is the engine that paints, in the precision of the network and up to `SLOTS`
     samples at a time. Raises `SettingError` if more is given than a picture has.
     """
     from igpt_ray.generate.engine import Engine, Request  # which draws with the functions below
@@ -46,14 +46,14 @@ def complete(
         raise SettingError(f"{S} pixels are given; a picture has {T}")
     pixels = F.pad(tokens.cpu(), (0, T - S)).numpy()
     forced = ((torch.arange(T) < S).expand(B, T) if given is None else given.cpu()).numpy()
-    engine = Engine(model, min(len(seeds), LANES), "float32" if model.wpe.dtype == torch.float32 else "bfloat16")
+    engine = Engine(model, min(len(seeds), SLOTS), "float32" if model.wpe.dtype == torch.float32 else "bfloat16")
     tickets = []
     for sample in range(0, B * n, n):
         for start in range(sample, sample + n, engine.slots):
             mine = tuple(seeds[start : min(start + engine.slots, sample + n)])
             picture = sample // n
             tickets.append(engine.submit(Request(pixels[picture], forced[picture], mine, temperature, top_k, top_p)))
-    while engine.waiting or engine.lanes_in_use:
+    while engine.waiting or engine.slots_in_use:
         engine.step()
     return torch.from_numpy(np.concatenate([ticket.tokens for ticket in tickets]).astype(np.int64)).to(tokens.device)
 

@@ -43,7 +43,7 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: WorkersConfig) -> ImageGPT
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "joint")  # it too gathers the weights first
+    register_fsdp_forward_method(model, "forward_with_classifier")  # it too gathers the weights first
     return model
 
 

@@ -95,7 +95,7 @@ class Replica:
 
     async def slots(self) -> tuple[int, int]:
         """In use, and requests waiting for some."""
-        return self.easel.engine.lanes_in_use, self.easel.engine.waiting
+        return self.easel.engine.slots_in_use, self.easel.engine.waiting
 
     async def _beside(self, work: Callable[..., Any], *words: Any) -> Any:
         async with self.turn:
@@ -156,7 +156,7 @@ class EngineLoop:
             while True:
                 self._work.wait()
                 self._work.clear()
-                while self.engine.waiting or self.engine.lanes_in_use:
+                while self.engine.waiting or self.engine.slots_in_use:
                     self._step()
                 self.gauges.tell(self.engine, now=True)
         except Exception as error:
@@ -182,7 +182,7 @@ class Gauges:
     def __init__(self, name: str):
         tags = ("model",)
         self.of = {"model": name}
-        self.slots = Gauge("igpt_lanes_in_use", "Pictures being painted.", tags)
+        self.slots = Gauge("igpt_slots_in_use", "Pictures being painted.", tags)
         self.waiting = Gauge("igpt_requests_waiting", "Requests that no slot is free for yet.", tags)
         self.pixels = Counter("igpt_pixels_painted", "Pixels painted; its rate is the speed in tokens.", tags)
         self.first_row = Histogram(
@@ -197,7 +197,7 @@ class Gauges:
         if not now and time.monotonic() < self._told + TOLD_EVERY_S:
             return
         self._told = time.monotonic()
-        self.slots.set(engine.lanes_in_use, self.of)
+        self.slots.set(engine.slots_in_use, self.of)
         self.waiting.set(engine.waiting, self.of)
         if engine.generated > self._counted:
             self.pixels.inc(engine.generated - self._counted, self.of)
