@@ -10,8 +10,9 @@ from pathlib import Path
 from igpt_ray.data.config import PaletteConfig, PixelsConfig, PrepareConfig
 from igpt_ray.model.config import ModelConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PYTHONPATH"] = os.pathsep.join(  # for the programs that tests start
+    [str(Path(__file__).parent / folder) for folder in ("..", "support", ".")] + [os.environ.get("PYTHONPATH", "")]
+).strip(os.pathsep)
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -337,7 +338,6 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with `palette.npy` and `tokens/` of the coloured digits, made by the flows."""
-    pass
     from igpt_ray.flows import prepare
 
     root = str(tmp_path_factory.mktemp("prepared"))

@@ -1,0 +1,120 @@
+"""The image, which no test builds: what its Dockerfile says; and one place for versions, image and bucket."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """(instruction, words) by stage; the last has no name."""
+    text = (ROOT / "infra" / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = "before"
+    for instruction, words in lines:
+        if instruction == "FROM":
+            name = words.split(" AS ")[1] if " AS " in words else ""
+        found.setdefault(name, []).append((instruction, words))
+    return found
+
+
+def test_the_image_has_a_cpu_and_a_gpu_form_and_ends_as_a_user() -> None:
+    found = stages()
+    assert list(found) == ["before", "base", "cpu", "gpu", ""]
+    assert found["before"] == [("ARG", "DEVICE=gpu")]
+    assert found[""][0] == ("FROM", "${DEVICE}")
+    users = [words for instruction, words in found[""] if instruction == "USER"]
+    assert users == ["ray"]
+    assert any("useradd --create-home --uid 1000 ray" in words for _, words in found["base"])
+
+
+def test_all_that_the_image_copies_is_there() -> None:
+    copied = [
+        words.split()[:-1] for lines in stages().values() for instruction, words in lines if instruction == "COPY"
+    ]
+    files = [file for files in copied for file in files]
+    assert {"igpt_ray", "jobs", "cluster", "constraints.txt"} <= set(files)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_image_installs_what_the_constraints_lock() -> None:
+    """Every installation, with an extra that exists; what is locked satisfies pyproject."""
+    installs = [
+        command
+        for lines in stages().values()
+        for instruction, words in lines
+        if instruction == "RUN"
+        for command in words.split("&&")
+        if "pip install" in command
+    ]
+    assert len(installs) == 4
+    assert all("--constraint constraints.txt" in command or "--no-deps" in command for command in installs)
+    extras = set(re.findall(r"\.\[(\w+)\]", " ".join(installs)))
+    assert extras == {"cpu", "gpu"} <= PROJECT["optional-dependencies"].keys()
+    for need in PROJECT["dependencies"]:
+        name, exact = re.match(r"([\w.-]+)(?:\[[^]]*\])?(?:==(.*))?", need).groups()  # type: ignore[union-attr]
+        locked = re.search(rf"^{name}==(.*)$", CONSTRAINTS, re.MULTILINE | re.IGNORECASE)
+        assert locked, f"{name} is not locked"
+        assert exact in (None, locked[1])
+
+
+def test_the_image_s_python_is_one_that_the_project_takes() -> None:
+    (base,) = [words for instruction, words in stages()["base"] if instruction == "FROM"]
+    major, minor = map(int, re.match(r"python:(\d+)\.(\d+)", base).groups())  # type: ignore[union-attr]
+    lowest, above = (tuple(map(int, v.split("."))) for v in re.findall(r"\d+\.\d+", PROJECT["requires-python"]))
+    assert lowest <= (major, minor) < above
+
+
+# ------------------------------------------------------------------------------------------------ one place each
+
+TEXTS = [
+    path
+    for folder in ("cluster", "infra", "jobs", "igpt_ray")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".yaml", ".env", ".json", "") and path.is_file() and "__pycache__" not in path.parts
+] + [ROOT / "README.md", ROOT / "Makefile"]
+
+
+def ray_version() -> str:
+    return next(need.split("==")[1] for need in PROJECT["dependencies"] if need.startswith("ray["))
+
+
+def test_ray_s_version_is_written_in_pyproject_alone() -> None:
+    """And in the lock file, which the test above holds to it."""
+    version = re.escape(ray_version())
+    assert [str(p) for p in TEXTS if re.search(rf"(?<![\d.]){version}(?![\d.])", p.read_text())] == []
+
+
+def test_the_image_and_the_bucket_are_named_in_site_env_alone() -> None:
+    """Elsewhere the image is ${Image}, and a bucket `s3://bucket`, which cluster/render.py takes for yours."""
+    for path in TEXTS:
+        text = path.read_text()
+        own = {"demo"} if path.name == "demo.py" else set()  # served by itself, on loopback
+        assert set(re.findall(r"s3://([a-z0-9][\w.-]*)", text)) <= {"bucket", "b"} | own, path
+        for image in re.findall(r"^\s*(?:- )?image: (.*)$", text, re.MULTILINE) if path.suffix == ".yaml" else []:
+            assert image.split("#")[0].strip() == "${Image}" or image.startswith("redis:"), (path, image)
+
+
+def test_site_env_is_empty_in_the_repository() -> None:
+    """It is everybody's, and no account's."""
+    lines = [line for line in (ROOT / "cluster/site.env").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) > 10
+    assert all(line.endswith("=") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "kuberay/nodes.yaml", "kuberay/rayjob.yaml"])
+def test_every_place_that_is_left_open_is_a_line_of_site_env(name: str) -> None:
+    import sys
+
+    sys.path.insert(0, str(ROOT / "cluster"))
+    import render
+
+    used = set(re.findall(r"\$\{(\w+)\}", (ROOT / "cluster" / name).read_text()))
+    assert used
+    assert used <= render.names([]).keys()

@@ -1,0 +1,145 @@
+"""What every job does with errors, and that the demo cleans up after itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pydantic import BaseModel
+
+from igpt_ray import storage
+from igpt_ray.data import sources
+from igpt_ray.data.config import PaletteConfig, PixelsConfig
+from igpt_ray.data.token_store import TokenStore
+from igpt_ray.errors import IgptError, NotFound
+from igpt_ray.evaluate.config import EvaluateConfig
+from igpt_ray.flows import evaluate, job, prepare, train
+from igpt_ray.flows.actor_map import actor_map
+from igpt_ray.settings import PoolConfig
+from igpt_ray.train.config import DataConfig, PretrainConfig
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def error_line(capsys: pytest.CaptureFixture[str], flow: Callable[[Any], Any], settings: BaseModel) -> str:
+    """Runs a job's body; it must exit with 1 and say one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        job.finish(flow, settings)
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def test_processes_of_a_cluster_on_this_machine_know_which_it_is() -> None:
+    """Parts of Ray that are not told may take another on the machine, and stop workers that are not known there."""
+    code = """
+import os, ray
+from igpt_ray.flows import job
+
+job.connect()
+told = ray.get(ray.remote(lambda: os.environ["RAY_ADDRESS"]).remote())
+assert told == ray.get_runtime_context().gcs_address, told
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=200)
+
+
+def test_bad_places_are_one_line_that_says_what_to_do(
+    cluster: str, on_rclone: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def palette(source: str) -> PaletteConfig:
+        return PaletteConfig(source=source, out=str(tmp_path / "palette.npy"))
+
+    said = error_line(capsys, prepare.fit_palette, palette("s3://no-such-bucket/images"))
+    assert "bucket 'no-such-bucket' does not exist" in said
+    assert "create it" in said
+    (tmp_path / "empty").mkdir()
+    for nothing in (on_rclone, str(tmp_path / "empty"), str(tmp_path / "absent")):
+        assert "holds no files: expected images in class folders" in error_line(
+            capsys, prepare.fit_palette, palette(nothing)
+        )
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._s3.cache_clear()
+    said = error_line(capsys, prepare.fit_palette, palette(on_rclone))
+    assert "refused the key" in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    said = error_line(capsys, train.pretrain, PretrainConfig(data=DataConfig(tokens=on_rclone)))
+    assert "refused the key" in said
+    said = error_line(
+        capsys, evaluate.evaluate, EvaluateConfig(release=str(tmp_path / "r"), tokens=str(tmp_path / "t"))
+    )
+    assert "run jobs/prepare.py" in said
+
+
+def test_an_error_inside_an_actor_reaches_the_user_as_itself(
+    cluster: str, prepared: str, digit_images: str, tmp_path: Path
+) -> None:
+    """In a task and in the constructor: what Ray makes of it has lost the type, and is many lines long."""
+    kind = TokenStore.open(storage.join(prepared, "tokens")).kind
+    unit = sources.plan(digit_images, 10).units[0]
+    vanished = replace(unit, content=replace(unit.content, root=str(tmp_path / "vanished")))
+    for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
+        arguments = {"root": root, "kind": kind, "pixels": PixelsConfig(n_px=8), "holdout": 0.0, "committed": {}}
+        with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):
+            list(actor_map([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, PoolConfig()))
+
+
+def test_a_bug_keeps_its_traceback(cluster: str) -> None:
+    def broken(_: BaseModel) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        job.finish(broken, PoolConfig())
+
+
+def test_a_job_ends_with_one_json_line(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    job.finish(lambda _: {"answer": 42}, PoolConfig())
+    assert json.loads(capsys.readouterr().out) == {"answer": 42}
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    import pickle
+
+    pending: list[type[IgptError]] = [IgptError]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        again = pickle.loads(pickle.dumps(kind("what to do")))
+        assert (type(again), str(again)) == (kind, "what to do")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_stops_what_it_started(ending: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a stage: no Ray, no S3 server, no worker is left."""
+    command = [sys.executable, "jobs/demo.py", "--store", "s3", "--out", str(tmp_path / "demo")]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    demo = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert demo.stderr is not None
+    seen = []
+    for line in demo.stderr:
+        seen.append(line)
+        if line.startswith("--- palette"):
+            break
+    time.sleep(4)  # in the middle of the stage
+    children = psutil.Process(demo.pid).children(recursive=True)
+    names = " ".join(" ".join(child.cmdline()) for child in children)
+    assert "rclone" in names, seen
+    assert "raylet" in names
+    demo.send_signal(ending)
+    assert demo.wait(60) == 130
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, [child.cmdline() for child in alive]

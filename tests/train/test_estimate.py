@@ -1,0 +1,210 @@
+"""What a run will take: the arithmetic agrees with torch's own counts, and with a calculation by hand."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from igpt_ray.model import losses
+from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.settings import Section
+from igpt_ray.train import estimate, optim, parallelize
+from igpt_ray.train.config import ClusterConfig, EstimateConfig, OptimConfig, PretrainConfig, WorkersConfig
+from igpt_ray.train.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=6, n_vocab=40),
+    ModelConfig(n_layer=1, n_embd=96, n_head=3, n_px=9),
+]
+
+MODERN = [
+    SMALL[0].model_copy(update=changes)
+    for changes in ({"qk_norm": True}, {"rotary": True}, {"qk_norm": True, "rotary": True})
+]
+
+
+def of(preset: str, **sections: Section) -> EstimateConfig:
+    chosen = PRESETS[preset][1]
+    return EstimateConfig(**{name: getattr(chosen, name) for name in PretrainConfig.model_fields}).model_copy(
+        update=sections
+    )
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
+    """A head, a backward pass or a half of attention left out of the formula."""
+    tokens = torch.randint(0, model.n_vocab, (2, model.n_positions))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        losses.next_pixel(ImageGPT(model)(tokens), tokens).sum().backward()
+    assert counter.get_total_flops() == estimate.flops_per_token(model, causal=False) * tokens.numel()
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_muons_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
+    network = ImageGPT(model)
+    optimizer = optim.build(network, OptimConfig(muon_lr=0.02))
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == estimate.muon_flops(model)
+    extra = [estimate.flops_per_step(model, OptimConfig(muon_lr=lr), causal=True) for lr in (0.02, None)]
+    assert extra[0] - extra[1] == estimate.muon_flops(model)
+
+
+def test_a_masked_network_attends_in_full() -> None:
+    """Half of the attention, and a time that no machine reaches."""
+    found, causal = (estimate.estimate(of(name)) for name in ("igpt-s-bert", "igpt-s"))
+    assert found["flops_per_token_causal"] == found["flops_per_token"] == causal["flops_per_token"]
+    assert found["step_seconds"] > causal["step_seconds"]
+    (line,) = (line for line in estimate.lines(of("igpt-s-bert"), found) if line.startswith("  causal"))
+    assert "attends in full" in line
+
+
+def test_flops_and_parameters_are_the_published_ones() -> None:
+    """Training compute of section 7 of the facts: S 7.9e19, L 1.2e21, XL 2.6e22 with attention in full."""
+    found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
+    assert found == {
+        "igpt-s": pytest.approx(7.9e19, rel=0.01),
+        "igpt-m": pytest.approx(4.2e20, rel=0.01),
+        "igpt-l": pytest.approx(1.2e21, rel=0.02),
+        "igpt-xl": pytest.approx(2.6e22, rel=0.02),
+    }
+    assert estimate.estimate(of("igpt-s"))["n_params"] == 76_571_648
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", [*SMALL, *MODERN])
+def test_activations_are_those_that_autograd_keeps(
+    model: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("igpt_ray.model.image_gpt.SHORT", 0)  # attend as a GPU does
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images, network = 64, ImageGPT(model).to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    tokens = torch.randint(0, model.n_vocab, (images, model.n_positions))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses.next_pixel(network(tokens), tokens).sum()
+    measured = sum(size for pointer, size in kept.items() if pointer not in weights)
+    # The estimate also has logits and their gradient, which the loss does not keep.
+    expected = (
+        estimate.activation_bytes(model, images, dtype.itemsize) - 2 * dtype.itemsize * tokens.numel() * model.n_vocab
+    )
+    assert measured == pytest.approx(expected, rel=0.02)
+
+
+def test_igpt_l_on_64_h200s_by_hand() -> None:
+    settings = of("igpt-l", workers=WorkersConfig(n=64, precision="bfloat16"), cluster=ClusterConfig(mfu=0.5, price=4))
+    found = estimate.estimate(settings)
+    step = 128 * 1024 * 8_611_430_400 / (64 * 989e12 * 0.5)
+    assert found["step_seconds"] == pytest.approx(step)
+    assert found["hours"] == pytest.approx(1e6 * step / 3600, abs=0.01)
+    assert found["dollars"] == pytest.approx(1e6 * step / 3600 * 64 * 4, rel=1e-4)
+    assert found["memory_gb"]["weights_gradients_adam"] == round(16 * 1_362_250_752 / 64 / 1e9, 3)
+    assert found["traffic_gb_per_step"] == round(63 / 64 * 1_362_250_752 * (2 + 2 + 4) / 1e9, 3)
+    assert found["fits"]
+
+
+def test_what_does_not_fit_or_waits_for_the_network_is_said() -> None:
+    alone = of("igpt-xl", workers=WorkersConfig(precision="bfloat16", micro_batch=64))
+    assert "does NOT fit" in "\n".join(estimate.lines(alone, estimate.estimate(alone)))
+    slow = of("igpt-l", workers=WorkersConfig(n=128), cluster=ClusterConfig(bus_gb_per_second=5))
+    found = estimate.estimate(slow)
+    assert "the LIMIT" in "\n".join(estimate.lines(slow, found))
+    assert found["hours"] == pytest.approx(1e6 * found["traffic_seconds"] / 3600, abs=0.01)
+
+
+def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass() -> None:
+    optim = OptimConfig(batch_size=120)
+    one, four = (
+        estimate.estimate(of("igpt-s", optim=optim, workers=WorkersConfig(n=n, micro_batch=16))) for n in (1, 4)
+    )
+    assert one["memory_gb"]["weights_gradients_adam"] == pytest.approx(
+        4 * four["memory_gb"]["weights_gradients_adam"], abs=0.003
+    )
+    assert (one["passes_per_step"], four["passes_per_step"]) == (8, 2)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_blocks_keep_to_compute_again_from(
+    process_group: None, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all tensors that live between the passes: a norm's output that is kept although it is made again."""
+    model = ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40)
+    network = ImageGPT(model)
+    parallelize.shard(network, parallelize.mesh_of("cpu", 0), WorkersConfig(recompute=recompute))
+    h = torch.randn(64, model.n_positions, model.n_embd, requires_grad=True)
+
+    def alive() -> dict[int, int]:
+        gc.collect()
+        found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu"]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+
+    before = alive()
+    out = h
+    for block in network.blocks:
+        out = block(out)
+    kept = sum(size for pointer, size in alive().items() if pointer not in before and size >= h.nbytes)
+    widths = {"selective": estimate.PRODUCT_WIDTHS, "full": 1}[recompute]
+    assert kept == model.n_layer * widths * h.nbytes  # the last block's output in place of h
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> None:
+    """One image too many is an error after an hour of waiting for GPUs; half as many leave half of them idle."""
+    model, memory = PRESETS["igpt-l"][1].model, 141e9
+    workers = WorkersConfig(n=4, precision="bfloat16", recompute=recompute)
+
+    def needed(images: int) -> float:
+        activations = estimate.activation_bytes(model, images, 2, recompute)
+        return estimate.state_bytes(model, OptimConfig(), 4) + estimate.gathered_bytes(model, 2) + activations
+
+    n = estimate.images_that_fit(model, OptimConfig(), workers, share=10**6, memory=memory)
+    assert needed(n) <= 0.9 * memory < needed(n + 1)
+    assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=memory) == 3
+    assert (
+        estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1
+    )  # which is refused by the device, if so
+    found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": 0})))
+    assert (found["images_per_pass"], found["passes_per_step"]) == ((16, 2) if recompute == "none" else (32, 1))
+    assert found["fits"]
+
+
+def test_recomputing_trades_work_for_memory() -> None:
+    plain, again, selective = (
+        estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, recompute=how)))
+        for how in ("none", "full", "selective")
+    )
+    assert selective["step_seconds"] == plain["step_seconds"]
+    assert selective["memory_gb"]["activations"] < 0.55 * plain["memory_gb"]["activations"]
+    assert again["step_seconds"] == pytest.approx(plain["step_seconds"] * 4 / 3)
+    assert again["memory_gb"]["activations"] < plain["memory_gb"]["activations"] / 10
+
+
+def test_a_device_is_known_by_the_name_that_cuda_gives_it() -> None:
+    assert estimate.peak_flops("NVIDIA H200") == 989e12
+    assert estimate.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert estimate.peak_flops("Some Other Device") is None
+
+
+def test_the_job_prints_a_table_and_one_json_line() -> None:
+    words = ["jobs/estimate.py", "igpt-s", "--workers.n", "8", "--cluster.device", "h100"]
+    said = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *table, last = said.splitlines()
+    assert any(line.startswith("memory per worker") for line in table)
+    assert json.loads(last)["workers"] == 8

@@ -1,0 +1,315 @@
+"""OpenAI's checkpoints: real ones load to the last bit without TensorFlow, and what is wrong with others is named.
+
+`golden/openai_bert_tiny` was written by TensorFlow, with the optimiser's variables beside the weights.
+"""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Bomb
+from numpy.typing import NDArray
+
+from igpt_ray import weights
+from igpt_ray.errors import CheckpointError
+from igpt_ray.model import losses
+from igpt_ray.weights.crc32c import crc32c
+from igpt_ray.weights.tf_bundle import MAGIC, Bundle, _masked
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "openai_bert_tiny"
+NAME = "model.ckpt-7"
+Arrays = dict[str, NDArray[Any]]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The prefix of a copy of the golden checkpoint."""
+    for path in GOLDEN.glob(f"{NAME}.*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    return tmp_path / NAME
+
+
+def refusal(prefix: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        weights.load_openai(prefix)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what is good
+
+
+def test_a_masked_checkpoint_computes_what_openais_code_computed() -> None:
+    """A causal mask, a shift or a start vector left in; a loss over all positions; Adam's moments taken for weights."""
+    model = weights.load_openai(GOLDEN / NAME).requires_grad_(False)
+    assert model.config.objective == "masked"
+    assert not model.training
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        x, keep = torch.from_numpy(arrays["tokens"]).long(), torch.from_numpy(arrays["keep"])
+        logits, loss = torch.from_numpy(arrays["gen_logits"]), float(arrays["gen_loss"])
+    torch.testing.assert_close(model(x, keep), logits, rtol=0, atol=2e-5)
+    assert losses.generative(model, x, keep).item() / len(x) == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_checkpoint_may_lie_in_a_bucket(on_moto: str, copy: Path) -> None:
+    """A reader that opens paths instead of places."""
+    from igpt_ray import storage
+
+    for path in copy.parent.iterdir():
+        storage.upload(path, storage.join(on_moto, "igpt", path.name))
+    loaded = weights.load_openai(f"{on_moto}/igpt/{NAME}")
+    for a, b in zip(loaded.parameters(), weights.load_openai(copy).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_checksum_is_crc_32c() -> None:
+    """The values of RFC 3720, section B.4, and a byte-by-byte reference at lengths around every slot's end."""
+    published = {
+        b"123456789": 0xE3069283,
+        bytes(32): 0x8A9136AA,
+        b"\xff" * 32: 0x62A8AB43,
+        bytes(range(32)): 0x46DD794E,
+    }
+    for data, value in published.items():
+        assert crc32c(data) == value
+    rng = np.random.default_rng(0)
+    for length in (0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129, 1000, 4096, 70_001):
+        data = rng.bytes(length)
+        assert crc32c(data) == slow_crc32c(data), length
+
+
+def slow_crc32c(data: bytes) -> int:
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+
+def test_a_missing_data_file_is_named(copy: Path) -> None:
+    for missing in sorted(copy.parent.glob("*.data-*")):
+        data = missing.read_bytes()
+        missing.unlink()
+        assert refusal(copy) == f"{missing} is missing"
+        missing.write_bytes(data)
+
+
+def test_a_cut_data_file_is_named(copy: Path) -> None:
+    for cut in sorted(copy.parent.glob("*.data-*")):
+        data = cut.read_bytes()
+        for length in (0, len(data) // 2, len(data) - 1):
+            cut.write_bytes(data[:length])
+            assert refusal(copy).startswith(f"{cut} is cut off")
+        cut.write_bytes(data)
+
+
+def test_a_flipped_bit_in_a_tensor_is_named(copy: Path) -> None:
+    """The checksums in the index are the only thing that knows."""
+    bundle = Bundle.open(str(copy))
+    for name in ("model/wpe", "model/h1/attn/k_proj", "model/ln_f/g"):
+        v = bundle.variables[name]
+        path = Path(bundle._data_file(v.shard))
+        data = path.read_bytes()
+        at = v.offset + v.n_bytes // 2
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert refusal(copy) == f"{path} is damaged: the checksum of {name} is not the one in the index"
+        path.write_bytes(data)
+
+
+def test_a_damaged_index_never_gives_other_weights(copy: Path) -> None:
+    """Any byte of it: refused, or (in the padding) without effect."""
+    path = copy.with_name(f"{NAME}.index")
+    data, whole = path.read_bytes(), weights.load_openai(copy).state_dict()
+    refused = 0
+    for at in [*range(0, len(data) - 48, 23), *range(len(data) - 48, len(data))]:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        try:
+            loaded = weights.load_openai(copy).state_dict()
+            assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+        except CheckpointError:
+            refused += 1
+    assert refused > 90
+    for length in (0, 7, 47, 48, 100, len(data) - 1):
+        path.write_bytes(data[:length])
+        assert f"{NAME}.index is damaged, or no index" in refusal(copy)
+
+
+def test_a_pickle_is_no_index_and_is_not_run(copy: Path) -> None:
+    """Its author could end it as a table ends; still nothing is unpickled."""
+    trace = copy.with_name("ran")
+    bomb = pickle.dumps(Bomb(trace))
+    path = copy.with_name(f"{NAME}.index")
+    for data in (bomb, bomb + bytes(40) + MAGIC):
+        path.write_bytes(data)
+        assert f"{NAME}.index is damaged" in refusal(copy)
+    assert not trace.exists()
+    pickle.loads(bomb)
+    assert trace.exists()  # the bomb was live
+
+
+def test_the_wrong_name_is_answered_with_the_right_kind_of_name(copy: Path) -> None:
+    """The folder, or one of the files, instead of what they have in common."""
+    for wrong in (copy.parent, copy.with_name("model.ckpt-8"), copy.with_name(f"{NAME}.index")):
+        assert "expected the name that stands before .index, as in DIR/model.ckpt-1000000" in refusal(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ other content
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def message(**fields: int | bytes) -> bytes:
+    """A protocol buffer; `f3=5` is field 3 as a varint, bytes are a message; field 6 is a fixed32."""
+    out = b""
+    for name, value in fields.items():
+        number = int(name[1:])
+        if isinstance(value, bytes):
+            out += varint(number << 3 | 2) + varint(len(value)) + value
+        elif number == 6:
+            out += varint(number << 3 | 5) + value.to_bytes(4, "little")
+        else:
+            out += varint(number << 3) + varint(value)
+    return out
+
+
+def table(entries: dict[bytes, bytes], compression: int = 0) -> bytes:
+    """A LevelDB table of one block, in which every key is a restart point."""
+    out, handles = b"", []
+    for pairs in (entries, {}, {b"\xff": None}):
+        body, restarts = b"", []
+        for key, value in sorted(pairs.items()):
+            restarts.append(len(body))
+            value = handles[0] if value is None else value
+            body += varint(0) + varint(len(key)) + varint(len(value)) + key + value
+        restarts = restarts or [0]
+        body += b"".join(n.to_bytes(4, "little") for n in [*restarts, len(restarts)])
+        handles.append(varint(len(out)) + varint(len(body)))
+        body += bytes([compression])
+        out += body + _masked(crc32c(body)).to_bytes(4, "little")
+    return out + (handles[1] + handles[2]).ljust(40, b"\0") + MAGIC
+
+
+def write(prefix: Path, arrays: Arrays, header: dict[str, int] | None = None, **change: int | bytes) -> None:
+    """A checkpoint of one data file; `change` goes into the entry of model/wpe."""
+    data, types = b"", {"float32": 1, "float64": 2, "float16": 19}
+    entries = {b"": message(**({"f1": 1} | (header or {})))}
+    for name, array in arrays.items():
+        raw = array.tobytes()
+        shape = b"".join(message(f2=message(f1=size)) for size in array.shape)
+        fields = {"f1": types[str(array.dtype)], "f2": shape, "f4": len(data), "f5": len(raw)}
+        fields |= {"f6": _masked(crc32c(raw))} | (change if name == "model/wpe" else {})
+        entries[name.encode()] = message(**fields)
+        data += raw
+    prefix.with_name(f"{prefix.name}.index").write_bytes(table(entries))
+    prefix.with_name(f"{prefix.name}.data-00000-of-00001").write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    """The golden checkpoint's own variables."""
+    bundle = Bundle.open(str(GOLDEN / NAME))
+    return {name: bundle.read(name) for name in bundle.variables if name.startswith("model/") and "Adam" not in name}
+
+
+def test_the_writer_of_these_tests_writes_what_is_read(arrays: Arrays, tmp_path: Path) -> None:
+    """Guards the refusals below: they must come from what is wrong, not from the writer."""
+    write(tmp_path / "x", arrays | {"global_step": np.zeros(()), "model/wte/Adam_1": np.zeros(3)})
+    whole = weights.load_openai(GOLDEN / NAME)
+    for a, b in zip(weights.load_openai(tmp_path / "x").parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def f32(*shape: int) -> NDArray[np.float32]:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a.pop("model/h1/ln_2/g"), "lacks model/h1/ln_2/g"),
+        (lambda a: a.pop("model/wpe"), "lacks model/wpe: is it a checkpoint of Image GPT?"),
+        (lambda a: [a.pop(name) for name in list(a)], "lacks model/wpe: is it a checkpoint of Image GPT?"),
+        (lambda a: a.update({"model/clf/wclf": f32(10, 8)}), "does not have: model/clf/wclf"),
+        (lambda a: a.update({"model/h1/attn/c_proj/b": f32(8)}), "does not have: model/h1/attn/c_proj/b"),
+        (lambda a: a.update({"model/h3/ln_1/g": f32(8)}), "lacks model/h2/"),
+        (lambda a: a.update({"model/wte": f32(20, 8)}), "model/wtet is (16, 8), expected (20, 8)"),
+        (lambda a: a.update({"model/wtet": f32(512, 8)}), "model/wtet is (512, 8), expected (16, 8)"),
+        (lambda a: a.update({"model/h0/mlp/c_fc/w": f32(32, 8)}), "c_fc/w is (32, 8), expected (8, 32)"),
+        (lambda a: a.update({"model/h1/attn/v_proj": f32(4, 2, 8)}), "v_proj is (4, 2, 8), expected (2, 4, 8)"),
+        (lambda a: a.update({"model/h0/attn/q_proj": f32(8, 8)}), "q_proj is (8, 8), expected 3 axes"),
+        (lambda a: a.update({"model/h0/attn/q_proj": f32(3, 4, 8)}), "n_embd 8 is not a multiple of n_head 3"),
+        (lambda a: a.update({"model/h0/attn/q_proj": f32(0, 4, 8)}), "has sizes that no network has"),
+        (lambda a: a.update({"model/wpe": f32(12, 8)}), "model/wpe has 12 positions, which make no square"),
+        (lambda a: a.update({"model/sos": f32(1, 8)}), "model/sos is (1, 8), expected (8,)"),
+        (lambda a: a.update({"model/wte": f32(16, 8) + np.nan}), "model/wte has values that are not finite"),
+        (lambda a: a.update({"model/ln_f/g": f32(8) - np.inf}), "model/ln_f/g has values that are not finite"),
+        (lambda a: a.update({"model/wte": np.zeros((16, 8))}), "model/wte is of TensorFlow's type 2; only whole"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    arrays: Arrays, change: Callable[[Arrays], object], said: str, tmp_path: Path
+) -> None:
+    """What does not load would be left as it lay in memory: a model that half works."""
+    changed = dict(arrays)
+    change(changed)
+    write(tmp_path / "x", changed)
+    assert said in refusal(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"header": {"f2": 1}}, "big-endian"),
+        ({"header": {"f1": 0}}, "into data file 0 of 0"),
+        ({"header": {"f1": 2**31}}, "x.data-00000-of-2147483648 is missing"),
+        ({"f3": 1}, "puts model/wpe into data file 1 of 1"),
+        ({"f4": 10**9}, "x.data-00000-of-00001 is cut off"),
+        ({"f5": 10**12}, "contradicts itself"),
+        ({"f2": b"".join(message(f2=message(f1=2**40)) for _ in range(2))}, "contradicts itself"),
+        ({"f7": message(f1=0)}, "model/wpe is cut into slices"),
+        ({"f2": 5}, "field 2 is no message"),
+        ({"f1": b""}, "field 1 is no number"),
+        ({"f2": b"\xff"}, "it ends too early"),
+    ],
+)
+def test_an_index_that_lies_is_refused(arrays: Arrays, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Its checksums are in order: an author's doing, who may hope for memory without end or bytes of another file."""
+    write(tmp_path / "x", arrays, **change)
+    assert said in refusal(tmp_path / "x")
+
+
+def test_a_table_of_another_make_is_refused(tmp_path: Path) -> None:
+    """Compressed blocks, doubled names, blocks that lie outside the file, numbers without an end."""
+    path = tmp_path / "x.index"
+    path.write_bytes(table({b"": b""}, compression=1))
+    assert "a block is compressed" in refusal(tmp_path / "x")
+    for footer, said in ((varint(2**40) * 4, "a block lies beyond its end"), (b"\xff" * 40, "a number does not end")):
+        path.write_bytes(footer.ljust(40, b"\0") + MAGIC)
+        assert said in refusal(tmp_path / "x")
+    path.write_bytes(table({b"": message(f1=1), b"\xff\xfe": message(f1=1)}))
+    assert "x.index is damaged" in refusal(tmp_path / "x")
+
+
+def test_random_bytes_are_refused_whatever_they_are(tmp_path: Path) -> None:
+    """An IndexError from inside the reader says nothing to a user."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "x.data-00000-of-00001").write_bytes(b"")
+    for _ in range(40):
+        body = rng.bytes(int(rng.integers(1, 200)))
+        for index in (body + MAGIC, table({b"": message(f1=1), b"model/wpe": body})):
+            (tmp_path / "x.index").write_bytes(index)
+            refusal(tmp_path / "x")
