@@ -23,7 +23,8 @@ from igpt_ray.errors import NotFound, SettingError
 from igpt_ray.evaluate import report_page
 from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig
 from igpt_ray.evaluate.likelihood import heat_map
-from igpt_ray.evaluate.report_page import Found, Picture
+from igpt_ray.evaluate.report_page import Found
+from igpt_ray.evaluate.report_plots import Picture
 from igpt_ray.flows import batch, evaluate, finetune
 from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.probe import check_splits, probe_layers

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from igpt_ray.data import pixels as images
-from igpt_ray.evaluate import report_page
-from igpt_ray.evaluate.report_page import Dot, Line, Picture
+from igpt_ray.evaluate import report_page, report_plots
+from igpt_ray.evaluate.report_plots import Dot, Line, Picture
 
 HOSTILE = "<script>alert('x')</script>\"|"
 PICTURE = Picture(images.png(np.zeros((2, 2, 3), np.uint8)), f"1.234 {HOSTILE}")
@@ -115,7 +115,7 @@ def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
 
 def test_points_lie_where_their_values_are() -> None:
     """An axis upside down: 0.6 must lie above 0.4, and half way up where the axis says 0.5."""
-    plot = ElementTree.fromstring(report_page.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
+    plot = ElementTree.fromstring(report_plots.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
     y = [float(circle.attrib["cy"]) for circle in plot.iter("circle")]
     x = [float(circle.attrib["cx"]) for circle in plot.iter("circle")]
     assert y[0] > y[1] > y[2]
@@ -127,16 +127,16 @@ def test_points_lie_where_their_values_are() -> None:
     "values", [[0.0, 1.0], [0.31, 0.33], [2.9999, 3.0001], [5.0, 5.0], [-0.4, 0.1], [0.0], [1e-5, 3e-5]]
 )
 def test_an_axis_holds_its_values_and_its_ticks_differ(values: list[float]) -> None:
-    low, high = report_page.ticks(values)
+    low, high = report_plots.ticks(values)
     assert low - 1e-9 <= min(values)
     assert max(values) <= high + 1e-9
-    shown = [f"{low + (high - low) * i / 4:.{report_page.digits(high - low)}f}" for i in range(5)]
+    shown = [f"{low + (high - low) * i / 4:.{report_plots.digits(high - low)}f}" for i in range(5)]
     assert len(set(shown)) == 5
 
 
 def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
-    plot = report_page.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
-    assert plot.count("<circle") == report_page.MOST_CLASSES
+    plot = report_plots.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
+    assert plot.count("<circle") == report_plots.MOST_CLASSES
     assert "of 1000 classes" in plot
     assert ">class 0<" in plot
     assert ">class 999<" in plot

@@ -20,7 +20,7 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, TokenStore
 from igpt_ray.errors import CheckpointError, EndpointError, SourceError
 from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
-from igpt_ray.flows import batch, evaluate
+from igpt_ray.flows import batch, batch_units, evaluate
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.serve import client as clients
 from igpt_ray.serve.client import Client
@@ -44,7 +44,7 @@ def place(released: str) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(batch.KEY, KEY)
+    monkeypatch.setenv(batch_units.KEY, KEY)
 
 
 def rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
         batch.score(ScoreConfig(endpoint=place.url, model="cats", tokens=store, **out))
     with pytest.raises(EndpointError, match="expected http"):
         batch.score(ScoreConfig(endpoint="ftp://x", tokens=store, **out))
-    monkeypatch.setenv(batch.KEY, "wrong")
+    monkeypatch.setenv(batch_units.KEY, "wrong")
     with pytest.raises(EndpointError, match="401 this key is not one of ours"):
         batch.score(ScoreConfig(endpoint=place.url, tokens=store, **out))
     for wrong in ({}, {"release": "a", "endpoint": "b"}, {"release": "a", "tokens": "b", "source": "c"}):
