@@ -241,13 +241,13 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     """Every number of a line of metrics where Prometheus finds it, on this node: `ray_igpt_nats_per_token` ..."""
     gauges: dict[str, Gauge] = {}
 
-    def show(line: metrics.Line) -> None:
+    def on_metrics(line: metrics.Line) -> None:
         for name in line.keys() - {"time"}:
             if name not in gauges:
                 gauges[name] = Gauge(f"igpt_{name}", f"{name} of metrics.jsonl", ("run",))
             gauges[name].set(line[name], {"run": run})
 
-    return show
+    return on_metrics
 
 
 def _watch(workers: WorkersConfig, leave: threading.Event) -> None:

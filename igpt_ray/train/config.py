@@ -94,7 +94,7 @@ class WorkersConfig(Section):
         return self.min_n or self.n
 
     @property
-    def sharing(self) -> int:
+    def fsdp_size(self) -> int:
         return self.shard or self.n
 
 

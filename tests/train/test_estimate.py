@@ -86,7 +86,7 @@ def test_flops_and_parameters_are_the_published_ones() -> None:
 def test_activations_are_those_that_autograd_keeps(
     model: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("igpt_ray.model.image_gpt.SHORT", 0)  # attend as a GPU does
+    monkeypatch.setattr("igpt_ray.model.image_gpt.CPU_FLOAT32_ELEMENTS", 0)  # attend as a GPU does
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_com
     assert (release.config.model.n_class, release.config.classes) == (2, ["cat", "dog"])
     table = next(classes.read_split("holdout"))
     x = torch.from_numpy(tokens_of(table).astype(np.int64))
-    loss, nats, right = losses.joint_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
+    loss, nats, right = losses.loss_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
     best = next(line for line in metrics.read(cfg.run.uri) if line["step"] == report["best_step"])
     assert best["val_accuracy"] == pytest.approx(right.mean().item())
     assert best["val_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
@@ -261,6 +261,6 @@ def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) ->
     assert logits.shape == ((7, 3) if objective == "next" else (7, 5, 3))
     np.testing.assert_allclose(class_logits(model, tokens[4:], keys[4:], batch_size=7), logits[4:], rtol=1e-4)
     x = torch.from_numpy(tokens[2:3].astype(np.int64))
-    keep = None if objective == "next" else losses.keep_of_keys(["2.png"], 4, 16)
+    keep = None if objective == "next" else losses.visible_masks_of_keys(["2.png"], 4, 16)
     one = logits[2] if objective == "next" else logits[2, 4]
     np.testing.assert_allclose(model.forward_with_classifier(x, keep)[1][0].numpy(), one, rtol=1e-4)

@@ -55,7 +55,7 @@ def test_the_network_carries_what_the_totals_say() -> None:
         settings = of("igpt-l", cluster={"mfu": 0.5}, n=64, shard=shard)
         found, totals = simulate.step(settings), estimate(settings)
         there, blocks = simulate.Topology.of(settings.workers, settings.cluster), settings.model.n_layer + 1
-        hops = blocks * (3 * there.sharing.ring(0) + 2 * there.copies.ring(0))
+        hops = blocks * (3 * there.fsdp_size.ring(0) + 2 * there.copies.ring(0))
         carried = (found["node_links"] + found["network"]) * found["step_seconds"]
         assert carried == pytest.approx(totals["traffic_seconds"] + hops, rel=0.01)
 
@@ -89,7 +89,7 @@ def test_weights_come_while_the_block_before_computes() -> None:
 def test_copies_need_less_of_the_network_and_rings_of_a_thousand_need_time() -> None:
     """iGPT-XL on 1,024 H200s with an image each: what the README says of it."""
     by_sharing = {
-        sharing: simulate.step(of("igpt-xl", 1024, {"mfu": 0.5}, n=1024, shard=sharing)) for sharing in (0, 8, 64)
+        fsdp_size: simulate.step(of("igpt-xl", 1024, {"mfu": 0.5}, n=1024, shard=fsdp_size)) for fsdp_size in (0, 8, 64)
     }
     assert by_sharing[0]["devices"] < 0.4
     assert 0.7 < by_sharing[8]["devices"] < 0.8
@@ -116,7 +116,7 @@ def test_more_workers_than_images_is_said() -> None:
 
 def test_what_a_node_reads_and_stores_by_hand() -> None:
     settings = of("igpt-xl", 1024, n=1024)
-    node = simulate.beside(settings, step_seconds=0.5)
+    node = simulate.with_images(settings, step_seconds=0.5)
     assert node["images_per_second"] == 1024 / 128 / 0.5
     assert node["mb_per_second"] == pytest.approx(16 * 4096 * 2 / 1e6)
     assert node["cache_gb"] == pytest.approx(1_281_167 * 8192 / 1e9)

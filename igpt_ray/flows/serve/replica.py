@@ -25,7 +25,7 @@ from igpt_ray.evaluate.heads import Head, load_head
 from igpt_ray.evaluate.likelihood import Nats, class_logits, pixel_nats
 from igpt_ray.evaluate.logistic import probabilities
 from igpt_ray.generate.engine import Engine, Generation, Request
-from igpt_ray.generate.kv_cache import Precision
+from igpt_ray.generate.quantize import Precision
 
 log = logging.getLogger(__name__)
 
