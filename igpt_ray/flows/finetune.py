@@ -51,11 +51,11 @@ def _some(classes: list[str]) -> str:
 def _check_settings(run: FinetuneRunConfig) -> None:
     data, n_px = run.data, run.model.n_px
     if not run.run.validate_every:
-        raise SettingError("--run.validate-every is 0: fine-tuning stops by its looks at held-out images, so set it")
+        raise SettingError("--run.validate-every is not set, but early stopping needs evaluations on held-out images")
     if run.run.validate_every > run.optim.steps:
         raise SettingError(
-            f"--run.validate-every {run.run.validate_every} is more than --optim.steps {run.optim.steps}: no look would"
-            " come before the end"
+            f"--run.validate-every {run.run.validate_every} is more than --optim.steps {run.optim.steps}: training ends"
+            " before the first evaluation"
         )
     if not data.val_split or set(data.val_split.split("+")) & set(data.split.split("+")):
         raise SettingError(

@@ -76,11 +76,11 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
 def _trainer(settings: PretrainConfig, n: int) -> TorchTrainer:
     w = settings.workers
     # Ray waits for the room of a worker that cannot start, for ever or, where fewer will do, until we look again.
-    limit = -1 if w.fewest == w.n else 0
+    limit = -1 if w.min_workers == w.n else 0
     return TorchTrainer(
         train_worker,
         train_loop_config=settings.model_dump(mode="json"),
-        torch_config=TorchConfig(timeout_s=w.patience),
+        torch_config=TorchConfig(timeout_s=w.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A fresh name in a scratch folder: nothing is reported to Ray, so nothing of it needs to be kept or found.
         run_config=ray.train.RunConfig(
@@ -101,12 +101,12 @@ def _n_that_fit(workers: WorkersConfig) -> int:
     Ray's own elastic policy counts what nodes have, also of those that are busy or being drained, and up to three
     minutes after a lost controller what that one had asked for. Seats are real.
     """
-    if workers.fewest == workers.n:
+    if workers.min_workers == workers.n:
         return workers.n
     _clear(workers)  # those of a worker that was killed while it held them
     seats = [_seat(workers, i) for i in range(workers.n)]
     n, looks = 0, 0
-    while n < workers.n and (n < workers.fewest or looks < SETTLED):
+    while n < workers.n and (n < workers.min_workers or looks < SETTLED):
         time.sleep(LOOK_EVERY)
         before, n = n, sum(map(_free, seats))
         looks = looks + 1 if n == before else 0
@@ -145,7 +145,7 @@ def _clear_after_controllers() -> None:
 
 def _say_if_short(workers: WorkersConfig) -> None:
     """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
-    there, n = ray.cluster_resources(), workers.fewest
+    there, n = ray.cluster_resources(), workers.min_workers
     for name, each in _resources(workers).items():
         if n * each > there.get(name, 0):
             log.warning(

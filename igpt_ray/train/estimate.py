@@ -92,15 +92,16 @@ def block_bytes(model: ModelConfig, width: int) -> int:
     return widths * width + float32_widths * 4
 
 
-def activation_bytes(model: ModelConfig, images: int, width: int, recompute: str = "none") -> float:
-    """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient.
+def activation_bytes(model: ModelConfig, images: int, width: int, activation_checkpointing: str = "none") -> float:
+    """Bytes of the activations of one forward pass: tensors saved by blocks and ln_f, and the logits in the
+    precision of the step and in float32, with their gradient.
 
-    With `recompute` a block keeps what goes into it (full), and what products give (selective), and one block at a time
-    the rest.
+    With activation checkpointing, every block keeps its input (full) or its matrix products (selective), and one block
+    at a time keeps all activations.
     """
     block = block_bytes(model, width)
-    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[recompute]
-    widths = model.n_layer * kept + (0 if recompute == "none" else block) + width + 2 * 4
+    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[activation_checkpointing]
+    widths = model.n_layer * kept + (0 if activation_checkpointing == "none" else block) + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
 
 
@@ -108,7 +109,7 @@ def images_that_fit(model: ModelConfig, optim: OptimConfig, workers: WorkersConf
     """The most of a worker's `share` of a batch that one forward pass takes in 0.9 of `memory` bytes; at least 1."""
     width = width_of(workers)
     left = 0.9 * memory - state_bytes(model, optim, workers.fsdp_size) - gathered_bytes(model, width)
-    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.recompute))))
+    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.activation_checkpointing))))
 
 
 def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
@@ -116,7 +117,7 @@ def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
     workers, batch_size = settings.workers, settings.optim.batch_size
     share, memory = -(-batch_size // workers.n), DEVICES[settings.cluster.device].memory_gb * GB
     fitting = images_that_fit(settings.model, settings.optim, workers, share, memory)
-    passes = -(-share // min(workers.micro_batch or fitting, share))
+    passes = -(-share // min(fitting if workers.micro_batch == "auto" else workers.micro_batch, share))
     return -(-share // passes), passes
 
 
@@ -151,9 +152,11 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
     memory = {
         "weights_gradients_adam": state_bytes(model, optim, workers.fsdp_size),
         "gathered_weights": gathered_bytes(model, width),
-        "activations": activation_bytes(model, images, width, workers.recompute),
+        "activations": activation_bytes(model, images, width, workers.activation_checkpointing),
     }
-    passes_done = (4 if workers.recompute == "full" else 3) / 3  # forward, backward (twice the work), forward again
+    passes_done = (
+        4 if workers.activation_checkpointing == "full" else 3
+    ) / 3  # forward, backward (twice the work), forward again
     work = passes_done * flops_per_step(model, optim, causal=True)
     step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
     fsdp_size, copies = workers.fsdp_size, workers.n // workers.fsdp_size
@@ -216,7 +219,8 @@ def lines(settings: EstimateConfig, found: dict[str, Any]) -> list[str]:
         (
             "step",
             f"{found['step_seconds']:.4g} s",
-            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
+            f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
+            f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
             f" {found['passes_per_step']} pass(es)",
         ),
         (
@@ -248,9 +252,9 @@ def _muons(optim: OptimConfig) -> str:
 def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:
     """What `activation_bytes` takes for the blocks, in its letters."""
     block = block_bytes(model, width)
-    if workers.recompute == "none":
+    if workers.activation_checkpointing == "none":
         return f"{block} L d"
-    return f"{width * (PRODUCT_WIDTHS if workers.recompute == 'selective' else 1)} L d + {block} d"
+    return f"{width * (PRODUCT_WIDTHS if workers.activation_checkpointing == 'selective' else 1)} L d + {block} d"
 
 
 def _computed(model: ModelConfig) -> str:
@@ -260,5 +264,5 @@ def _computed(model: ModelConfig) -> str:
 
 
 def _fits(found: dict[str, Any]) -> str:
-    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute selective or full"
+    mend = "more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
     return "fits" if found["fits"] else f"does NOT fit: {mend}"

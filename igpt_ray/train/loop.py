@@ -53,7 +53,9 @@ def train(
     store = TokenStore.open(cfg.data.tokens)
     labelled = cfg.model.n_class > 0
     images = SplitCache(store, cfg.data.split, labelled=labelled)
-    micro_batch = cfg.workers.micro_batch or micro_batch_that_fits(cfg, device)
+    micro_batch = cfg.workers.micro_batch
+    if micro_batch == "auto":
+        micro_batch = micro_batch_that_fits(cfg, device)
     loader = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
     held_out = (
         loader.with_images(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else loader
@@ -100,7 +102,7 @@ def train(
         meter.add(step_sums)
 
         saving, validating, sampling = (
-            bool(every) and (step == n_steps or step % every == 0)
+            every is not None and (step == n_steps or step % every == 0)
             for every in (run.checkpoint_every, run.validate_every, run.sample_every)
         )
         saving = saving or stop_requests > 0

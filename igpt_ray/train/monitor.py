@@ -114,16 +114,16 @@ class Profiler:
 
     def __init__(self, run: RunConfig, device: torch.device):
         self.run = run
-        self.enabled = run.profile_at > 0 and dist.get_rank() == 0
+        self.first = run.profile_at - 1 if run.profile_at is not None and dist.get_rank() == 0 else None
         self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self.profiler: profile | None = None
 
     def before(self, step: int) -> None:
         """Called before each step, and once after the last."""
-        if self.enabled and step == self.run.profile_at - 1:
+        if step == self.first:
             self.profiler = profile(activities=self.activities, record_shapes=True, profile_memory=True)
             self.profiler.start()
-        elif self.profiler is not None and step == self.run.profile_at - 1 + PROFILED:
+        elif self.profiler is not None and self.first is not None and step == self.first + PROFILED:
             self.end()
 
     def end(self) -> None:

@@ -16,8 +16,8 @@ from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train.config import WorkersConfig
 
 
-def mesh_of(device_type: str, fsdp_size: int) -> DeviceMesh:
-    """Mesh of all ranks, or of replicas x `fsdp_size`. 0 shards over all ranks.
+def mesh_of(device_type: str, fsdp_size: int | None) -> DeviceMesh:
+    """Mesh of all ranks, or of replicas x `fsdp_size`. None shards over all ranks.
 
     If `fsdp_size` does not divide the number of ranks, the greatest common divisor is used.
     """
@@ -38,9 +38,9 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: WorkersConfig) -> ImageGPT
     """
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, workers.precision), reduce_dtype=torch.float32)
     for block in model.blocks:
-        if workers.recompute != "none":
+        if workers.activation_checkpointing != "none":
             how: dict[str, Any] = {"use_reentrant": False}
-            if workers.recompute == "selective":
+            if workers.activation_checkpointing == "selective":
                 how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             block.forward = partial(checkpoint, block.forward, **how)  # type: ignore[method-assign]
         if workers.compile:

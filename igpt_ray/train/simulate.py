@@ -94,7 +94,7 @@ def step(settings: EstimateConfig) -> dict[str, Any]:
     forward = share * model.n_positions * flops_per_token(model, causal=True) / 3 / flops_per_second
     head = forward * 2 * model.n_vocab * model.n_embd * 3 / flops_per_token(model, causal=True)
     block = (forward - head) / model.n_layer
-    again = block if workers.recompute == "full" else 0.0
+    again = block if workers.activation_checkpointing == "full" else 0.0
 
     device, fsdp_size = Stream(), Stream()
     inside = there.fsdp_size.nodes == 1
@@ -146,7 +146,7 @@ def sizes(settings: EstimateConfig) -> list[dict[str, Any]]:
     found = []
     for nodes in (2**i for i in range(COUNTS)):
         n = nodes * settings.cluster.devices_per_node
-        fsdp_size = math.gcd(n, settings.workers.shard) if settings.workers.shard else 0
+        fsdp_size = math.gcd(n, settings.workers.shard) if settings.workers.shard else None
         workers = settings.workers.model_copy(update={"n": n, "shard": fsdp_size})
         other = settings.model_copy(update={"workers": workers})
         if fits(other):

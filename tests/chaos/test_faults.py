@@ -252,7 +252,9 @@ def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_c
     if seconds == 60:
         for scale in ("throttling_base_scale", "non_throttling_base_scale"):
             monkeypatch.setitem(ExponentialBackoff._DEFAULT_BACKOFF_CONFIG, scale, 1.0)  # as in earnest
-    cfg = test_training.settings_for(store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": 0})
+    cfg = test_training.settings_for(
+        store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": None}
+    )
     begun: list[float] = []
 
     def each_step() -> bool:

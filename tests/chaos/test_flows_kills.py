@@ -232,7 +232,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """SIGSTOP: the process is there, its connections too, and the others wait."""
-    run = Training(nodes, tokens, tmp_path, "--workers.patience", "5")
+    run = Training(nodes, tokens, tmp_path, "--workers.collective-timeout-s", "5")
     with run.going() as driver:
         until(lambda: run.committed() >= 50, driver)
         stopped = run.processes(WORKER)[-1]

@@ -61,7 +61,7 @@ def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: 
     shape = changes.pop("shape", {})
     sections: dict[str, Any] = {
         "tune": {"pad": 1, "flip": False, "patience": 3},
-        "optim": {"lr": 1e-2, "batch_size": 5, "steps": STEPS, "warmup_steps": 2, "cooldown": 0},
+        "optim": {"lr": 1e-2, "batch_size": 5, "steps": STEPS, "warmup_steps": 2, "schedule": "constant"},
         "workers": {"micro_batch": 2},
         "run": {"root": str(folder / "runs"), "name": name, "checkpoint_every": 8, "log_every": 2, "keep_every": 8}
         | {"validate_every": LOOK},

@@ -143,7 +143,7 @@ def worker(rank: int, world_size: int, folder: str, fsdp_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "fsdp_size"), [(2, 0), (3, 0), (4, 2)])
+@pytest.mark.parametrize(("world_size", "fsdp_size"), [(2, None), (3, None), (4, 2)])
 def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsdp_size: int, tmp_path: Path) -> None:
     """Each worker's rows made orthogonal by themselves; rows or layers that do not divide evenly, or too few layers
     for all workers, as with three; copies that drift apart, as with two of two."""
@@ -160,11 +160,11 @@ def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsd
 
 
 def test_a_mesh_has_copies_only_where_they_are_asked_for(process_group: None) -> None:
-    assert parallelize.mesh_of("cpu", 0).shape == (1,)
+    assert parallelize.mesh_of("cpu", None).shape == (1,)
     assert parallelize.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
 
 
-@pytest.mark.parametrize(("n", "fsdp_size"), [(1024, 0), (1024, 64), (24, 0), (24, 8)])
+@pytest.mark.parametrize(("n", "fsdp_size"), [(1024, None), (1024, 64), (24, None), (24, 8)])
 def test_a_large_mesh_is_tried_in_one_process(n: int, fsdp_size: int) -> None:
     """What `jobs/estimate.py` shows: 8 and 64 divide every matrix of iGPT-XL, other numbers give some workers less."""
     model = PRESETS["igpt-xl"][1].model
