@@ -161,7 +161,7 @@ def test_metrics_are_where_prometheus_looks(client: Client) -> None:
             pages.append(urllib.request.urlopen(url, timeout=10).read().decode())
         return "\n".join(pages)
 
-    names = ("igpt_slots_in_use", "igpt_requests_waiting", "igpt_pixels_painted", "igpt_first_row_seconds")
+    names = ("igpt_slots_in_use", "igpt_requests_waiting", "igpt_pixels_generated", "igpt_first_row_seconds")
     until(lambda: all(name in found() for name in names), 40)
 
 
