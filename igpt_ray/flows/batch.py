@@ -73,7 +73,7 @@ def _asked(settings: BatchConfig) -> BaseRequest:
     """Refuses what does not fit together, before any worker starts."""
     if settings.endpoint:
         server = _client(settings)
-        kind, sha256 = server.kind(), server.about()["sha256"]
+        kind, sha256 = server.kind(), server.model_info()["sha256"]
     else:
         about = weights.load_config(settings.release)
         weights.check_next(about, settings.release)
@@ -375,7 +375,7 @@ def _palette(settings: CompleteConfig, client: Client | None) -> Palette:
     if settings.tokens:
         return TokenStore.open(settings.tokens).palette()
     assert client is not None
-    shown = client.about()["palette"]
+    shown = client.model_info()["palette"]
     rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in shown])
     return Palette((rgb / 127.5 - 1).astype(np.float32))
 

@@ -143,9 +143,7 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
         body = await parsed(request, CompletionRequest)
         one = _model_of(served, body)
         if body.n > one.slots:
-            raise SettingError(
-                f"n is {body.n}, expected at most {one.slots} on this server"
-            )
+            raise SettingError(f"n is {body.n}, expected at most {one.slots} on this server")
         engine_request = await asyncio.to_thread(one.reader.request, body)
         answer = Completion(one, body, engine_request)
         if body.stream:
