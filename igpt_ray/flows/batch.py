@@ -37,6 +37,7 @@ from igpt_ray.flows.evaluate import device
 from igpt_ray.generate import sampler
 from igpt_ray.generate.config import BatchConfig, CompleteConfig
 from igpt_ray.generate.engine import Engine, Request
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
 from igpt_ray.serve.client import Client
 
@@ -140,11 +141,12 @@ def score(settings: ScoreConfig) -> dict[str, Any]:
     asked = _asked(settings)
     arguments = {"settings": settings, "asked": asked._replace(units=[]), "key": os.environ.get(KEY, "")}
     total, unreadable = Likelihood.of(np.empty(0), asked.kind.n_positions), 0
+    progress = Progress("score", len(asked.units), "units")
     for table in actor_map(asked.units, ScoreUnit, arguments, settings.pool):
         nats = table["nats"].drop_null().to_numpy()
         total += Likelihood.of(nats, asked.kind.n_positions)
         unreadable += len(table) - len(nats)
-        log.info("%d images", total.images)
+        progress.add(1, f"{total.images:,} images")
     if not total.images:
         raise SourceError(f"not one image of {settings.source} could be read: {settings.out} says why")
     report: dict[str, Any] = {
@@ -227,10 +229,10 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
         picture = _write_few(settings, asked, pa.concat_tables(tables))
         done = [(len(table), 0) for table in tables]
     else:
-        done = []
+        done, progress = [], Progress("complete", len(asked.units), "units")
         for part in actor_map(asked.units, CompleteUnit, arguments, settings.pool):
             done.append(part)
-            log.info("%d images", sum(images for images, _ in done))
+            progress.add(1, f"{sum(images for images, _ in done):,} images")
         picture = storage.join(settings.out, settings.split)
     n_images, unreadable = (sum(column) for column in zip(*done, strict=True))
     n_tokens = n_images * settings.n * (asked.kind.n_px - rows) * asked.kind.n_px
