@@ -228,6 +228,11 @@ def _mse(palette: Palette, histogram: NDArray[np.int64]) -> float:
     return float((squared * histogram[packed]).sum() / histogram[packed].sum())
 
 
+def sidecar(palette: str, ending: str = ".json") -> str:
+    """URI of the file next to the palette that describes it, or shows its colours (".png")."""
+    return palette.removesuffix(".npy") + ending
+
+
 def swatches(palette: Palette) -> NDArray[np.uint8]:
     """A picture of all colours, arranged for the eye: greys on the left, then the hues; each column dark to bright.
 

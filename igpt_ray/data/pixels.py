@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from igpt_ray.data.config import PixelsConfig
 from igpt_ray.data.image_files import MAX_PIXELS, RGB, Header, decode, header_of, scaled_jpeg
 from igpt_ray.errors import ImageError
 
@@ -59,6 +60,14 @@ def centre_view(data: bytes, n_px: int, pipeline: str = FAST) -> RGB:
 def random_view(data: bytes, n_px: int, key: str, view: int, pipeline: str = FAST) -> RGB:
     """The paper's training view, drawn from (key, view) alone: a repeat gives the same pixels."""
     return _view(data, n_px, pipeline, partial(_drawn, key, view))
+
+
+def configured_view(data: bytes, settings: PixelsConfig, training: bool, key: str, view: int) -> RGB:
+    """The random view for training images with `crop="random"`, the centre view otherwise."""
+    pipeline = PIPELINES[settings.pipeline]
+    if training and settings.crop == "random":
+        return random_view(data, settings.n_px, key, view, pipeline)
+    return centre_view(data, settings.n_px, pipeline)
 
 
 def _view(data: bytes, n_px: int, pipeline: str, frame_of: Callable[[int, int], CropBox]) -> RGB:

@@ -192,8 +192,8 @@ def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: TokenFormat
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
     column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
     table = pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int32()), "tokens": column})
-    about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
-    table = table.replace_schema_metadata({"igpt_ray": about})
+    metadata = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
+    table = table.replace_schema_metadata({"igpt_ray": metadata})
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd", use_dictionary=["key"], write_page_checksum=True)
     return out.getvalue()
@@ -203,10 +203,10 @@ def parse(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
 
 
-def described(data: bytes) -> tuple[int, dict[str, Any]]:
-    """How many rows a shard has, and what it says of itself, from the end of its bytes alone."""
+def read_footer(data: bytes) -> tuple[int, dict[str, Any]]:
+    """The number of rows and the metadata of a shard, from its Parquet footer alone."""
     footer = pq.read_metadata(io.BytesIO(data))
-    return footer.num_rows, about(footer)
+    return footer.num_rows, metadata(footer)
 
 
 def reencode(table: pa.Table) -> bytes:
@@ -214,15 +214,15 @@ def reencode(table: pa.Table) -> bytes:
 
     Pages have checksums; what lies between and behind them has none, but would be written otherwise.
     """
-    said = about(table.schema)
-    kind = TokenFormat(**{field: said.pop(field) for field in TokenFormat.model_fields})
-    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
+    unit = metadata(table.schema)
+    kind = TokenFormat(**{field: unit.pop(field) for field in TokenFormat.model_fields})
+    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, unit)
 
 
-def about(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
-    """What a shard says of itself: its kind, unit, split and view."""
-    found: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
-    return found
+def metadata(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
+    """A shard's own metadata: token format, unit, split, view and statistics."""
+    stored: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
+    return stored
 
 
 def tokens_of(table: pa.Table) -> Tokens:
