@@ -156,7 +156,7 @@ def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore) ->
 def test_another_palette_in_the_store_is_refused(store: TokenStore, palette: Palette) -> None:
     """Every picture would come back in false colours."""
     Palette(palette.colours[::-1].copy()).save(storage.join(store.root, "palette.npy"))
-    with pytest.raises(TokenStoreError, match="not the palette that its tokens were made with"):
+    with pytest.raises(TokenStoreError, match="not the palette of its tokens"):
         store.palette()
     storage.write(storage.join(store.root, "palette.npy"), b"not a palette")
     with pytest.raises(PaletteError, match=r"palette\.npy"):

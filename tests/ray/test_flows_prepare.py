@@ -19,7 +19,7 @@ from igpt_ray import storage
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.loader import SplitCache
-from igpt_ray.data.make_shard import TaskResult, tasks_of
+from igpt_ray.data.make_shard import MakeShard, Task, TaskResult, tasks_of
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.prepare import Progress
 from igpt_ray.data.sources import Layout
@@ -253,7 +253,7 @@ def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
     palette, root = Palette.load("openai"), str(tmp_path / "tokens")
     palette.save(storage.join(root, "palette.npy"))
     kind = TokenFormat(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=pixels.FAST)
-    make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
+    make = MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
     found = {}
     for task in tasks_of(sources.plan(place, 30), views=1):
         for split, (data, bad) in make.make(task).items():
@@ -277,6 +277,6 @@ def test_bucket_to_bucket_equals_folder_to_folder(
     made = []
     for root, units in ((storage.join(on_rclone, "tokens"), in_bucket.units), (str(tmp_path), plan.units)):
         palette.save(storage.join(root, "palette.npy"))
-        make = prepare.MakeShard(root, kind, PIXELS, holdout=0.0, committed={})
-        made.append([make(prepare.Task(unit, 0)) for unit in units])
+        make = MakeShard(root, kind, PIXELS, holdout=0.0, committed={})
+        made.append([make(Task(unit, 0)) for unit in units])
     assert made[0] == made[1]
