@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
-from igpt_ray.data.augment import Augment, moved
+from igpt_ray.data.augment import Augment, shifted
 from igpt_ray.data.loader import Batch, SplitCache, global_batch, share
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
@@ -90,7 +90,7 @@ def test_tokens_are_moved_as_pillow_moves_their_pixels(palette: Palette, mirrore
     whole = np.pad(np.asarray(ImageOps.mirror(picture) if mirrored else picture), ((3, 3), (3, 3), (0, 0)), "reflect")
     for down in range(-3, 4):
         for right in range(-3, 4):
-            seen = moved(tokens, 8, np.array([down]), np.array([right]), np.array([mirrored]))
+            seen = shifted(tokens, 8, np.array([down]), np.array([right]), np.array([mirrored]))
             expected = whole[3 + down : 11 + down, 3 + right : 11 + right]
             np.testing.assert_array_equal(palette.decode(seen.reshape(8, 8)), expected)
 
