@@ -28,6 +28,7 @@ from igpt_ray.data import pixels as images
 from igpt_ray.data import sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.image_files import header_of, scaled_jpeg
+from igpt_ray.data.make_shard import MakeShard, Task, path_of
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources.units import batched
 from igpt_ray.data.token_store import TokenFormat
@@ -183,11 +184,11 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
         kind = TokenFormat(
             n_px=n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=images.PIPELINES[pixels.pipeline]
         )
-        make = prepare.MakeShard(root, kind, pixels, holdout=0.0, committed={})
+        make = MakeShard(root, kind, pixels, holdout=0.0, committed={})
 
-        def forget(unit: sources.WorkUnit) -> prepare.Task:
-            task = prepare.Task(unit, 0)
-            storage.delete(storage.join(root, prepare.path_of(unit.split, task)))
+        def forget(unit: sources.WorkUnit) -> Task:
+            task = Task(unit, 0)
+            storage.delete(storage.join(root, path_of(unit.split, task)))
             return task
 
         return forget, make

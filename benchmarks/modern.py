@@ -35,7 +35,7 @@ SWITCHES: dict[str, Report] = {
     "Muon": {"optim": {"muon_lr": 0.02}},
     "QK-norm": {"model": {"qk_norm": True}},
     "rotary": {"model": {"rotary": True}},
-    "cool-down": {"optim": {"cooldown": 0.6}},
+    "cool-down": {"optim": {"schedule": "warmup_stable_decay"}},
 }
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from igpt_ray import weights
 from igpt_ray.generate.engine import Engine, Generation, Request
-from igpt_ray.generate.kv_cache import KVCache, Precision
+from igpt_ray.generate.kv_cache import KVCache
+from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.settings import Count, Section

@@ -1,5 +1,6 @@
 """What is written beside every artefact: resolved settings, package versions, git revision."""
 
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -23,11 +24,11 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """None in an installed package and in a Ray job's working directory, which carries no .git."""
+    """The checkout's commit, or IGPT_REVISION where there is no .git: in submitted jobs and installed packages."""
     here = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     if not (here / ".git").exists():
-        return None
+        return os.environ.get("IGPT_REVISION")
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -85,7 +85,7 @@ def test_a_modern_twin_sees_the_same_images_in_a_network_of_the_same_size(name: 
     assert not paper.model.modern
     assert twin.model.modern == ["qk_norm", "rotary"]
     assert ModelConfig.model_validate(twin.model.model_dump()) == twin.model  # its heads can be turned
-    assert (paper.optim.muon_lr, paper.optim.cooldown) == (None, None)
+    assert (paper.optim.muon_lr, paper.optim.schedule) == (None, "cosine")
 
 
 def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
@@ -93,7 +93,7 @@ def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
     for name, said in (("igpt-xl", "not stated"), ("igpt-l-48-bert", "not in the paper"), ("igpt-xl-bert", "not in")):
         assert said in PRESETS[name][0]
     assert OptimConfig.__doc__
-    for choice in ("linear warm-up", "epsilon 1e-8", "no clipping"):
+    for choice in ("linear warm-up", "epsilon 1e-8", "no gradient clipping"):
         assert choice in OptimConfig.__doc__
 
 
@@ -134,8 +134,8 @@ IMPOSSIBLE = [
     (OptimConfig, {"warmup_steps": -1}),
     (OptimConfig, {"clip": 0}),
     (OptimConfig, {"muon_lr": 0}),
-    (OptimConfig, {"cooldown": -0.1}),
-    (OptimConfig, {"cooldown": 1.1}),
+    (OptimConfig, {"decay_fraction": 0.0}),
+    (OptimConfig, {"decay_fraction": 1.1}),
     (WorkersConfig, {"n": 0}),
     (WorkersConfig, {"cpus": 0}),
     (WorkersConfig, {"gpus": 2}),

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    ("errors", "storage", "settings", "provenance", "rng"),
+    ("errors", "storage", "settings", "provenance", "rng", "progress"),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),

@@ -1,4 +1,4 @@
-"""Settings of palette, token store and their check."""
+"""Settings of palette fitting, preparation and verification."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from igpt_ray.settings import Count, PoolConfig, Section, Uri
 Layout = Literal["folders", "kaggle", "tars", "webdataset", "parquet"]
 
 OPENAI_PALETTE = "openai"
-"""The word that names OpenAI's own palette where a URI is expected; a file of that name is `./openai`."""
+"""The value that selects OpenAI's own palette instead of a URI. A file of that name is `./openai`."""
 
 
 def _palette(uri: str) -> str:
@@ -21,32 +21,33 @@ PaletteUri = Annotated[str, AfterValidator(_palette)]
 
 
 class PixelsConfig(Section):
-    """How pictures become pixels. Palette and token store must agree on it."""
+    """How images become pixels. Palette and token store must use the same settings."""
 
     n_px: Annotated[int, Field(gt=0, le=224)] = 32
     """Pixels a side."""
     crop: Literal["random", "centre"] = "random"
-    """Training views, and what is held out of them: the paper's random crops, or the evaluation view. Other splits
-    always take the centre."""
+    """Views of the training images, the hold-out included: the paper's random crops, or the evaluation view. Other
+    splits always use the centre crop."""
     pipeline: Literal["fast", "reference"] = "fast"
-    """How they are decoded and resized: in one step on a smaller JPEG, or step by step with PIL, three times slower."""
+    """How images are decoded and resized: fast, in one step on a JPEG decoded at reduced scale; or reference, the
+    paper's steps with PIL, three times slower."""
 
 
 class PaletteConfig(Section):
     """Fit a palette to the training split of a folder or bucket of images."""
 
     source: Uri
-    """URI of images in one of the layouts below."""
+    """URI of images in one of the layouts listed under layout."""
     layout: Layout | None = None
-    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: detected."""
     out: Uri
-    """URI of the palette to write, a .npy; beside it a .json says how it was made, and a .png shows the colours."""
+    """URI of the palette to write (.npy). A .json next to it records its origin, and a .png shows its colours."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
-    """Colours."""
+    """Number of colours."""
     images: Count = 10_000
-    """About how many images are sampled."""
+    """Approximate number of images in the sample."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the sample and the clustering."""
+    """Seed of the sample and of the clustering."""
     gpu: bool = False
     """Cluster on the GPUs of the machine that runs the job; needs the extra [gpu]."""
     pixels: PixelsConfig = PixelsConfig()
@@ -57,32 +58,32 @@ class PrepareConfig(Section):
     """Turn a folder or bucket of images into a committed token store."""
 
     source: Uri
-    """URI of images in one of the layouts below."""
+    """URI of images in one of the layouts listed under layout."""
     layout: Layout | None = None
-    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: recognise it."""
+    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: detected."""
     palette: PaletteUri
-    """URI of the palette (.npy), or the word openai for OpenAI's own 512 colours."""
+    """URI of the palette (.npy), or openai for OpenAI's own 512 colours."""
     tokens: Uri
-    """URI of the token store to write, or to complete."""
+    """URI of the token store to write or complete."""
     views: Count = 1
-    """Differently cropped copies of the training split; epoch e reads view e mod views."""
+    """Number of differently cropped copies of the training split; epoch e reads view e mod views."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training images, drawn by key, that becomes the split holdout, to choose settings by. Paper: 4 %."""
+    """Share of the training images, drawn by key, that forms the split holdout for model selection. Paper: 4 %."""
     shard_images: Count = 10_000
     """Images per shard."""
     budget: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Share of images that may be unreadable (they go to quarantine) before the job fails."""
+    """Largest share of unreadable images. They go to quarantine; above this share the job fails."""
     pixels: PixelsConfig = PixelsConfig()
     pool: PoolConfig = PoolConfig()
 
 
 class VerifyConfig(Section):
-    """Check every byte of a token store, and that its shards are what the source gives."""
+    """Check every byte of a token store, and compare some shards with the source."""
 
     tokens: Uri
     """URI of a token store."""
     remake: Annotated[int, Field(ge=0)] = 1
-    """How many shards, spread over the store, are made again from the source and compared."""
+    """Number of shards, evenly spaced over the store, that are computed again from the source and compared."""
     remove: bool = False
-    """Remove shards and quarantine lists that the manifest does not name, and what killed writes left behind."""
+    """Remove shards and quarantine lists that the manifest does not name, and temporary files of killed writes."""
     pool: PoolConfig = PoolConfig()

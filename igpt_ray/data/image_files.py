@@ -1,12 +1,12 @@
-"""Encoded pictures: JPEG, PNG and WebP bytes -> RGB, or an `ImageError` that says in a line why not.
+"""Decode JPEG, PNG and WebP images to RGB, with strict checks; errors are an `ImageError` of one line.
 
-Both pixel pipelines read through here, so they read and refuse the same files. What is refused: other formats, more
-pixels than MAX_PIXELS by the header (before anything is decoded), files that are cut, and all damage that shows: the
-decoders would fill what is missing with black or grey and say nothing.
+Both pixel pipelines use this module, so they accept and reject the same files. Rejected are other formats, images whose
+header has more than MAX_PIXELS pixels (before decoding), truncated files, and all damage that can be detected: the
+decoders would silently fill missing pixels with black or grey.
 
-How what is not plain RGB is read: transparency is laid on white; of 16 bits the upper 8 count; CMYK is taken as Adobe
-writes it, inverted; of an animation the first picture counts; EXIF is not looked at, so its orientation is not applied,
-as nobody did on ImageNet; bytes after the end of the picture are ignored.
+Conversions to RGB: transparent pixels are composited on white; of 16-bit channels the upper 8 bits are used; CMYK is
+read as inverted, as Adobe writes it; of an animation the first frame is used. EXIF orientation is not applied, as is
+usual for ImageNet. Bytes after the end of the image are ignored.
 """
 
 import io
@@ -24,32 +24,32 @@ from igpt_ray.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded, by its header (67 megapixels; ImageNet's largest has 28)."""
+"""Largest image that is decoded, by its header (67 megapixels; the largest in ImageNet has 28)."""
 MAX_SCANS = 256
-"""Passes over the picture that a JPEG may ask for; encoders use about ten."""
+"""Most scans of a JPEG; encoders write about ten."""
 
 RGB = NDArray[np.uint8]
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """Format and size from the header of a file."""
 
     format: str
     width: int
     height: int
     colours: str = "RGB"
-    """What the decoder makes of it: RGB, or CMYK, which libjpeg leaves as it is."""
+    """Colour space of the decoded pixels: RGB, or CMYK, which libjpeg does not convert."""
 
 
 def decode(data: bytes) -> RGB:
-    """The picture in `data` as (H, W, 3) uint8 RGB, in full. The magic bytes decide the decoder, not the file's name.
+    """Decode `data` at full size to (H, W, 3) uint8 RGB. The magic bytes select the decoder, not the file name.
 
-    Raises `ImageError` if it is not a JPEG, PNG or WebP, is cut or damaged, or is larger than `MAX_PIXELS`.
+    Raises `ImageError` if it is not a JPEG, PNG or WebP, is truncated or damaged, or is larger than `MAX_PIXELS`.
     """
     header = header_of(data)
     with _named_damage(header.format):
         if header.format == "JPEG":
-            # PIL drops libjpeg's warnings: decode once more, as small as can be, to hear them.
+            # PIL drops libjpeg's warnings: decode a second time at the smallest scale to detect them.
             scaled_jpeg(data, header, 1 if min(header.width, header.height) >= 16 else 8)
         elif header.format == "PNG":
             data = _checked_png(data, header)
@@ -60,14 +60,14 @@ def decode(data: bytes) -> RGB:
 
 
 def header_of(data: bytes) -> Header:
-    """Nothing larger than MAX_PIXELS gets past here: decoders allocate what a header says, some as they open a file."""
+    """Read the header, and raise `ImageError` above MAX_PIXELS, because decoders allocate the size in the header."""
     format = _format(data)
     with _named_damage(format):
         header = {"JPEG": _jpeg_header, "PNG": _png_header, "WEBP": _webp_header}[format](data)
     if header.width * header.height > MAX_PIXELS:
         raise ImageError(f"{header.width} x {header.height} pixels: more than the limit of {MAX_PIXELS}")
     if header.width * header.height == 0:
-        raise ImageError(f"{header.width} x {header.height} pixels: nothing to see")
+        raise ImageError(f"{header.width} x {header.height} pixels: the image is empty")
     return header
 
 
@@ -83,7 +83,7 @@ def _format(data: bytes) -> str:
 
 @contextmanager
 def _named_damage(format: str) -> Iterator[None]:
-    """A decoder may raise anything on damaged input: SyntaxError, struct.error ... It all becomes an `ImageError`."""
+    """Raise decoder errors as `ImageError`. On damaged input they have many types: SyntaxError, struct.error ..."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -113,9 +113,9 @@ def _jpeg_header(data: bytes) -> Header:
 
 
 def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
-    """The picture at eighths/8 of its size.
+    """Decode a JPEG at eighths/8 of its size.
 
-    Strict, because libjpeg only warns when it fills what is missing with grey, or has lost its way after a flipped bit.
+    Decoding is strict, because libjpeg only warns when it fills missing data with grey or meets corrupt data.
     """
     with _named_damage("JPEG"):
         _check_scans(data)
@@ -126,10 +126,10 @@ def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
 
 
 def _check_scans(data: bytes) -> None:
-    """A few kilobytes can hold thousands of empty scans, each as much work as the whole picture."""
+    """Limit the scans: a few kilobytes can hold thousands of empty ones, each of which costs a pass over the image."""
     at, components = 2, 0
     while data[at] == 0xFF and data[at + 1] != 0xDA:  # from marker to marker, up to the first scan
-        if data[at + 1] in (0xC0, 0xC1):  # sequential, so a scan that holds all its components is the only one
+        if data[at + 1] in (0xC0, 0xC1):  # sequential: a scan with all components is the only scan
             components = data[at + 9]
         at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if data[at + 4] != components and data.count(b"\xff\xda") > MAX_SCANS:
@@ -140,12 +140,12 @@ def _check_scans(data: bytes) -> None:
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""All that pixels depend on. The others (text, EXIF, profiles) are not shown to PIL: broken ones must not matter."""
+"""The chunks that determine pixels. Others (text, EXIF, profiles) are removed, so that damage in them is ignored."""
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""By colour type: grey, RGB, palette, grey and alpha, RGB and alpha."""
+"""Channels per colour type: grey, RGB, palette, grey and alpha, RGB and alpha."""
 WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column and row, and the steps between columns and rows, of every pass over an interlaced picture."""
+"""First column, first row, column step and row step of each pass of an interlaced image."""
 
 
 def _png_header(data: bytes) -> Header:
@@ -155,35 +155,35 @@ def _png_header(data: bytes) -> Header:
 
 
 def _checked_png(data: bytes, header: Header) -> bytes:
-    """The file without the chunks that do not matter.
+    """Check the file, and return it without the chunks that do not determine pixels.
 
-    PIL minds neither the checksums of pixels nor rows that are missing: it would leave them black.
+    PIL checks neither the checksums of pixel data nor missing rows, which it would leave black.
     """
     chunks = list(_png_chunks(data))
-    kept = {name: b"".join(whole for n, whole in chunks if n == name) for name in PNG_CHUNKS}
+    chunk_data = {name: b"".join(whole for n, whole in chunks if n == name) for name in PNG_CHUNKS}
     depth, colour_type, interlaced = data[24], data[25], data[28]
-    if colour_type == 3 and not kept[b"PLTE"]:
+    if colour_type == 3 and not chunk_data[b"PLTE"]:
         raise ImageError("damaged PNG: its palette is missing")
-    if depth == 16 and kept[b"tRNS"]:  # PIL compares the 16 bits of that colour with 8 bits of the pixels
-        raise ImageError("a 16-bit PNG with a transparent colour, which is not read")
+    if depth == 16 and chunk_data[b"tRNS"]:  # PIL compares its 16 bits with 8 bits of the pixels
+        raise ImageError("a 16-bit PNG with a transparent colour is not supported")
     expected = 0
     for left, top, right, down in ADAM7 if interlaced else WHOLE:
         width, height = -((left - header.width) // right), -((top - header.height) // down)
         expected += height * (1 + -(-width * CHANNELS[colour_type] * depth // 8)) if width > 0 else 0
     rows = _inflated_size(b"".join(whole[8:-4] for name, whole in chunks if name == b"IDAT"), expected)
     if rows != expected:
-        raise ImageError(f"damaged PNG: {rows} bytes of rows, where its header says {expected}")
-    return PNG_MAGIC + b"".join(kept.values())
+        raise ImageError(f"damaged PNG: {rows} bytes of rows, expected {expected} from its header")
+    return PNG_MAGIC + b"".join(chunk_data.values())
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(name, the whole chunk), up to and with the last."""
+    """Yield (name, whole chunk), up to and including IEND."""
     at, name = len(PNG_MAGIC), b""
     while name != b"IEND":
         name = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if end > len(data):
-            raise ImageError("damaged PNG: the file is cut")
+            raise ImageError("damaged PNG: the file is truncated")
         if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise ImageError(f"damaged PNG: the checksum of its chunk {name!r} is wrong")
         yield name, data[at:end]
@@ -191,13 +191,13 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _inflated_size(stream: bytes, limit: int) -> int:
-    """How many bytes a zlib stream holds, counted up to a little over `limit`, without keeping them."""
+    """The decompressed size of a zlib stream, counted up to slightly over `limit`, in bounded memory."""
     inflate, size = zlib.decompressobj(), 0
     while not inflate.eof and size <= limit:
         piece = inflate.decompress(stream, 1 << 20)
         stream = inflate.unconsumed_tail
         if not piece and not inflate.eof:
-            raise ImageError("damaged PNG: its pixels are cut")
+            raise ImageError("damaged PNG: its pixel data are truncated")
         size += len(piece)
     return size
 
@@ -207,7 +207,7 @@ def _inflated_size(stream: bytes, limit: int) -> int:
 
 def _webp_header(data: bytes) -> Header:
     if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
-        raise ImageError("damaged WEBP: the file is cut")
+        raise ImageError("damaged WEBP: the file is truncated")
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))

@@ -1,8 +1,8 @@
-"""The rows of a global batch, as a function of (seed, step): whatever the number of workers, exact after a resume.
+"""The rows of a global batch as a function of (seed, step), independent of the number of workers and of resumes.
 
-Position p = step * batch_size + i counts images since the start; epoch e = p // n_rows reads the rows in the order of
-a permutation that is a function of (seed, e), computed index by index, so that a billion rows cost no memory.
-Tokens come from a memory map that each node fills once from the store, verified, and checks again when it is opened.
+Position p = step * batch_size + i counts images since the start. Epoch e = p // n_rows reads the rows in the order of a
+permutation that is a function of (seed, e). It is computed index by index and needs no memory for the rows. Tokens come
+from a memory map that each node fills once from verified shards, and verifies again when it opens the map.
 """
 
 import hashlib
@@ -23,39 +23,39 @@ ROUNDS = 6
 
 
 class Batch(NamedTuple):
-    """Which images make up a global batch, in order."""
+    """The images of a global batch, in order."""
 
     epochs: Rows
     rows: Rows
 
 
 def global_batch(seed: int, step: int, batch_size: int, n_rows: int) -> Batch:
-    """The images of one step; a batch may span the end of an epoch, and no image is left out of any."""
+    """The images of one step. A batch may span two epochs; every epoch contains every image."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // n_rows
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(positions[here] % n_rows, n_rows, seed, int(epoch))
+        selected = epochs == epoch
+        rows[selected] = permute(positions[selected] % n_rows, n_rows, seed, int(epoch))
     return Batch(epochs, rows)
 
 
 def share(batch: Batch, rank: int, world_size: int) -> Batch:
-    """A worker's contiguous part; parts differ by at most one image."""
+    """The contiguous part of one worker. The sizes of the parts differ by at most one image."""
     n = len(batch.rows)
     part = slice(rank * n // world_size, (rank + 1) * n // world_size)
     return Batch(batch.epochs[part], batch.rows[part])
 
 
 def keys_of(store: TokenStore, split: str, rows: Rows) -> list[str]:
-    """The names of images, read from their shards: slow, for errors."""
+    """The keys of images, read from their shards. This is slow and meant for error messages."""
     keys: dict[int, str] = {}
     start = 0
     for shard in store.manifest.select(split):
-        here = [int(row) for row in rows if start <= row < start + shard.rows]
-        if here:
+        in_shard = [int(row) for row in rows if start <= row < start + shard.rows]
+        if in_shard:
             names = store.read(shard)["key"]
-            keys |= {row: names[row - start].as_py() for row in here}
+            keys |= {row: names[row - start].as_py() for row in in_shard}
         start += shard.rows
     return [keys[int(row)] for row in rows]
 
@@ -63,8 +63,8 @@ def keys_of(store: TokenStore, split: str, rows: Rows) -> list[str]:
 def permute(index: Rows, n: int, seed: int, epoch: int) -> Rows:
     """A bijection of 0 .. n-1 keyed by (seed, epoch), applied to `index`.
 
-    A Feistel network permutes the numbers below the next power of four; results that fall outside are sent through
-    again until they land inside ("cycle walking"), which keeps it a bijection of 0 .. n-1.
+    A Feistel network permutes the numbers below the next power of four. It is applied again to results >= n until they
+    are below n ("cycle walking"), which gives a bijection of 0 .. n-1.
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     digest = hashlib.sha256(f"{seed}\0{epoch}".encode()).digest()
@@ -86,14 +86,14 @@ def _feistel(x: NDArray[np.uint64], bits: int, keys: list[np.uint64]) -> NDArray
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser: every input bit reaches every output bit. Wraps around by design."""
+    """The finaliser of splitmix64: every input bit affects every output bit. Overflow is intended."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class SplitCache:
-    """A split's tokens on this node: one (rows, positions) uint16 memory map per view. With `labelled`, its labels."""
+    """A split's tokens on a node: one (rows, positions) uint16 memory map per view; its labels if `labelled`."""
 
     def __init__(self, store: TokenStore, split: str, folder: Path | None = None, labelled: bool = False):
         self.views = [_map(store, split, v, folder or storage.CACHE) for v in range(store.manifest.views(split))]
@@ -106,18 +106,18 @@ class SplitCache:
         """(len(batch), positions): epoch e reads view e mod the number of views."""
         tokens = np.empty((len(batch.rows), self.views[0].shape[1]), np.uint16)
         for v, view in enumerate(self.views):
-            here = batch.epochs % len(self.views) == v
-            tokens[here] = view[batch.rows[here]]
+            selected = batch.epochs % len(self.views) == v
+            tokens[selected] = view[batch.rows[selected]]
         return tokens
 
     def labels_of(self, batch: Batch) -> Rows:
-        """(len(batch),): all views of an image have its label."""
-        assert self.labels is not None, "a split that was opened without its labels"
+        """(len(batch),) int64. All views of an image have the same label."""
+        assert self.labels is not None, "the split was opened without its labels"
         return self.labels[batch.rows].astype(np.int64)
 
 
 def _map(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
-    """Every shard is verified on its way into the cache."""
+    """Fill the cache with verified shards."""
     shape = (store.manifest.rows(split), store.kind.n_positions)
     path = folder / f"tokens-{store.sha256[:24]}-{split}-v{view}.u16"
     return node_cache.mapped(
@@ -126,7 +126,7 @@ def _map(store: TokenStore, split: str, view: int, folder: Path) -> Tokens:
 
 
 def _labels(store: TokenStore, split: str, folder: Path) -> NDArray[np.uint16]:
-    """As the tokens are. Raises `TokenStoreError` if an image has none."""
+    """The labels from the cache, like `_map`. Raises `TokenStoreError` if an image has none."""
     path = folder / f"tokens-{store.sha256[:24]}-{split}-labels.u16"
     tables = (store.read(shard) for shard in store.manifest.select(split))
     return node_cache.mapped(path, (store.manifest.rows(split),), lambda: (labels_in(table, split) for table in tables))
@@ -137,6 +137,6 @@ def labels_in(table: pa.Table, split: str) -> NDArray[np.uint16]:
     labels = table["label"].to_numpy()
     if missing := int((labels < 0).sum()):
         raise TokenStoreError(
-            f"{missing} images of {split} have no label: classes are learnt from splits whose images all have one"
+            f"{missing} images of {split} have no label: classification needs a split whose images all have one"
         )
     return labels.astype(np.uint16)

@@ -1,7 +1,7 @@
-"""A node's cache: arrays that can always be made again, memory-mapped so that the node's processes share them.
+"""A node's cache of arrays that can be recomputed, memory-mapped so that the processes of the node share them.
 
-A file is the array's bytes and, behind them, their sha256. Every process checks it when it opens the file, at a
-gigabyte or so a second, because disks outlive training runs and bits flip: what is damaged is named, and made again.
+A file holds the array's bytes followed by their sha256. Every process verifies it when it opens the file, at about
+1 GB/s, because files on disk can be corrupted between training runs. A damaged file is logged and written again.
 """
 
 import fcntl
@@ -27,32 +27,33 @@ SHA256_BYTES = 32
 
 
 def mapped(path: Path, shape: tuple[int, ...], pieces: Pieces) -> NDArray[np.uint16]:
-    """The array of this shape at `path`; where it is missing or damaged, one process makes it from its `pieces`.
+    """Memory-map the array of this shape at `path`. If the file is missing or damaged, one process writes it from
+    `pieces` while the others wait.
 
-    The others wait meanwhile. Raises `StorageError` if the disk has no room for it.
+    Raises `StorageError` if the disk does not have enough free space.
     """
     n_bytes = 2 * math.prod(shape)
-    if not _is_whole(path, n_bytes):
+    if not _is_intact(path, n_bytes):
         with _errors(path, n_bytes), _locked(path.with_suffix(".lock")):
-            if path.exists() and not _is_whole(path, n_bytes):  # else another process has just made it
-                log.warning("%s is damaged: it is made again", path)
-                path.unlink()  # whoever has it mapped keeps it; the room is needed
+            if path.exists() and not _is_intact(path, n_bytes):  # otherwise another process has just written it
+                log.warning("%s is damaged and is written again", path)
+                path.unlink()  # existing mappings stay valid; this frees disk space
             if not path.exists():
-                _make(path, n_bytes, pieces)
+                _write(path, n_bytes, pieces)
     return np.memmap(path, np.uint16, "r", shape=shape)
 
 
-def _is_whole(path: Path, n_bytes: int) -> bool:
+def _is_intact(path: Path, n_bytes: int) -> bool:
     if not path.exists() or path.stat().st_size != n_bytes + SHA256_BYTES:
         return False
     content = np.memmap(path, np.uint8, "r")
     return hashlib.sha256(content[:n_bytes].data).digest() == content[n_bytes:].tobytes()
 
 
-def _make(path: Path, n_bytes: int, pieces: Pieces) -> None:
-    """Not synced to disk: a power cut may tear it, and then it will be made again."""
+def _write(path: Path, n_bytes: int, pieces: Pieces) -> None:
+    """Write the file and rename it. It is not synced: after a power failure it may be damaged and is written again."""
     temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed; before the disk is looked at
+    temporary.unlink(missing_ok=True)  # left by a killed process; removed before free space is measured
     if shutil.disk_usage(path.parent).free < n_bytes:
         raise storage.disk_full_error(str(path), n_bytes)
     digest = hashlib.sha256()

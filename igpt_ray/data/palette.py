@@ -1,10 +1,10 @@
-"""The palette: k colours, and the exact map from any 24-bit colour to the nearest of them.
+"""The palette: k colours, and the exact map from every 24-bit colour to the nearest of them.
 
-Colours are float32 RGB in [-1, 1], `x / 127.5 - 1` of the 8-bit value, as in OpenAI's `kmeans_centers.npy`. Nearest
-is by squared Euclidean distance, the lowest index on a tie. Inputs are 8-bit, so the map is a table of 2^24 entries:
-exact, and a single look-up per pixel.
+Colours are float32 RGB in [-1, 1], `x / 127.5 - 1` of the 8-bit value, as in OpenAI's `kmeans_centers.npy`. The
+nearest colour has the smallest squared Euclidean distance; ties take the lowest index. Inputs are 8-bit, so the map is
+a table of 2^24 entries: exact, with one lookup per pixel.
 
-`openai_palette.npy` beside this file holds OpenAI's own 512 colours, published with Image GPT under the Modified MIT
+`openai_palette.npy` in this folder holds OpenAI's own 512 colours, published with Image GPT under the Modified MIT
 licence in `openai_palette.LICENSE`; `Palette.load("openai")` reads them.
 """
 
@@ -27,9 +27,9 @@ from igpt_ray.errors import PaletteError
 
 COLOURS = 1 << 24
 BLOCK, CELL = 32, 8
-"""Sides of the cubes of colours for which `nearest_table` narrows its choice, and then decides."""
+"""Sides of the colour cubes for which `nearest_table` prunes candidates (block), then computes distances (cell)."""
 CHUNK = 1 << 15
-"""Pixels that `encode` looks up at once: their indices stay in the processor's cache."""
+"""Pixels per lookup in `encode`, so that their indices fit the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +50,16 @@ class Palette:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the colours as little-endian float32: the same however the file was written."""
+        """sha256 of the colours as little-endian float32, independent of the file's encoding."""
         return hashlib.sha256(np.ascontiguousarray(self.colours, "<f4").tobytes()).hexdigest()
 
     @classmethod
     def fit(cls, histogram: NDArray[np.int64], k: int, seed: int = 0, gpu: bool = False) -> "Palette":
         """k-means on distinct colours weighted by their counts, sorted by red, green, blue.
 
-        `histogram` has 2^24 counts, indexed by `pack`. Cost follows the number of distinct colours, not of pixels.
-        Equal words give equal palettes on one kind of machine with one version of faiss, whatever the number of
-        threads. Another processor, or a GPU, may round another way and end in another palette, as good.
+        `histogram` has 2^24 counts, indexed by `pack`. The cost depends on the number of distinct colours.
+        Equal arguments give equal palettes on one machine type and faiss version, with any number of threads. Another
+        processor or a GPU may round differently and give another palette of similar quality.
         """
         packed = np.flatnonzero(histogram)
         if len(packed) < k:
@@ -70,9 +70,9 @@ class Palette:
 
     @classmethod
     def load(cls, uri: str) -> "Palette":
-        """Read a .npy of (k, 3) float32; the word `openai` stands for OpenAI's colours, which come with the package.
+        """Read a .npy file of (k, 3) float32. `openai` is OpenAI's palette, part of this package.
 
-        Raises `PaletteError` for anything else; pickles are not opened.
+        Raises `PaletteError` for any other content. Pickles are not opened.
         """
         if uri == OPENAI_PALETTE:
             data = resources.files("igpt_ray.data").joinpath("openai_palette.npy").read_bytes()
@@ -80,7 +80,7 @@ class Palette:
             data = storage.read(uri)
         try:
             colours = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # a damaged header raises anything: SyntaxError, TokenError, MemoryError, ...
+        except Exception as error:  # damaged headers raise many types: SyntaxError, TokenError, MemoryError, ...
             raise PaletteError(f"{uri} is not a palette: expected a .npy of (k, 3) float32 ({error})") from error
         try:
             return cls(colours)
@@ -97,7 +97,7 @@ class Palette:
         return out.getvalue()
 
     def encode(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        """(..., 3) uint8 -> (...) uint16, the nearest colour of each pixel."""
+        """(..., 3) uint8 -> (...) uint16: the index of the nearest colour of each pixel."""
         if rgb.dtype != np.uint8 or rgb.shape[-1] != 3:
             raise PaletteError(f"expected (..., 3) uint8 pixels, got {rgb.shape} {rgb.dtype}")
         pixels = np.ascontiguousarray(rgb).reshape(-1, 3)
@@ -112,9 +112,9 @@ class Palette:
 
     @functools.cached_property
     def _table(self) -> NDArray[np.uint16]:
-        """The 2^24 table, memory-mapped from the node's cache so that its processes share it.
+        """The table of 2^24 entries, memory-mapped from the node's cache and shared by its processes.
 
-        Indexed by 0xBBGGRR: the order in which the bytes of a pixel make a little-endian number.
+        It is indexed by 0xBBGGRR, a pixel's bytes read as a little-endian number.
         """
         path = storage.CACHE / f"table-{self.fingerprint[:24]}-bgr.u16"
 
@@ -128,40 +128,40 @@ class Palette:
 def _look_up(table: NDArray[np.uint16], pixels: NDArray[np.uint8], tokens: NDArray[np.uint16]) -> None:
     """Fill `tokens` (n,) from `pixels` (n, 3).
 
-    A pixel and the byte after it are read as one 32-bit number; that byte is masked away. So packing takes one pass
-    instead of five. The last pixel has no byte after it, and comes alone.
+    A pixel and the byte after it are read as one 32-bit number, and that byte is masked, so packing takes one pass
+    instead of five. The last pixel has no byte after it and is handled separately.
     """
     if not len(pixels):
         return
     four_bytes = np.ndarray((len(pixels) - 1,), "<u4", pixels, strides=(3,))
-    indices = np.empty(CHUNK, np.intp)  # the type that `take` wants: any other it would convert
+    indices = np.empty(CHUNK, np.intp)  # the index type of `take`, which would convert any other
     for start in range(0, len(four_bytes), CHUNK):
         chunk = four_bytes[start : start + CHUNK]
         index = np.bitwise_and(chunk, COLOURS - 1, out=indices[: len(chunk)], casting="unsafe")
-        # "clip" because the default would first copy `out`, to leave it whole if an index were out of range
+        # The default mode would buffer `out`, to keep it unchanged if an index were out of range.
         np.take(table, index, out=tokens[start : start + len(chunk)], mode="clip")
     red, green, blue = (int(channel) for channel in pixels[-1])
     tokens[-1] = table[blue << 16 | green << 8 | red]
 
 
 def nearest_table(colours: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """(k, 3) -> (2^24,): the nearest colour of every 24-bit value, in float64, without searching all k for each.
+    """(k, 3) -> (2^24,): the nearest colour of every 24-bit value, in float64, without a search over all k for each.
 
-    The cube of colours is cut into blocks, and these into cells. Only a palette colour whose smallest distance to a
-    cell is no larger than some other's largest distance can be nearest inside it: about three of 512. The same holds
-    for a block, so that a cell need only look at what its block left over. The squared distance is a sum over
-    channels, so both bounds and distances are sums of three small tables. Rounding never reverses an order, so the
-    bounds of rounded sums hold as well.
+    The colour cube is divided into blocks, and each block into cells. A palette colour can be nearest inside a cell
+    only if its smallest distance to the cell is at most the largest distance of every other colour: about 3 of 512
+    remain. The same bound on blocks reduces the candidates of their cells. The squared distance is a sum over
+    channels, so bounds and distances are sums of three small tables. Rounding is monotonic, so the bounds also hold
+    for rounded sums.
     """
     table = np.empty((256, 256, 256), np.uint16)
     blocks = [slice(start, start + BLOCK) for start in range(0, 256, BLOCK)]
     bounds = [[_bounds(_squared(levels, colours[:, c])) for levels in blocks] for c in range(3)]
     for red, green, blue in itertools.product(range(len(blocks)), repeat=3):
         (r_least, r_most), (g_least, g_most), (b_least, b_most) = bounds[0][red], bounds[1][green], bounds[2][blue]
-        possible = np.flatnonzero(r_least + g_least + b_least <= (r_most + g_most + b_most).min())
-        place = (blocks[red], blocks[green], blocks[blue])
-        squared = [_squared(levels, colours[possible, c]) for c, levels in enumerate(place)]
-        _decide_block(table[place], possible, *squared)
+        candidates = np.flatnonzero(r_least + g_least + b_least <= (r_most + g_most + b_most).min())
+        block = (blocks[red], blocks[green], blocks[blue])
+        squared = [_squared(levels, colours[candidates, c]) for c, levels in enumerate(block)]
+        _decide_block(table[block], candidates, *squared)
     return table.reshape(-1)
 
 
@@ -171,39 +171,39 @@ def _squared(levels: slice, channel: NDArray[np.float32]) -> NDArray[np.float64]
 
 
 def _bounds(squared: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least and greatest over the last but one axis."""
+    """Minimum and maximum over the second to last axis."""
     return squared.min(-2), squared.max(-2)
 
 
 def _decide_block(
     block: NDArray[np.uint16],
-    possible: NDArray[np.intp],
+    candidates: NDArray[np.intp],
     red: NDArray[np.float64],
     green: NDArray[np.float64],
     blue: NDArray[np.float64],
 ) -> None:
-    """Fill one block of the table, cell by cell, with the nearest of the `possible` colours."""
+    """Fill one block of the table, cell by cell, with the nearest of the `candidates` colours."""
     n = BLOCK // CELL
     red, green, blue = (squared.reshape(n, CELL, -1) for squared in (red, green, blue))
     (r_least, r_most), (g_least, g_most), (b_least, b_most) = _bounds(red), _bounds(green), _bounds(blue)
     cells = block.reshape(n, CELL, n, CELL, n, CELL)
     for r, g in np.ndindex(n, n):
-        least = r_least[r] + g_least[g] + b_least  # (n, possible): cells of blue
+        least = r_least[r] + g_least[g] + b_least  # (n, candidates): cells of blue
         most = r_most[r] + g_most[g] + b_most
         for b, near in enumerate(least <= most.min(1, keepdims=True)):
             c = np.flatnonzero(near)
             red_green = red[r][:, None, c] + green[g][None, :, c]  # (CELL, CELL, c)
             distance = red_green[:, :, None] + blue[b][:, c]
-            cells[r, :, g, :, b] = possible[c[distance.argmin(-1)]]
+            cells[r, :, g, :, b] = candidates[c[distance.argmin(-1)]]
 
 
 def quality(
     palette: Palette, histogram: NDArray[np.int64], held_out: NDArray[np.int64] | None = None
 ) -> dict[str, float | int | None]:
-    """How well a palette serves pixels, given as counts of colours; usually those that it was fitted to.
+    """Quality of a palette on pixels given as a colour histogram, usually the one that it was fitted to.
 
-    `mse` is the squared distance to the decoded colour, in 8-bit units, summed over the channels; of other pixels
-    too if their counts are given. PSNR in dB; entropy of the tokens in nats, at most log(k); colours that are used.
+    `mse` is the mean squared distance to the decoded colour in 8-bit units, summed over the channels; `held_out_mse` is
+    the same for the histogram `held_out`. PSNR is in dB, entropy of the tokens in nats, at most log(k).
     """
     packed = np.flatnonzero(histogram)
     counts = histogram[packed]
@@ -228,18 +228,21 @@ def _mse(palette: Palette, histogram: NDArray[np.int64]) -> float:
     return float((squared * histogram[packed]).sum() / histogram[packed].sum())
 
 
-def swatches(palette: Palette) -> NDArray[np.uint8]:
-    """A picture of all colours, arranged for the eye: greys on the left, then the hues; each column dark to bright.
+def sidecar(palette: str, ending: str = ".json") -> str:
+    """URI of the file next to the palette that describes it, or shows its colours (".png")."""
+    return palette.removesuffix(".npy") + ending
 
-    Twice as wide as high.
-    """
+
+def swatches(palette: Palette) -> NDArray[np.uint8]:
+    """An image of all colours: greys on the left, then hues; each column from dark to bright. About twice as wide as
+    high."""
     rgb = palette.decode(np.arange(len(palette)))
     rows = int(np.ceil(np.sqrt(len(rgb) / 2)))
     red, green, blue = rgb.astype(np.float64).T
     lightness = 0.299 * red + 0.587 * green + 0.114 * blue
     a, b = red - (green + blue) / 2, np.sqrt(0.75) * (green - blue)  # hue and chroma are angle and length of (a, b)
     chroma = np.hypot(a, b)
-    grey = chroma <= np.quantile(chroma, 0.25)  # their hue would be noise
+    grey = chroma <= np.quantile(chroma, 0.25)  # hue is noise for low chroma
     order = np.lexsort([np.where(grey, chroma, np.arctan2(b, a)), ~grey])
     columns = [rgb[c[np.argsort(lightness[c], kind="stable")]] for c in np.split(order, range(rows, len(order), rows))]
     picture = np.full((rows, len(columns), 3), 255, np.uint8)
@@ -249,7 +252,7 @@ def swatches(palette: Palette) -> NDArray[np.uint8]:
 
 
 def nearest_float64(colours: NDArray[np.float32], rgb: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Brute force in float64, lowest index on a tie: what the table must equal. (M, 3) -> (M,)."""
+    """Reference for `nearest_table`: brute force in float64, the lowest index on a tie. (M, 3) -> (M,)."""
     nearest = np.empty(len(rgb), np.int64)
     for start in range(0, len(rgb), 4096):
         block = rgb[start : start + 4096].astype(np.float64) / 127.5 - 1
@@ -270,7 +273,7 @@ def unpack(packed: NDArray[np.integer]) -> NDArray[np.uint8]:
 
 
 def scale(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """8-bit to [-1, 1] (OpenAI's `src/utils.py: color_quantize_np`'s scale)."""
+    """8-bit to [-1, 1], as in OpenAI's `src/utils.py: color_quantize_np`."""
     return rgb.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 

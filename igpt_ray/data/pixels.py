@@ -1,16 +1,17 @@
-"""Pictures: bytes -> RGB -> the view that is tokenized, and back to PNG.
+"""Pixel pipelines: encoded image -> RGB -> the view that is tokenized; and RGB -> PNG.
 
-A pixel pipeline has a name and a version, because the choice of decoder, filter and crop changes a third of all tokens:
-palettes, shards and releases carry it and refuse a mismatch. All pipelines take the same crops and read the same files.
+A pixel pipeline has a name and a version, because the choice of decoder, filter and crop changes a third of all tokens.
+Palettes, shards and releases record it, and a mismatch is an error. All pipelines use the same crops and accept the
+same files.
 
 `reference-1` is the paper's chain (section 3.1) with PIL: full decode; shorter side to 224, bicubic; centre crop
 224; box filter down to n_px. The random view: shorter side to a random length in [256, 384], random 224 crop, box.
 The paper does not state the last filter; box is the common choice of ports.
 
-`fast-1` computes the same in one step, on a smaller picture. libjpeg-turbo decodes a JPEG straight to 1/2, 1/4 or 1/8
-of its size, as long as `DETAIL` pixels are left for each one wanted; other formats are decoded by PIL in full. The two
-resizes and the crop are linear and act on rows and columns apart, so together they are one small matrix for each side.
-Rounding happens once, at the end, where the reference rounds after every pass.
+`fast-1` computes the same in one step on a smaller image. libjpeg-turbo decodes a JPEG directly at 1/2, 1/4 or 1/8 of
+its size, provided that `DETAIL` decoded pixels remain per output pixel; PIL decodes other formats at full size. The two
+resizes and the crop are linear and separable, so they are one small matrix for the rows and one for the columns.
+Rounding happens once, at the end, while the reference rounds after every pass.
 """
 
 import hashlib
@@ -23,24 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from igpt_ray.data.config import PixelsConfig
 from igpt_ray.data.image_files import MAX_PIXELS, RGB, Header, decode, header_of, scaled_jpeg
 from igpt_ray.errors import ImageError
 
 REFERENCE = "reference-1"
 FAST = "fast-1"
 PIPELINES = {"fast": FAST, "reference": REFERENCE}
-"""The present version of each pipeline, by the name that settings use."""
+"""The current version of each pipeline, by its name in the settings."""
 
 CROP = 224
 SHORTER_SIDE = (256, 384)
 DETAIL = 4
-"""`fast`: pixels of the decoded picture on a side of the crop for each of n_px, at least. On ImageNet's files at
-32 x 32 that keeps 53.5 dB and 94.6 % of the reference's tokens (centre), 54.7 dB and 95.5 % (random); 5 would keep
+"""`fast`: least number of decoded pixels per output pixel, along a side of the crop. On ImageNet at
+32 x 32 this keeps 53.5 dB and 94.6 % of the reference's tokens (centre), 54.7 dB and 95.5 % (random); 5 would keep
 54.1 dB and 95.1 %, 57.5 dB and 97.4 %, at 10 % fewer images per second."""
 
 
 class CropBox(NamedTuple):
-    """Where a view lies: the picture is resized to width x height, then CROP x CROP pixels are cut at left, top."""
+    """The geometry of a view: resize to width x height, then crop CROP x CROP pixels at (left, top)."""
 
     width: int
     height: int
@@ -52,21 +54,29 @@ class CropBox(NamedTuple):
 
 
 def centre_view(data: bytes, n_px: int, pipeline: str = FAST) -> RGB:
-    """The paper's evaluation view of an encoded picture: (n_px, n_px, 3)."""
+    """The paper's evaluation view of an encoded image: (n_px, n_px, 3)."""
     return _view(data, n_px, pipeline, _centre)
 
 
 def random_view(data: bytes, n_px: int, key: str, view: int, pipeline: str = FAST) -> RGB:
-    """The paper's training view, drawn from (key, view) alone: a repeat gives the same pixels."""
-    return _view(data, n_px, pipeline, partial(_drawn, key, view))
+    """The paper's training view, a function of (key, view), so that a repeat gives the same pixels."""
+    return _view(data, n_px, pipeline, partial(_random, key, view))
 
 
-def _view(data: bytes, n_px: int, pipeline: str, frame_of: Callable[[int, int], CropBox]) -> RGB:
+def configured_view(data: bytes, settings: PixelsConfig, training: bool, key: str, view: int) -> RGB:
+    """The random view for training images with `crop="random"`, the centre view otherwise."""
+    pipeline = PIPELINES[settings.pipeline]
+    if training and settings.crop == "random":
+        return random_view(data, settings.n_px, key, view, pipeline)
+    return centre_view(data, settings.n_px, pipeline)
+
+
+def _view(data: bytes, n_px: int, pipeline: str, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
     if pipeline == FAST:
-        return _fast(data, n_px, frame_of)
+        return _fast(data, n_px, crop_box_of)
     if pipeline == REFERENCE:
-        return _reference(data, n_px, frame_of)
-    raise ImageError(f"no pixel pipeline {pipeline!r}: this version makes {FAST} and {REFERENCE}")
+        return _reference(data, n_px, crop_box_of)
+    raise ImageError(f"unknown pixel pipeline {pipeline!r}: this version has {FAST} and {REFERENCE}")
 
 
 def _centre(width: int, height: int) -> CropBox:
@@ -74,8 +84,8 @@ def _centre(width: int, height: int) -> CropBox:
     return CropBox(width, height, (width - CROP) // 2, (height - CROP) // 2)
 
 
-def _drawn(key: str, view: int, width: int, height: int) -> CropBox:
-    """No generator of a library: its stream may change with the library's version."""
+def _random(key: str, view: int, width: int, height: int) -> CropBox:
+    """A random crop from a hash. A library's random generator may change between versions."""
     digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()
     length, left, top = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
     width, height = _resized(width, height, SHORTER_SIDE[0] + length % (SHORTER_SIDE[1] - SHORTER_SIDE[0] + 1))
@@ -83,10 +93,10 @@ def _drawn(key: str, view: int, width: int, height: int) -> CropBox:
 
 
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `length`."""
+    """Width and height after the shorter side is resized to `length`."""
     scale = length / min(width, height)
     resized = max(length, round(width * scale)), max(length, round(height * scale))
-    if resized[0] * resized[1] > MAX_PIXELS:  # one pixel by many thousands: small in the file, vast once enlarged
+    if resized[0] * resized[1] > MAX_PIXELS:  # extreme aspect ratios become very large
         raise ImageError(f"{width} x {height} pixels: too narrow to resize to {length}")
     return resized
 
@@ -94,11 +104,11 @@ def _resized(width: int, height: int, length: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ reference-1
 
 
-def _reference(data: bytes, n_px: int, frame_of: Callable[[int, int], CropBox]) -> RGB:
+def _reference(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
     picture = Image.fromarray(decode(data))
-    frame = frame_of(*picture.size)
-    resized = picture.resize((frame.width, frame.height), Image.Resampling.BICUBIC)
-    cut = resized.crop((frame.left, frame.top, frame.left + CROP, frame.top + CROP))
+    crop_box = crop_box_of(*picture.size)
+    resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
+    cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
     return np.asarray(cut.resize((n_px, n_px), Image.Resampling.BOX))
 
 
@@ -106,8 +116,8 @@ def _reference(data: bytes, n_px: int, frame_of: Callable[[int, int], CropBox]) 
 
 # Matrices hold integers, in units of 2**-ROW_BITS and 2**-COLUMN_BITS, so that every partial sum of either product is
 # an integer that its float type holds exactly: 8 bits of pixel, 15 of weight, and one because the absolute values of
-# the weights sum to less than 2, make 24 for float32; the second product takes 45 of float64's 53. Nothing is rounded
-# on the way, so BLAS may add in any order, in any number of threads, with any instructions: the bytes are the same.
+# the weights sum to less than 2, make 24 for float32; the second product takes 45 of float64's 53. No intermediate
+# result is rounded, so the bytes do not depend on the summation order, threads or instructions of BLAS.
 ROW_BITS = 15
 COLUMN_BITS = 20
 
@@ -116,7 +126,7 @@ BAND = 8
 
 
 class ResizeRows(NamedTuple):
-    """Some rows of a view (or columns) are made of pixels `first` to `last` of the decoded picture, times a matrix."""
+    """A band of rows (or columns) of a view: a matrix times pixels `first` to `last` of the decoded image."""
 
     first: int
     last: int
@@ -126,15 +136,15 @@ class ResizeRows(NamedTuple):
 ResizeMatrix = tuple[ResizeRows, ...]
 
 
-def _fast(data: bytes, n_px: int, frame_of: Callable[[int, int], CropBox]) -> RGB:
+def _fast(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
     header = header_of(data)
-    frame = frame_of(header.width, header.height)
+    crop_box = crop_box_of(header.width, header.height)
     scalable = header.format == "JPEG" and header.colours == "RGB"
-    eighths = _eighths(header, frame, n_px) if scalable else 8
+    eighths = _eighths(header, crop_box, n_px) if scalable else 8
     rgb = scaled_jpeg(data, header, eighths) if scalable else decode(data)
-    side_of = _kept_side_of if frame_of is _centre else _side_of
-    rows = side_of(header.height, frame.height, frame.top, eighths, n_px, ROW_BITS)
-    return _fold(rgb, rows, side_of(header.width, frame.width, frame.left, eighths, n_px, COLUMN_BITS), n_px)
+    side_of = _cached_side_of if crop_box_of is _centre else _side_of
+    rows = side_of(header.height, crop_box.height, crop_box.top, eighths, n_px, ROW_BITS)
+    return _fold(rgb, rows, side_of(header.width, crop_box.width, crop_box.left, eighths, n_px, COLUMN_BITS), n_px)
 
 
 def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB:
@@ -152,17 +162,17 @@ def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB
     return np.ascontiguousarray(view.reshape(n_px, 3, n_px).transpose(2, 0, 1))
 
 
-def _eighths(header: Header, frame: CropBox, n_px: int) -> int:
-    """The scale to decode at. The other multiples of 1/8 have slower inverse transforms than no scaling at all."""
-    crop = min(header.width, header.height) * CROP / min(frame.width, frame.height)  # in pixels of the picture
+def _eighths(header: Header, crop_box: CropBox, n_px: int) -> int:
+    """Decoding scale in eighths. The inverse transforms of the other multiples of 1/8 are slower than full size."""
+    crop = min(header.width, header.height) * CROP / min(crop_box.width, crop_box.height)  # in pixels of the image
     return next((k for k in (1, 2, 4) if crop * k >= 8 * DETAIL * n_px), 8)
 
 
 def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bits: int) -> ResizeMatrix:
-    """One side's two resizes and its crop as matrices on the decoded pixels, in units of 2**-bits.
+    """The two resizes and the crop of one side as matrices on the decoded pixels, in units of 2**-bits.
 
-    A picture decoded at k/8 has ceil(n_in * k / 8) pixels, the last of which may lie half outside the picture, so its
-    length is n_in * k / 8 and not the number of its pixels.
+    An image decoded at k/8 has ceil(n_in * k / 8) pixels along a side. The last one may lie partly outside the image,
+    so the length is n_in * k / 8 and not the number of pixels.
     """
     first, weights = _bicubic(n_in * eighths / 8, -(-n_in * eighths // 8), n_resized, offset)
     box, sizes = _boxes(n_px)
@@ -174,21 +184,21 @@ def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bi
     used = whole != 0
     firsts, lasts = used.argmax(1), high - low - used[:, ::-1].argmax(1)
     bands = []
-    for start in range(0, n_px, BAND):  # each needs but a part of the picture
+    for start in range(0, n_px, BAND):  # each band needs only a part of the image
         band = slice(start, start + BAND)
         left, right = int(firsts[band].min()), int(lasts[band].max())
         bands.append(ResizeRows(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
     return tuple(bands)
 
 
-_kept_side_of = lru_cache(maxsize=2048)(_side_of)
-"""Of the centre view, which pictures of one size share."""
+_cached_side_of = lru_cache(maxsize=2048)(_side_of)
+"""For the centre view, whose matrices are the same for images of one size."""
 
 
 def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """PIL's bicubic resize with antialiasing, of `length` (covered by n_in pixels) to n_out pixels.
+    """PIL's bicubic resize with antialiasing from `length` (covered by n_in pixels) to n_out pixels.
 
-    For output pixels offset .. offset + CROP: the first input pixel (CROP,), and the weights from there (CROP, taps).
+    For output pixels offset .. offset + CROP: the first input pixel (CROP,) and the weights from it on (CROP, taps).
     """
     scale = length / n_out
     widened = max(scale, 1.0)
@@ -204,7 +214,7 @@ def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray
 
 @lru_cache(maxsize=16)
 def _boxes(n_px: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """PIL's box resize of CROP to n_px pixels: the box that each pixel falls into, and how many fall into each."""
+    """PIL's box resize from CROP to n_px pixels: the box of each input pixel, and the number of pixels per box."""
     box = np.ceil((np.arange(CROP) + 0.5) * n_px / CROP).astype(np.int64) - 1  # a centre on an edge belongs to the left
     return box, np.bincount(box, minlength=n_px)
 
@@ -220,8 +230,8 @@ def png(rgb: RGB) -> bytes:
 
 
 def sheet(rows: list[list[RGB]], scale: int = 1, gap: int = 2, wide_gaps: tuple[int, ...] = ()) -> RGB:
-    """Pictures of one size on white, row by row, enlarged without smoothing; columns in `wide_gaps` start after a
-    wider gap. Returns one (H, W, 3) picture."""
+    """Arrange images of one size in rows on white, enlarged without smoothing. A wider gap precedes the columns in
+    `wide_gaps`. Returns one (H, W, 3) image."""
     side = rows[0][0].shape[0] * scale
     lefts = []
     x = gap

@@ -1,13 +1,13 @@
-"""The token store: Parquet shards {key, label, tokens}, named and committed by one manifest.
+"""The token store: Parquet shards (key, label, tokens), listed and committed by one manifest.
 
-    <root>/manifest.json                     written last, conditionally: the commit
+    <root>/manifest.json                     written last, by a conditional write: the commit
     <root>/palette.npy
     <root>/<split>/<unit>-v<view>.parquet
-    <root>/quarantine/<split>-<unit>-v<view>.json    what could not be read, and why
+    <root>/quarantine/<split>-<unit>-v<view>.json    unreadable images, with the reason
 
-Readers see only what a manifest names, and compare bytes and sha256 before they use a shard; the manifest ends with
-its own. A shard's name follows from its unit and view, and its bytes from its rows, so that a repeated task overwrites
-its own output with the same.
+Readers use only the shards in the manifest and verify the size and sha256 of each. The manifest ends with its own
+sha256. The path of a shard is a function of its unit and view, and its bytes are a function of its rows, so a repeated
+task overwrites its output with identical bytes.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from igpt_ray.errors import NotFound, TokenStoreError
 
 FORMAT = "igpt_ray tokens 1"
 SHEET = 64
-"""Pictures on a contact sheet."""
+"""Images on a contact sheet."""
 Tokens = NDArray[np.uint16]
 
 
@@ -40,14 +40,14 @@ class Strict(BaseModel):
 
 
 class TokenFormat(Strict):
-    """What tokens mean. Two stores, or a store and a release, fit together only if these are equal."""
+    """What tokens mean. Two stores, or a store and a release, are compatible only if these fields are equal."""
 
     n_px: int
     n_vocab: int
     palette: str
     """Fingerprint of the palette."""
     pipeline: str
-    """Id and version of the pixel pipeline."""
+    """Name and version of the pixel pipeline."""
 
     @property
     def n_positions(self) -> int:
@@ -55,18 +55,18 @@ class TokenFormat(Strict):
 
 
 class Statistics(Strict):
-    """What making a shard showed; sums, so that they add up over shards. The same in every repeat."""
+    """Statistics of a shard, as sums that add up over shards. Every repeat gives the same values."""
 
     quarantined: int
-    """Images that could not be read."""
+    """Number of unreadable images."""
     source_bytes: int
-    """Encoded bytes of the images that could."""
+    """Encoded bytes of the readable images."""
     squared_error: int
-    """Squared distance of the pixels to their colours, summed over pixels and channels, in 8-bit units."""
+    """Squared quantisation error in 8-bit units, summed over pixels and channels."""
 
 
 class Shard(Strict):
-    """One Parquet file, relative to the store's root."""
+    """One Parquet file; `path` is relative to the store's root."""
 
     path: str
     split: str
@@ -75,7 +75,7 @@ class Shard(Strict):
     bytes: int
     sha256: str
     source: str
-    """Digest of the unit of work it was made from."""
+    """Digest of its work unit."""
     statistics: Statistics
 
 
@@ -99,7 +99,7 @@ class Manifest(Strict):
         return sorted({shard.split for shard in self.shards})
 
     def views(self, split: str) -> int:
-        """How many views there are of the images of a split. Raises `TokenStoreError` as `select` does."""
+        """The number of views of a split. Raises `TokenStoreError` as `select` does."""
         self.select(split)
         views = 1 + max(shard.view for shard in self.shards if shard.split in split.split("+"))
         for view in range(1, views):
@@ -107,9 +107,9 @@ class Manifest(Strict):
         return views
 
     def select(self, split: str, view: int = 0) -> list[Shard]:
-        """The shards of a split, or of several: `train+holdout` is the one and then the other.
+        """The shards of a split, or of several in order, such as `train+holdout`.
 
-        Raises `TokenStoreError` if there is no such split, or nothing in it.
+        Raises `TokenStoreError` if a split is unknown or empty.
         """
         chosen: list[Shard] = []
         for name in split.split("+"):
@@ -117,7 +117,7 @@ class Manifest(Strict):
             if not part and view == 0:
                 raise TokenStoreError(f"no split {name!r} in this token store: it has {', '.join(self.splits)}")
             if not part:
-                raise TokenStoreError(f"{split} cannot be joined: {name!r} has fewer views than the other")
+                raise TokenStoreError(f"{split} cannot be joined: {name!r} has fewer views than the other split")
             chosen += part
         if not any(shard.rows for shard in chosen):
             raise TokenStoreError(f"the split {split!r} of this token store has no images")
@@ -134,11 +134,11 @@ class TokenStore:
         self.root = root
         self.manifest = manifest
         self.sha256 = sha256
-        """Of the manifest's bytes: names the whole content."""
+        """sha256 of the manifest file, which identifies the whole content."""
 
     @classmethod
     def open(cls, root: str) -> "TokenStore":
-        """Raises `TokenStoreError` if nothing is committed there, or its manifest is not one of ours."""
+        """Raises `TokenStoreError` if no store is committed at `root`, or its manifest is invalid."""
         root = storage.absolute(root)
         try:
             data = storage.read(storage.join(root, "manifest.json"))
@@ -147,8 +147,8 @@ class TokenStore:
         body = unseal(data)
         if body is None:
             raise TokenStoreError(
-                f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of what is"
-                " before): delete it and repeat jobs/prepare.py, which keeps the shards that are whole"
+                f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of its"
+                " other bytes): delete it and repeat jobs/prepare.py, which reuses intact shards"
             )
         try:
             manifest = Manifest.model_validate_json(body)
@@ -163,14 +163,14 @@ class TokenStore:
         return self.manifest.kind
 
     def palette(self) -> Palette:
-        """The store's palette; raises `TokenStoreError` if the file is not the one the manifest names."""
+        """The store's palette. Raises `TokenStoreError` if its fingerprint differs from the manifest's."""
         palette = Palette.load(storage.join(self.root, "palette.npy"))
         if palette.fingerprint != self.kind.palette:
-            raise TokenStoreError(f"{self.root}/palette.npy is not the palette that its tokens were made with")
+            raise TokenStoreError(f"{self.root}/palette.npy is not the palette of its tokens")
         return palette
 
     def read(self, shard: Shard) -> pa.Table:
-        """The rows of a shard, verified. Raises `TokenStoreError` naming the file if a single bit is wrong."""
+        """The rows of a shard. Raises `TokenStoreError` if its size or sha256 differs from the manifest's."""
         uri = storage.join(self.root, shard.path)
         data = storage.read(uri)
         if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
@@ -187,13 +187,13 @@ class TokenStore:
 
 
 def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: TokenFormat, unit: dict[str, Any]) -> bytes:
-    """A shard's bytes; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` says what it is made of."""
+    """The bytes of a shard; equal rows give equal bytes. `tokens` is (rows, n_px * n_px), `unit` is other metadata."""
     T = tokens.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel(), pa.uint16()), T)
-    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # rows may be none
+    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint16(), [T]), values)  # also for zero rows
     table = pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int32()), "tokens": column})
-    about = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
-    table = table.replace_schema_metadata({"igpt_ray": about})
+    metadata = json.dumps({"format": FORMAT, **kind.model_dump(), **unit}, sort_keys=True)
+    table = table.replace_schema_metadata({"igpt_ray": metadata})
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd", use_dictionary=["key"], write_page_checksum=True)
     return out.getvalue()
@@ -203,26 +203,26 @@ def parse(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
 
 
-def described(data: bytes) -> tuple[int, dict[str, Any]]:
-    """How many rows a shard has, and what it says of itself, from the end of its bytes alone."""
+def read_footer(data: bytes) -> tuple[int, dict[str, Any]]:
+    """The number of rows and the metadata of a shard, from its Parquet footer alone."""
     footer = pq.read_metadata(io.BytesIO(data))
-    return footer.num_rows, about(footer)
+    return footer.num_rows, metadata(footer)
 
 
 def reencode(table: pa.Table) -> bytes:
-    """The bytes of a shard made from these rows: those it was read from, unless some of them are wrong.
+    """The encoding of a shard's rows, which equals the bytes that it was read from unless they are damaged.
 
-    Pages have checksums; what lies between and behind them has none, but would be written otherwise.
+    Parquet pages have checksums. The other bytes of the file have none and are covered by this comparison.
     """
-    said = about(table.schema)
-    kind = TokenFormat(**{field: said.pop(field) for field in TokenFormat.model_fields})
-    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, said)
+    unit = metadata(table.schema)
+    kind = TokenFormat(**{field: unit.pop(field) for field in TokenFormat.model_fields})
+    return encode(table["key"].to_pylist(), table["label"].to_pylist(), tokens_of(table), kind, unit)
 
 
-def about(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
-    """What a shard says of itself: its kind, unit, split and view."""
-    found: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
-    return found
+def metadata(shard: pa.Schema | pq.FileMetaData) -> dict[str, Any]:
+    """A shard's own metadata: token format, unit, split, view and statistics."""
+    stored: dict[str, Any] = json.loads((shard.metadata or {}).get(b"igpt_ray", b"{}"))
+    return stored
 
 
 def tokens_of(table: pa.Table) -> Tokens:
@@ -232,17 +232,17 @@ def tokens_of(table: pa.Table) -> Tokens:
 
 
 def contact_sheet(store: TokenStore, split: str) -> RGB:
-    """A picture of 64 images of a split, decoded from their tokens: what a model will see of them.
+    """An image of 64 samples of a split, decoded from their tokens.
 
-    They are spread evenly over at most 8 shards, so that a sheet of a billion images costs no more.
+    The samples are evenly spaced over at most 8 shards, so the cost does not grow with the store.
     """
     with_rows = [shard for shard in store.manifest.select(split) if shard.rows]
     chosen = [with_rows[i] for i in evenly(len(with_rows), 8)]
     palette, n_px, pictures = store.palette(), store.kind.n_px, list[RGB]()
     for n, shard in enumerate(chosen):
         tokens = tokens_of(store.read(shard))
-        wanted = (SHEET - len(pictures)) // (len(chosen) - n)
-        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in evenly(len(tokens), wanted)]
+        n_samples = (SHEET - len(pictures)) // (len(chosen) - n)
+        pictures += [palette.decode(tokens[i].reshape(n_px, n_px)) for i in evenly(len(tokens), n_samples)]
     across = math.ceil(math.sqrt(len(pictures)))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % across)
     rows = [pictures[start : start + across] for start in range(0, len(pictures), across)]
@@ -250,38 +250,38 @@ def contact_sheet(store: TokenStore, split: str) -> RGB:
 
 
 def evenly(n: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of 0 .. n-1, spread evenly, the first and the last among them."""
+    """At most `most` evenly spaced integers of 0 .. n-1, including the first and the last."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
-SEAL = ',\n "sha256": "{}"\n}}\n'
+CHECKSUM = ',\n "sha256": "{}"\n}}\n'
 
 
 def append_checksum(manifest: str) -> bytes:
-    """A manifest's file: its JSON with one field more at the end, the sha256 of all the bytes before.
+    """The bytes of a manifest file: its JSON with a last field added, the sha256 of all preceding bytes.
 
-    A flipped bit in the name of a split would otherwise be a shard that no reader misses.
+    Without it, a flipped bit in the name of a split could hide a shard from readers.
     """
     body = manifest.rstrip().removesuffix("}").rstrip()
-    return (body + SEAL.format(hashlib.sha256(body.encode()).hexdigest())).encode()
+    return (body + CHECKSUM.format(hashlib.sha256(body.encode()).hexdigest())).encode()
 
 
 def unseal(data: bytes) -> bytes | None:
-    """The JSON without that field; None if a bit of the file is wrong."""
-    body = data[: -len(SEAL.format("0" * 64))]
-    return body + b"}" if data == body + SEAL.format(hashlib.sha256(body).hexdigest()).encode() else None
+    """The JSON without the checksum field; None if the checksum is wrong."""
+    body = data[: -len(CHECKSUM.format("0" * 64))]
+    return body + b"}" if data == body + CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode() else None
 
 
 def commit(root: str, manifest: Manifest) -> TokenStore:
-    """Write the manifest, the last step of a preparation. A repeat finds its equal there and changes nothing.
+    """Write the manifest, which commits the store. If an equal store is already committed, nothing changes.
 
-    Raises `TokenStoreError` if another store has been committed under this root in the meantime.
+    Raises `TokenStoreError` if a different store has been committed under this root in the meantime.
     """
     data = append_checksum(manifest.model_dump_json(indent=1))
     if not storage.write_new(storage.join(root, "manifest.json"), data):
-        there = TokenStore.open(root)
-        if there.manifest.shards != manifest.shards or there.kind != manifest.kind:
-            raise TokenStoreError(f"another token store was committed at {root} meanwhile: choose another place")
+        committed = TokenStore.open(root)
+        if committed.manifest.shards != manifest.shards or committed.kind != manifest.kind:
+            raise TokenStoreError(f"another token store was committed at {root} meanwhile: choose another --tokens")
     return TokenStore.open(root)
 
 

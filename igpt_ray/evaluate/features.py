@@ -135,7 +135,7 @@ def pooled(
     C). The forward pass stops at the last of `layers`."""
     if model.causal:
         return _look(model, tokens, None, layers, pooling, batch_size)
-    keeps = (losses.keep_of_keys(keys, mask, tokens.shape[1]) for mask in range(losses.MASKS))
+    keeps = (losses.visible_masks_of_keys(keys, mask, tokens.shape[1]) for mask in range(losses.MASKS))
     return np.stack([_look(model, tokens, keep, layers, pooling, batch_size) for keep in keeps], axis=1)
 
 

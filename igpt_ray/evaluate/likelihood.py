@@ -59,7 +59,7 @@ def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: in
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
         for mask in range(losses.MASKS):
-            keep = losses.keep_of_keys(keys[rows], mask, x.shape[1]).to(device)
+            keep = losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]).to(device)
             nats[rows] += losses.masked_pixel(model(x, keep), x, keep).double().cpu().numpy()
     return nats / losses.MASKS
 
@@ -75,7 +75,7 @@ def class_logits(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: i
         if model.causal:
             found.append(model.forward_with_classifier(x)[1])
             continue
-        keeps = (losses.keep_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
+        keeps = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
         found.append(torch.stack([model.forward_with_classifier(x, keep.to(device))[1] for keep in keeps], dim=1))
     logits: NDArray[np.float32] = torch.cat(found).float().cpu().numpy()
     return logits

@@ -1,4 +1,4 @@
-"""One way to spread work over a cluster: small tasks, mapped by Ray Data actors that load once."""
+"""Distribute small tasks over a Ray cluster with Ray Data actors, each of which loads its worker once."""
 
 import functools
 import pickle
@@ -11,25 +11,25 @@ from igpt_ray.errors import IgptError
 from igpt_ray.settings import PoolConfig
 
 MAX_BLOCKS = 10_000
-"""Blocks are what Ray Data schedules; beyond this many, each holds several tasks."""
+"""Most blocks, Ray Data's units of scheduling. With more tasks, a block holds several of them."""
 PART = "ray-subcluster"
-"""Nodes without this label are a part too: the one of work that needs GPUs."""
+"""The node label that divides a cluster. GPU nodes do not have it."""
 
 
 def actor_map(
     tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: PoolConfig
 ) -> Iterator[Any]:
-    """`worker(**arguments)` once per actor, then its result called with every task; yields what comes back, in order.
+    """Call `worker(**arguments)` once per actor and its result once per task; yield the results in order of the tasks.
 
-    As many actors as the cluster has room for, or can have: without GPUs only where the head is, if that is a part of
-    the cluster. Tasks and results are any picklable objects. An error for the user ends the work and is raised here as
-    itself: it travels as a result, because Ray's wrappers lose its type.
+    The pool grows to as many actors as the cluster can hold. Without GPUs, actors are confined to the nodes with the
+    head's `PART` label, if it has one. Tasks and results are any picklable objects. An `IgptError` in a worker ends the
+    map and is raised here with its own type: it is returned as a result, because Ray's wrapping loses the type.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    where = {} if pool.gpus else _part_of_the_head()
-    context.execution_options.label_selector = where or None
+    selector = {} if pool.gpus else _head_label()
+    context.execution_options.label_selector = selector or None
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(tasks), pool.size or len(tasks)))
     rows = [{"pickle": pickle.dumps(task)} for task in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
@@ -38,7 +38,7 @@ def actor_map(
         compute=actors,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        label_selector=where,
+        label_selector=selector,
     )
     for row in dataset.iter_rows():
         result = pickle.loads(row["pickle"])
@@ -47,25 +47,25 @@ def actor_map(
         yield result
 
 
-def _part_of_the_head() -> dict[str, str]:
-    """The label of the head that Ray Data divides clusters by; empty if it has none, and any node will do.
+def _head_label() -> dict[str, str]:
+    """The head's `PART` label as a label selector; empty if it has none, so that any node matches.
 
-    Where nodes with GPUs lack it, the autoscaler cannot start them for their CPUs when all others are taken. The kinds
-    of nodes that it may start are nowhere to be asked for.
+    GPU nodes lack the label, so the autoscaler does not start them for their CPUs when all other nodes are busy. Ray
+    has no API that lists the node types which the autoscaler may start.
     """
     labels = next(node["Labels"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
     return {PART: labels[PART]} if PART in labels else {}
 
 
 class _Actor:
-    """The worker is made with the first task rather than with the actor, so that its errors take the same way."""
+    """Creates the worker with the first task, so that errors of its constructor are returned like errors of tasks."""
 
     def __init__(self, worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any]):
-        self.make = functools.cache(lambda: worker(**arguments))
+        self.worker = functools.cache(lambda: worker(**arguments))
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         try:
-            result = self.make()(pickle.loads(row["pickle"]))
+            result = self.worker()(pickle.loads(row["pickle"]))
         except IgptError as error:
             result = error
         return {"pickle": pickle.dumps(result)}

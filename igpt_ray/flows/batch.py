@@ -1,14 +1,14 @@
-"""Scores and completions of a split, with Ray Data: by a release or a server, of a token store or of images.
+"""Scores and completions of a split with Ray Data: by a release or a server, of a token store or of images.
 
-A unit of work, a shard of the store or a unit of the images' plan, becomes one file with a name that follows from it,
-marked with all that it follows from: a repeat makes only what is missing, damaged or out of date. Who is request is not
-part of the mark, for a server of the same weights says the same.
+Each unit of work, a shard of the store or a unit of the images' plan, becomes one file, whose name follows from the
+unit. A fingerprint of the inputs is stored in the file: a repeated command computes only the files that are missing,
+damaged or out of date. The fingerprint does not depend on whether a release or a server with the same weights is used.
 
     <out>/<split>/<unit>.parquet    key, label and nats; or key, label, original and completions
-    <out>/<split>/<unit>.png        of completions: the first pictures of the unit
-    <out>/<split>.json              of scores: the split as a whole
+    <out>/<split>/<unit>.png        completions: the first images of the unit
+    <out>/<split>.json              scores: the whole split
 
-An image that cannot be read has a row with no nats and the reason; completions leave it out and name it.
+An image that cannot be read has a row with no nats and the reason; completions omit it and log the reason.
 """
 
 import json
@@ -34,45 +34,47 @@ from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.batch_units import (
     AT_ONCE,
     KEY,
-    BaseRequest,
+    BatchPlan,
     Rows,
     UnitReader,
-    base_request,
     cached,
     fingerprint,
     make_client,
     parquet_bytes,
+    plan_batch,
     unit_path,
 )
 from igpt_ray.flows.evaluate import device
 from igpt_ray.generate import sampler
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.generate.engine import Engine, Request
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
 from igpt_ray.serve.client import Client
 
 log = logging.getLogger(__name__)
 
 DRAWN = 32
-"""Pictures of a unit that are drawn."""
+"""Images per unit in a figure."""
 
 
 # ------------------------------------------------------------------------------------------------ scores
 
 
 def score(settings: ScoreConfig) -> dict[str, Any]:
-    """A Parquet file per unit with key, label and the nats of every image."""
+    """Write one Parquet file per unit, with key, label and nats of every image. Returns the totals of the split."""
     started = time.perf_counter()
-    request = base_request(settings)
+    request = plan_batch(settings)
     arguments = {"settings": settings, "request": request._replace(units=[]), "key": os.environ.get(KEY, "")}
     total, unreadable = Likelihood.of(np.empty(0), request.kind.n_positions), 0
+    progress = Progress("score", len(request.units), "units")
     for table in actor_map(request.units, ScoreUnit, arguments, settings.pool):
         nats = table["nats"].drop_null().to_numpy()
         total += Likelihood.of(nats, request.kind.n_positions)
         unreadable += len(table) - len(nats)
-        log.info("%d images", total.images)
+        progress.add(1, f"{total.images:,} images")
     if not total.images:
-        raise SourceError(f"not one image of {settings.source} could be read: {settings.out} says why")
+        raise SourceError(f"not one image of {settings.source} could be read: the reasons are in {settings.out}")
     report: dict[str, Any] = {
         "release": settings.release or settings.endpoint,
         "split": settings.split,
@@ -87,9 +89,9 @@ def score(settings: ScoreConfig) -> dict[str, Any]:
 
 
 class ScoreUnit:
-    """Unit -> its table of nats, stored, made unless it is there."""
+    """Computes and stores the table of nats of a unit, unless it exists."""
 
-    def __init__(self, settings: ScoreConfig, request: BaseRequest, key: str):
+    def __init__(self, settings: ScoreConfig, request: BatchPlan, key: str):
         self.settings, self.request = settings, request
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
         self.model = None if self.client else weights.load_release(settings.release, device()).model
@@ -112,15 +114,15 @@ class ScoreUnit:
         return pa.table(table)
 
     def nats(self, rows: Rows) -> tuple[list[float | None], list[str | None]]:
-        """Of every picture its nats, or None and why not."""
+        """The nats of every image, or None, and the reasons."""
         none: list[str | None] = [None] * len(rows.keys)
         if not rows.keys:
             return [], []
         if self.settings.source and self.client is not None:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                said = list(pool.map(_or_error, [self.client.score_file] * len(rows.keys), rows.pictures))
-            return [x if isinstance(x, float) else None for x in said], [
-                x if isinstance(x, str) else None for x in said
+                answers = list(pool.map(_or_error, [self.client.score_file] * len(rows.keys), rows.pictures))
+            return [x if isinstance(x, float) else None for x in answers], [
+                x if isinstance(x, str) else None for x in answers
             ]
         tokens = np.stack(rows.pictures)
         if self.client is not None:
@@ -129,10 +131,10 @@ class ScoreUnit:
         return image_nats(self.model, tokens, self.settings.batch_size).tolist(), none
 
 
-def _or_error(ask: Callable[..., Any], *words: Any) -> Any:
-    """An answer, or in words why a picture got none."""
+def _or_error(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `call`, or the message of its `ImageError`."""
     try:
-        return ask(*words)
+        return call(*arguments)
     except ImageError as error:
         return str(error)
 
@@ -141,10 +143,10 @@ def _or_error(ask: Callable[..., Any], *words: Any) -> Any:
 
 
 def complete(settings: CompleteConfig) -> dict[str, Any]:
-    """Finish a few pictures of a store, or all of a split; write their tokens as Parquet, and draw given part |
-    completions | original."""
+    """Complete some images of a store, or all of a split. Writes tokens as Parquet and figures of prompt, completions
+    and original."""
     started = time.perf_counter()
-    request = base_request(settings)
+    request = plan_batch(settings)
     rows = _given_rows(settings, request.kind)
     arguments = {"settings": settings, "request": request._replace(units=[]), "key": os.environ.get(KEY, "")}
     if settings.tokens and settings.images:
@@ -153,10 +155,10 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
         picture = _write_few(settings, request, pa.concat_tables(tables))
         done = [(len(table), 0) for table in tables]
     else:
-        done = []
+        done, progress = [], Progress("complete", len(request.units), "units")
         for part in actor_map(request.units, CompleteUnit, arguments, settings.pool):
             done.append(part)
-            log.info("%d images", sum(images for images, _ in done))
+            progress.add(1, f"{sum(images for images, _ in done):,} images")
         picture = storage.join(settings.out, settings.split)
     n_images, unreadable = (sum(column) for column in zip(*done, strict=True))
     n_tokens = n_images * settings.n * (request.kind.n_px - rows) * request.kind.n_px
@@ -173,7 +175,7 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
 
 
 class Few(NamedTuple):
-    """A picture of a store that was picked, and which of them it is."""
+    """A selected image of a store, with its index in the selection."""
 
     number: int
     key: str
@@ -181,10 +183,10 @@ class Few(NamedTuple):
 
 
 class CompleteUnit:
-    """Few -> the table of its completions. Unit -> how many images it has, and how many could not be read: its table
-    is stored, and drawn, unless it is there."""
+    """Returns the table of completions of a selected image. For a unit, computes and stores table and figure unless they
+    exist, and returns the numbers of images and of unreadable images."""
 
-    def __init__(self, settings: CompleteConfig, request: BaseRequest, key: str):
+    def __init__(self, settings: CompleteConfig, request: BatchPlan, key: str):
         self.settings, self.request = settings, request
         self.rows = _given_rows(settings, request.kind)
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
@@ -213,7 +215,7 @@ class CompleteUnit:
     def table(
         self, keys: list[str], labels: list[int], pictures: Any, seeds: list[list[int]]
     ) -> tuple[pa.Table, dict[str, str]]:
-        """Of the pictures that can be read; and the others by key, with the reason."""
+        """The table of the readable images, and the reason of each unreadable image by key."""
         answers = self.complete_remotely(pictures, seeds) if self.client else self.complete_locally(pictures, seeds)
         refused = {key: one for key, one in zip(keys, answers, strict=True) if isinstance(one, str)}
         kept = [i for i, one in enumerate(answers) if not isinstance(one, str)]
@@ -255,33 +257,33 @@ class CompleteUnit:
 def _given_rows(settings: CompleteConfig, kind: TokenFormat) -> int:
     rows = kind.n_px // 2 if settings.rows is None else settings.rows
     if rows > kind.n_px:
-        raise SettingError(f"{rows} rows are given; a picture has {kind.n_px}")
+        raise SettingError(f"--rows is {rows}, expected at most {kind.n_px}, the rows of an image")
     return rows
 
 
 def _pick(store: TokenStore, settings: CompleteConfig) -> list[Few]:
-    """Pictures spread evenly over a split."""
-    wanted = evenly(store.manifest.rows(settings.split), settings.images)
-    found, start = list[Few](), 0
+    """Evenly spaced images of a split."""
+    selected = evenly(store.manifest.rows(settings.split), settings.images)
+    images, start = list[Few](), 0
     for shard in store.manifest.select(settings.split):
-        here = wanted[(wanted >= start) & (wanted < start + shard.rows)] - start
+        here = selected[(selected >= start) & (selected < start + shard.rows)] - start
         start += shard.rows
         if len(here):
             table = store.read(shard)
             tokens = tokens_of(table)
-            found += [Few(len(found) + i, table["key"][int(at)].as_py(), tokens[at]) for i, at in enumerate(here)]
-    return found
+            images += [Few(len(images) + i, table["key"][int(at)].as_py(), tokens[at]) for i, at in enumerate(here)]
+    return images
 
 
 def _seeds(settings: CompleteConfig, picture: int | str) -> list[int]:
-    """One stream per sample, a function of the seed, the picture's number or key, and the sample's."""
+    """One seed per sample, a function of the seed, the index or key of the image, and the index of the sample."""
     return [rng.seed_of(settings.seed, picture, i) for i in range(settings.n)]
 
 
-def _write_few(settings: CompleteConfig, request: BaseRequest, table: pa.Table) -> str:
+def _write_few(settings: CompleteConfig, request: BatchPlan, table: pa.Table) -> str:
     rows = _given_rows(settings, request.kind)
-    said = {"igpt_ray": json.dumps({"given": rows * request.kind.n_px, **provenance(settings)})}
-    table = table.drop_columns("label").replace_schema_metadata(said)
+    metadata = {"igpt_ray": json.dumps({"given": rows * request.kind.n_px, **provenance(settings)})}
+    table = table.drop_columns("label").replace_schema_metadata(metadata)
     storage.write(storage.join(settings.out, "completions.parquet"), parquet_bytes(table))
     picture = storage.join(settings.out, "completions.png")
     palette = _palette(settings, make_client(settings) if settings.endpoint else None)
@@ -295,13 +297,13 @@ def _figure(palette: Palette, rows: int, table: pa.Table) -> bytes:
 
 
 def _palette(settings: CompleteConfig, client: Client | None) -> Palette:
-    """Of the release, or else the store; a server tells its colours as they are shown, which is enough to draw."""
+    """The palette of the release or the store; for a server its colours as 8-bit RGB, which suffices for figures."""
     if settings.release:
         return Palette.load(storage.join(settings.release, "palette.npy"))
     if settings.tokens:
         return TokenStore.open(settings.tokens).palette()
     assert client is not None
-    shown = client.about()["palette"]
+    shown = client.model_info()["palette"]
     rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in shown])
     return Palette((rgb / 127.5 - 1).astype(np.float32))
 

@@ -34,20 +34,20 @@ class Rows(NamedTuple):
     """Key -> reason."""
 
 
-class BaseRequest(NamedTuple):
-    """The token format, the weights and the work units of a request, known before any worker starts."""
+class BatchPlan(NamedTuple):
+    """The token format, the weights and the work units of a command, known before any worker starts."""
 
     kind: TokenFormat
     sha256: str
-    """Of the weights."""
+    """sha256 of the weights."""
     units: list[Shard] | list[WorkUnit]
 
 
-def base_request(settings: BatchConfig) -> BaseRequest:
+def plan_batch(settings: BatchConfig) -> BatchPlan:
     """Check that model, store and split fit together, before any worker starts."""
     if settings.endpoint:
         server = make_client(settings)
-        kind, sha256 = server.kind(), server.about()["sha256"]
+        kind, sha256 = server.kind(), server.model_info()["sha256"]
     else:
         release = weights.load_config(settings.release)
         weights.check_next(release, settings.release)
@@ -56,13 +56,13 @@ def base_request(settings: BatchConfig) -> BaseRequest:
         store = TokenStore.open(settings.tokens)
         owner = "the release" if settings.release else f"the model at {settings.endpoint}"
         weights.check_kind(kind, store.kind, settings.tokens, owner)
-        return BaseRequest(kind, sha256, store.manifest.select(settings.split))
+        return BatchPlan(kind, sha256, store.manifest.select(settings.split))
     plan = sources.plan(settings.source, settings.unit_images, settings.layout)
     units = [unit for unit in plan.units if unit.split == settings.split]
     if not units:
         splits = ", ".join(sorted({unit.split for unit in plan.units}))
         raise SourceError(f"{settings.source} has no split {settings.split!r}: it has {splits or 'no images'}")
-    return BaseRequest(kind, sha256, units)
+    return BatchPlan(kind, sha256, units)
 
 
 def make_client(settings: BatchConfig) -> Client:
@@ -110,7 +110,7 @@ def unit_path(settings: ScoreConfig | CompleteConfig, unit: Shard | WorkUnit) ->
     return storage.join(settings.out, name)
 
 
-def fingerprint(request: BaseRequest, unit: Shard | WorkUnit) -> str:
+def fingerprint(request: BatchPlan, unit: Shard | WorkUnit) -> str:
     """Identifies the weights and the images, by content where a digest of the content is known."""
     return f"{request.sha256} {unit.sha256 if isinstance(unit, Shard) else unit.digest}"
 
@@ -124,11 +124,11 @@ def cached(
         if (table.schema.metadata or {}).get(b"made_from") == mark.encode():
             return table
     except (NotFound, pa.ArrowException, OSError):
-        pass  # absent or damaged: either way it is made again
+        pass  # absent or damaged: computed again
     table = make()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), "made_from": mark})
     if drawn is not None:
-        drawn(table, uri)  # before the table, which says that all is done
+        drawn(table, uri)  # before the table, which marks the unit as done
     storage.write(uri, parquet_bytes(table))
     return table
 

@@ -1,7 +1,6 @@
 """What a release says about a split as a whole, with Ray Data: likelihood, accuracy. Work is spread by shard."""
 
 import json
-import logging
 import time
 from typing import Any
 
@@ -27,9 +26,8 @@ from igpt_ray.evaluate.likelihood import (
 from igpt_ray.evaluate.linear_probe import Judgement, judge_logits
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.model import losses
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
-
-log = logging.getLogger(__name__)
 
 HEAT_MAP_PX = 512
 """About how wide the picture of surprises is drawn."""
@@ -95,10 +93,11 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
 
 def _judged(settings: EvaluateConfig, store: TokenStore) -> ClassificationSums:
     arguments = {"release": settings.release, "tokens": store.root, "batch_size": settings.batch_size}
-    rows, parts = store.manifest.rows(settings.split), list[ClassificationSums]()
+    progress = Progress("evaluate", store.manifest.rows(settings.split), "images")
+    parts: list[ClassificationSums] = []
     for part in actor_map(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
         parts.append(part)
-        log.info("%d of %d images", sum(len(part.nats) for part in parts), rows)
+        progress.add(len(part.nats))
     return ClassificationSums.joined(parts)
 
 

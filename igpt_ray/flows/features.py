@@ -1,7 +1,6 @@
 """Features of a token store's images, with Ray Data: a unit of work is a shard, and a repeat makes what is missing."""
 
 import functools
-import logging
 import time
 from typing import Any
 
@@ -13,10 +12,9 @@ from igpt_ray.evaluate.features import About, Manifest, WorkUnit
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.model import losses
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
 from igpt_ray.settings import PoolConfig
-
-log = logging.getLogger(__name__)
 
 
 def extract(settings: FeaturesConfig) -> dict[str, Any]:
@@ -31,11 +29,11 @@ def extract(settings: FeaturesConfig) -> dict[str, Any]:
     missing = [shard for shard in wanted if shard.path not in units]
     rows = sum(shard.rows for shard in missing)
     arguments = {"settings": settings, "about": about}
-    made = 0
+    made, progress = 0, Progress("features", rows, "images")
     for shard, unit in zip(missing, _made(missing, arguments, settings.pool), strict=True):
         units[shard.path] = unit
         made += unit.rows
-        log.info("%d of %d images, %.1f images/s", made, rows, made / (time.perf_counter() - started))
+        progress.add(unit.rows)
     for split in splits:
         listed = [units[shard.path] for shard in store.manifest.select(split)]
         made_by = provenance(settings)

@@ -1,4 +1,4 @@
-"""Fine-tuning on a labelled token store: what is checked before, and then the run of `train.py`."""
+"""Fine-tuning on a labelled token store: validation of the settings, then a run of `flows/train.py`."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from igpt_ray.weights import ReleaseConfig
 
 
 def finetune(settings: FinetuneConfig) -> dict[str, Any]:
-    """Train until the held-out accuracy no longer grows, return the last metrics; the best weights are the release."""
+    """Train until the held-out accuracy stops improving; the release has the best weights. Returns the last metrics."""
     run, store, about = check(settings)
-    looks = {"val_split": settings.val_split, "val_images": settings.val_images}
-    looks |= {"validate_every": settings.run.validate_every}
-    return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **looks)
+    evaluation = {"val_split": settings.val_split, "val_images": settings.val_images}
+    evaluation |= {"validate_every": settings.run.validate_every}
+    return train.fit(run, store, release=about.sha256, tune=settings.tune.model_dump(), **evaluation)
 
 
 def check(settings: FinetuneConfig) -> tuple[FinetuneRunConfig, TokenStore, ReleaseConfig]:
-    """The run, what it trains on and what it starts from; what would fail on the workers is refused."""
+    """Validate the settings before workers start. Returns the run, its token store and the initial release."""
     about = weights.load_config(settings.release)
     store = TokenStore.open(settings.tokens)
     weights.check_kind(about.kind, store.kind, settings.tokens)
@@ -35,12 +35,12 @@ def check(settings: FinetuneConfig) -> tuple[FinetuneRunConfig, TokenStore, Rele
 
 
 def check_head(about: ReleaseConfig, release: str, store: TokenStore) -> None:
-    """Raises `CheckpointError` if the release has a head already, for other classes than the store's."""
+    """Raise `CheckpointError` if the release has a head for other classes than the store's."""
     ours, theirs = about.classes, store.manifest.classes
     if about.model.n_class and ours != theirs:
         raise CheckpointError(
-            f"{release} tells {len(ours)} classes apart ({_some(ours)}), but {store.root} has {len(theirs)}"
-            f" ({_some(theirs)}): start from the release that it was fine-tuned from"
+            f"{release} has a head for {len(ours)} classes ({_some(ours)}), but {store.root} has {len(theirs)}"
+            f" ({_some(theirs)}): start from the pretrained release"
         )
 
 
@@ -51,23 +51,23 @@ def _some(classes: list[str]) -> str:
 def _check_settings(run: FinetuneRunConfig) -> None:
     data, n_px = run.data, run.model.n_px
     if not run.run.validate_every:
-        raise SettingError("--run.validate-every is 0: fine-tuning stops by its looks at held-out images, so set it")
+        raise SettingError("--run.validate-every is not set, but early stopping needs evaluations on held-out images")
     if run.run.validate_every > run.optim.steps:
         raise SettingError(
-            f"--run.validate-every {run.run.validate_every} is more than --optim.steps {run.optim.steps}: no look would"
-            " come before the end"
+            f"--run.validate-every {run.run.validate_every} is more than --optim.steps {run.optim.steps}: training ends"
+            " before the first evaluation"
         )
     if not data.val_split or set(data.val_split.split("+")) & set(data.split.split("+")):
         raise SettingError(
-            f"--val-split {data.val_split!r} with --split {data.split!r}: images that are trained on cannot say when to"
-            " stop; prepare the store with --holdout 0.1, say, and leave both at their defaults"
+            f"--val-split {data.val_split!r} with --split {data.split!r}: early stopping needs images that are not"
+            " trained on; prepare the store with --holdout 0.1, for example, and leave both settings at their defaults"
         )
     if run.tune.pad >= n_px:
-        raise SettingError(f"--tune.pad {run.tune.pad}: pictures of {n_px} pixels reflect at most {n_px - 1}")
+        raise SettingError(f"--tune.pad is {run.tune.pad}, expected at most {n_px - 1} for images of {n_px} pixels")
 
 
 def _check_labels(store: TokenStore, settings: FinetuneConfig) -> None:
-    """A shard at a time. Raises `TokenStoreError` if an image has no label, or all those to train on have the same."""
+    """Raise `TokenStoreError` if an image has no label, or all training images have the same. Reads shard by shard."""
     counts = np.zeros(len(store.manifest.classes), np.int64)
     for table in store.read_split(settings.split):
         counts += np.bincount(labels_in(table, settings.split), minlength=len(counts))
@@ -75,6 +75,6 @@ def _check_labels(store: TokenStore, settings: FinetuneConfig) -> None:
         labels_in(table, settings.val_split)
     if (counts > 0).sum() < 2:
         raise TokenStoreError(
-            f"all images of {settings.split} are of one class: a head needs two or more to tell apart, and where they"
-            " come from the folders, a folder each"
+            f"all images of {settings.split} are of one class, expected two or more: for images in folders, use one"
+            " folder per class"
         )

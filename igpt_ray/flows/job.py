@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from igpt_ray.errors import IgptError
 from igpt_ray.flows.local_cluster import free_port
+from igpt_ray.progress import LogHandler
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -79,7 +80,7 @@ def log_to_stderr() -> None:
     """
     ours = logging.getLogger("igpt_ray")
     if not ours.handlers:
-        handler = logging.StreamHandler()
+        handler = LogHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         ours.addHandler(handler)
     ours.setLevel(logging.INFO)

@@ -1,7 +1,7 @@
-"""What a cloud tells a machine that it is about to take back: it answers on an address that only the machine can reach.
+"""Preemption notices from the metadata servers of AWS and Google Cloud.
 
-AWS gives two minutes (spot/instance-action) and at times a warning before (events/recommendations/rebalance), behind a
-token of its own (IMDSv2). Google gives thirty seconds, and says no more than TRUE.
+AWS gives two minutes (spot/instance-action), sometimes after an earlier warning (events/recommendations/rebalance); its
+requests need a token (IMDSv2). Google gives thirty seconds; its answer is TRUE or FALSE.
 """
 
 import json
@@ -15,38 +15,38 @@ from igpt_ray.errors import NotFound, StorageError
 
 ENDPOINTS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 TOKEN_SECONDS = 300
-"""For which a token is asked; every look asks for a new one."""
+"""Lifetime of a token; every poll requests a new one."""
 GOOGLE_SECONDS = 30
-"""Between a preemption's notice and the end."""
+"""Time from the notice to the end of the machine."""
 
 
 class Notice(NamedTuple):
-    """The machine will go."""
+    """Notice that the machine will be preempted."""
 
     why: str
     deadline: float | None
-    """Seconds since 1970; None if the cloud does not say."""
+    """Unix time in seconds; None if unknown."""
 
 
-def look(cloud: str, endpoint: str, rebalance: bool = False) -> Notice | None:
-    """The notice, if there is one; with `rebalance` AWS's earlier warning is one too.
+def poll(cloud: str, endpoint: str, rebalance: bool = False) -> Notice | None:
+    """The current notice, or None. With `rebalance`, AWS's earlier warning counts as a notice.
 
-    Raises `StorageError` where no metadata server of that cloud answers.
+    Raises `StorageError` if no metadata server of that cloud answers.
     """
     return _aws(endpoint, rebalance) if cloud == "aws" else _google(endpoint)
 
 
 def _aws(endpoint: str, rebalance: bool) -> Notice | None:
-    asking = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
-    token = {"X-aws-ec2-metadata-token": _ask(f"{endpoint}/latest/api/token", asking, "PUT")}
+    headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
+    token = {"X-aws-ec2-metadata-token": _request(f"{endpoint}/latest/api/token", headers, "PUT")}
     try:
-        action = json.loads(_ask(f"{endpoint}/latest/meta-data/spot/instance-action", token))
+        action = json.loads(_request(f"{endpoint}/latest/meta-data/spot/instance-action", token))
         return Notice(f"spot {action['action']}", datetime.fromisoformat(action["time"]).timestamp())
     except NotFound:
         pass
     if rebalance:
         try:
-            _ask(f"{endpoint}/latest/meta-data/events/recommendations/rebalance", token)
+            _request(f"{endpoint}/latest/meta-data/events/recommendations/rebalance", token)
             return Notice("rebalance recommendation", None)
         except NotFound:
             pass
@@ -54,17 +54,17 @@ def _aws(endpoint: str, rebalance: bool) -> Notice | None:
 
 
 def _google(endpoint: str) -> Notice | None:
-    said = _ask(f"{endpoint}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
-    return Notice("preempted", time.time() + GOOGLE_SECONDS) if said.strip() == "TRUE" else None
+    text = _request(f"{endpoint}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+    return Notice("preempted", time.time() + GOOGLE_SECONDS) if text.strip() == "TRUE" else None
 
 
-def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
+def _request(url: str, headers: dict[str, str], method: str = "GET") -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=5) as answer:
             return str(answer.read().decode())
     except HTTPError as error:
         if error.code == 404:
-            raise NotFound(f"{url} says nothing") from error
+            raise NotFound(f"{url} does not exist") from error
         raise StorageError(
             f"{url} answered {error.code}: is this a machine of the cloud that --cloud names?"
         ) from error

@@ -1,9 +1,8 @@
 """Training with Ray Train: the same code on one CPU and on many GPUs.
 
-`pretrain` runs on the driver: it checks everything that can be checked before workers start, lets Ray Train start
-them, and starts again from the newest verified checkpoint when they are lost, or when they have saved and left: before
-the node of one goes, or because there is room for more of them. The loop is in `loop.py`. State lives in the run's
-folder (`checkpoint.py`, `metrics.py`); Ray's own bookkeeping is thrown away.
+`pretrain` runs on the driver. It validates the settings, lets Ray Train start the workers, and restarts from the newest
+valid checkpoint when workers fail, and when they have saved because a node is being preempted or more workers can
+start. The training loop is `train/loop.py`. All state is in the run's folder; Ray Train's own storage is not used.
 """
 
 import json
@@ -39,10 +38,10 @@ from igpt_ray.train.config import FinetuneRunConfig, OptimConfig, PretrainConfig
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 1.0
-"""Seconds between looks at what the cluster has to tell."""
-SETTLED = 5
-"""Looks without a change after which there is as much room as there is for now."""
+POLL_INTERVAL_S = 1.0
+"""Seconds between polls of the cluster's state."""
+STABLE_POLLS = 5
+"""Polls without a change after which the number of available workers counts as stable."""
 
 
 def pretrain(settings: PretrainConfig) -> dict[str, Any]:
@@ -51,38 +50,38 @@ def pretrain(settings: PretrainConfig) -> dict[str, Any]:
 
 
 def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[str, Any]:
-    """Train a run whose settings were checked; `identity` is what else makes it this one."""
+    """Train a run whose settings `check` has validated. `identity` is compared at resume, as the settings are."""
     started = time.perf_counter()
-    _claim(settings, store, identity)
+    _write_or_check_config(settings, store, identity)
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
-    _say_if_short(settings.workers)
+    _warn_if_short(settings.workers)
     failures, report = 0, {"left": 0}
     while "left" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
-            report = _trainer(settings, _n_that_fit(settings.workers)).fit().return_value
-        except (TrainingFailedError, RayActorError) as error:  # a worker was lost, or the controller itself
+            report = _trainer(settings, _available_workers(settings.workers)).fit().return_value
+        except (TrainingFailedError, RayActorError) as error:  # lost workers or controller
             if known := user_error(error):
                 raise known from error
             failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
             if failures > settings.workers.max_failures:
                 raise
-            log.warning("lost workers or controller, going on from the last checkpoint: %s", error)
-            _clear_after_controllers()
+            log.warning("lost workers or controller, resuming from the last checkpoint: %s", error)
+            _remove_orphaned_placement_groups()
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def _trainer(settings: PretrainConfig, n: int) -> TorchTrainer:
     w = settings.workers
-    # Ray waits for the room of a worker that cannot start, for ever or, where fewer will do, until we look again.
-    limit = -1 if w.fewest == w.n else 0
+    # -1: Ray waits without limit for workers that cannot start. 0: it fails, and we start with fewer workers.
+    limit = -1 if w.min_workers == w.n else 0
     return TorchTrainer(
         train_worker,
         train_loop_config=settings.model_dump(mode="json"),
-        torch_config=TorchConfig(timeout_s=w.patience),
+        torch_config=TorchConfig(timeout_s=w.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
-        # A fresh name in a scratch folder: nothing is reported to Ray, so nothing of it needs to be kept or found.
+        # A unique name in a temporary folder, because nothing is reported to Ray Train.
         run_config=ray.train.RunConfig(
             name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}",
             storage_path=tempfile.gettempdir() + "/igpt_ray-train",
@@ -95,45 +94,45 @@ def _resources(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
 
 
-def _n_that_fit(workers: WorkersConfig) -> int:
-    """With how many workers to start: all, or what there is room for once there is room for the fewest.
+def _available_workers(workers: WorkersConfig) -> int:
+    """Number of workers to start: n, or as many as fit once at least `min_workers` fit.
 
-    Ray's own elastic policy counts what nodes have, also of those that are busy or being drained, and up to three
-    minutes after a lost controller what that one had asked for. Seats are real.
+    We reserve placement groups, because Ray's elastic policy counts reported node resources, which include busy and
+    draining nodes, and for up to three minutes the reservations of a lost controller.
     """
-    if workers.fewest == workers.n:
+    if workers.min_workers == workers.n:
         return workers.n
-    _clear(workers)  # those of a worker that was killed while it held them
-    seats = [_seat(workers, i) for i in range(workers.n)]
-    n, looks = 0, 0
-    while n < workers.n and (n < workers.fewest or looks < SETTLED):
-        time.sleep(LOOK_EVERY)
-        before, n = n, sum(map(_free, seats))
-        looks = looks + 1 if n == before else 0
-    _clear(workers)
+    _release_reservations(workers)  # of a worker that was killed
+    reservations = [_reserve(workers, i) for i in range(workers.n)]
+    n, stable_polls = 0, 0
+    while n < workers.n and (n < workers.min_workers or stable_polls < STABLE_POLLS):
+        time.sleep(POLL_INTERVAL_S)
+        before, n = n, sum(map(_is_available, reservations))
+        stable_polls = stable_polls + 1 if n == before else 0
+    _release_reservations(workers)
     return n
 
 
-def _seat(workers: WorkersConfig, i: int) -> PlacementGroup:
-    """Room for one more worker: held where it is found; where it is not, an autoscaler makes it."""
+def _reserve(workers: WorkersConfig, i: int) -> PlacementGroup:
+    """Reserve the resources of one worker. A pending reservation makes an autoscaler add nodes."""
     return placement_group([_resources(workers)], name=f"seat-{i}")
 
 
-def _free(seat: PlacementGroup) -> bool:
-    return bool(placement_group_table(seat)["state"] == "CREATED")
+def _is_available(reservation: PlacementGroup) -> bool:
+    return bool(placement_group_table(reservation)["state"] == "CREATED")
 
 
-def _clear(workers: WorkersConfig) -> None:
-    """Give up all seats: they outlive the worker that asked for them, and end with the job."""
+def _release_reservations(workers: WorkersConfig) -> None:
+    """Remove all reservations, which would otherwise last until the job ends."""
     for i in range(workers.n):
-        with suppress(ValueError):  # there is none of that name
+        with suppress(ValueError):  # no reservation has that name
             remove_placement_group(get_placement_group(f"seat-{i}"))
 
 
-def _clear_after_controllers() -> None:
-    """Give up the room of workers whose controller was lost, or the next ones would wait for it until the job ends.
+def _remove_orphaned_placement_groups() -> None:
+    """Remove the placement groups of lost controllers, which would block new workers until the job ends.
 
-    Ray Train's own cleaner does not know it while the workers are being started, and may be lost too.
+    Ray Train's own cleanup does not know a group while its workers start, and may be lost as well.
     """
     job, state = ray.get_runtime_context().get_job_id(), ray._private.state
     for data in state.state._connect_and_get_accessor().get_placement_group_table():
@@ -143,21 +142,21 @@ def _clear_after_controllers() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
-def _say_if_short(workers: WorkersConfig) -> None:
-    """Ray waits for room without a word; an autoscaler may be making it, or nobody is."""
-    there, n = ray.cluster_resources(), workers.fewest
+def _warn_if_short(workers: WorkersConfig) -> None:
+    """Warn if the cluster lacks resources, because Ray waits for them without a message."""
+    existing, n = ray.cluster_resources(), workers.min_workers
     for name, each in _resources(workers).items():
-        if n * each > there.get(name, 0):
+        if n * each > existing.get(name, 0):
             log.warning(
-                "%d worker(s) ask for %g %ss, the cluster has %g: waiting for it to grow",
-                *(n, n * each, name, there.get(name, 0)),
+                "%d worker(s) need %g %ss, the cluster has %g: waiting for more nodes",
+                *(n, n * each, name, existing.get(name, 0)),
             )
 
 
 def check(settings: PretrainConfig) -> TokenStore:
-    """What would fail on the workers, found before they start."""
+    """Validate the settings against the token store, before workers start. Raises `SettingError`."""
     if not settings.data.tokens:
-        raise SettingError("--data.tokens is not set: give the token store that jobs/prepare.py wrote")
+        raise SettingError("--data.tokens is not set: name the token store that `igpt prepare` wrote")
     if settings.model.n_class and not isinstance(settings, FinetuneRunConfig):
         raise SettingError("--model.n-class is for fine-tuning: pretraining reads no labels, leave it at 0")
     if settings.optim.batch_size < settings.workers.n:
@@ -169,7 +168,7 @@ def check(settings: PretrainConfig) -> TokenStore:
     elif settings.run.validate_every:
         raise SettingError("--run.validate-every needs --data.val-split: holdout, val or test of the token store")
     if settings.run.sample_every and settings.model.objective == "masked":
-        raise SettingError("--run.sample-every finishes pictures, which a masked network cannot: leave it at 0")
+        raise SettingError("--run.sample-every needs --model.objective next: a masked model cannot generate")
     store.palette()
     for field in ("n_px", "n_vocab"):
         ours, theirs = getattr(settings.model, field), getattr(store.kind, field)
@@ -181,10 +180,10 @@ def check(settings: PretrainConfig) -> TokenStore:
     return store
 
 
-def _claim(settings: PretrainConfig, store: TokenStore, more: dict[str, Any] | None = None) -> None:
-    """Write the run's config.json, or check that the run that is already there is this one.
+def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: dict[str, Any] | None = None) -> None:
+    """Write the run's config.json, or compare it with the config.json of an existing run.
 
-    A run without a checkpoint has nothing to lose, so its settings may still be mended.
+    The settings of a run without a checkpoint may still change. Raises `CheckpointError` if the settings differ.
     """
     identity = {
         **settings.model_dump(mode="json", include={"model", "optim", "seed"}),
@@ -195,79 +194,81 @@ def _claim(settings: PretrainConfig, store: TokenStore, more: dict[str, Any] | N
     committed = checkpoint.committed_steps(settings.run.uri)
     if settings.run.resume == "never" and committed:
         raise CheckpointError(
-            f"the run at {settings.run.uri} has checkpoints up to step {committed[-1]}, and --run.resume never does not"
-            " train over them: choose another --run.name, or leave --run.resume out to go on from there"
+            f"the run at {settings.run.uri} has checkpoints up to step {committed[-1]}, which --run.resume never does"
+            " not overwrite: choose another --run.name, or omit --run.resume to resume the run"
         )
     uri = storage.join(settings.run.uri, "config.json")
     data = json.dumps({"identity": identity, **provenance(settings)}, indent=1).encode()
     if storage.write_new(uri, data):
         return
-    there = json.loads(storage.read(uri))["identity"]
+    existing = json.loads(storage.read(uri))["identity"]
     for name, section in (("model", ModelConfig()), ("optim", OptimConfig())):
-        there[name] = section.model_dump(mode="json") | there[name]  # a setting newer than the run had its default
-    differing = sorted(_differences(there, identity))
+        existing[name] = section.model_dump(mode="json") | existing[name]  # defaults of newer settings
+    differing = sorted(_differences(existing, identity))
     if differing and not committed:
         storage.write(uri, data)
     elif differing:
         raise CheckpointError(
             f"the run at {settings.run.uri} was started with other settings ({'; '.join(differing)}):"
-            " repeat those to resume it, or choose another --run.name"
+            " use those to resume it, or choose another --run.name"
         )
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in there.keys() | here.keys():
-        a, b = there.get(key), here.get(key)
+def _differences(existing: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    differences = []
+    for key in existing.keys() | here.keys():
+        a, b = existing.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            differences += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} was {a}, now {b}")
-    return found
+            differences.append(f"{prefix}{key} was {a}, now {b}")
+    return differences
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker."""
+    """The function that Ray Train calls on every worker."""
     log_to_stderr()
-    logging.getLogger("igpt_ray").propagate = False  # Ray Train's own handler would say every line again
+    logging.getLogger("igpt_ray").propagate = False  # Ray Train's handler would print every line a second time
     kind = FinetuneRunConfig if "tune" in settings else PretrainConfig
     cfg = kind.model_validate(settings)
-    leave = threading.Event()
-    threading.Thread(target=_watch, args=(cfg.workers, leave), daemon=True).start()
-    return loop.train(cfg, ray.train.torch.get_device(), leave.is_set, _gauges(cfg.run.name))
+    should_stop = threading.Event()
+    threading.Thread(target=_watch, args=(cfg.workers, should_stop), daemon=True).start()
+    return loop.train(cfg, ray.train.torch.get_device(), should_stop.is_set, _gauges(cfg.run.name))
 
 
 def _gauges(run: str) -> Callable[[metrics.Line], None]:
-    """Every number of a line of metrics where Prometheus finds it, on this node: `ray_igpt_nats_per_token` ..."""
+    """A function that exports a line of metrics as Prometheus gauges of this node, `ray_igpt_nats_per_token` etc."""
     gauges: dict[str, Gauge] = {}
 
-    def show(line: metrics.Line) -> None:
+    def on_metrics(line: metrics.Line) -> None:
         for name in line.keys() - {"time"}:
             if name not in gauges:
                 gauges[name] = Gauge(f"igpt_{name}", f"{name} of metrics.jsonl", ("run",))
             gauges[name].set(line[name], {"run": run})
 
-    return show
+    return on_metrics
 
 
-def _watch(workers: WorkersConfig, leave: threading.Event) -> None:
-    """Tell this worker to leave when a node of the group is to go, or, on rank 0, when there is room for more workers.
+def _watch(workers: WorkersConfig, should_stop: threading.Event) -> None:
+    """Set `should_stop` when a node of the group is being preempted and, on rank 0, when more workers can start.
 
-    Beside the steps, because Ray answers all workers together. A resize of Ray's own would be no more than a kill.
-    Seats are asked for here, when the workers have theirs.
+    Runs in a thread, because get_preemption_info() is a collective call. Ray Train's own resize would kill the workers
+    without saving. Resources for more workers are reserved only after the current workers have theirs.
     """
     context, started = ray.train.get_context(), time.monotonic()
     n, first = context.get_world_size(), context.get_world_rank() == 0
-    seats: list[PlacementGroup] = []
-    while not leave.wait(LOOK_EVERY):
+    reservations: list[PlacementGroup] = []
+    while not should_stop.wait(POLL_INTERVAL_S):
         notice = ray.train.get_preemption_info()
         if notice is not None:
             if first:
                 when = f"in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else "soon"
-                log.warning("%d node(s) will go %s: saving, to go on elsewhere", len(notice.preempted_node_ids), when)
-            leave.set()
+                log.warning(
+                    "%d node(s) are preempted %s: saving, then restarting", len(notice.preempted_node_ids), when
+                )
+            should_stop.set()
         elif first and time.monotonic() - started > workers.grow_after:
-            seats = seats or [_seat(workers, i) for i in range(workers.n - n)]
-            if free := sum(map(_free, seats)):
-                log.info("room for %d more worker(s): saving, to go on with %d", free, n + free)
-                leave.set()
+            reservations = reservations or [_reserve(workers, i) for i in range(workers.n - n)]
+            if free := sum(map(_is_available, reservations)):
+                log.info("resources for %d more worker(s): saving, then restarting with %d", free, n + free)
+                should_stop.set()

@@ -1,6 +1,6 @@
-"""A node that is told it will be taken back tells Ray, which starts nothing new on it and lets training save itself.
+"""Draining of a node that its cloud will preempt: Ray starts nothing new on it, and training saves.
 
-Ray's own autoscaler does not ask AWS or Google. One watcher runs on every worker node, beside its raylet.
+Ray's autoscaler does not poll AWS or Google. One watcher runs on every worker node.
 """
 
 import logging
@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 
 def watch(settings: WatchConfig) -> dict[str, Any]:
-    """Look until there is a notice, drain the node, say so."""
+    """Poll until there is a preemption notice, then drain the node. Returns the notice and Ray's answer."""
     log_to_stderr()
     gcs = GcsClient(address=_address(settings))
     node = settings.node or _this_node(gcs)
     endpoint = settings.metadata or preemption.ENDPOINTS[settings.cloud]
-    notice = preemption.look(settings.cloud, endpoint, settings.rebalance)  # the first failure is the user's to mend
+    notice = preemption.poll(settings.cloud, endpoint, settings.rebalance)  # an error of the first poll is the user's
     while notice is None:
         time.sleep(settings.every)
         try:
-            notice = preemption.look(settings.cloud, endpoint, settings.rebalance)
+            notice = preemption.poll(settings.cloud, endpoint, settings.rebalance)
         except StorageError as error:
             log.warning("%s", error)
     seconds = None if notice.deadline is None else max(0.0, notice.deadline - time.time())
-    log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s are left")
+    log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s left")
     milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
     accepted, why_not = gcs.drain_node(
         node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, f"{settings.cloud}: {notice.why}", milliseconds
@@ -46,15 +46,15 @@ def watch(settings: WatchConfig) -> dict[str, Any]:
 def _address(settings: WatchConfig) -> str:
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     if not address:
-        raise SettingError("--address is not set: give the head's, host:port, as to `ray start`")
+        raise SettingError("--address is not set: name the address of the head, host:port, as for `ray start`")
     return address
 
 
 def _this_node(gcs: GcsClient) -> str:
-    """The id of the only node that lives at this machine's address."""
+    """The id of the Ray node at this machine's address."""
     ip = ray.util.get_node_ip_address()
     nodes = gcs.get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values()
     alive = [info.node_id.hex() for info in nodes if info.node_manager_address == ip]
     if len(alive) != 1:
-        raise SettingError(f"{len(alive)} nodes live at {ip}, expected one: name it with --node")
+        raise SettingError(f"{len(alive)} nodes have the address {ip}, expected one: set --node")
     return alive[0]

@@ -1,4 +1,4 @@
-"""Settings of batch work on pictures, and of completing them."""
+"""Settings of batch inference and of completions."""
 
 from typing import Annotated, Self
 
@@ -9,53 +9,53 @@ from igpt_ray.settings import Count, OptionalUri, PoolConfig, Section, Uri
 
 
 class BatchConfig(Section):
-    """Pictures, and who is asked about them: what scoring and completing have in common."""
+    """Images and a model: the settings that scoring and completing share."""
 
     release: OptionalUri = ""
-    """URI of a release; or ask a server."""
+    """URI of a release; or set --endpoint."""
     endpoint: str = ""
-    """URL of a server to ask instead, http://host:8000; its key is in the environment variable IGPT_KEY."""
+    """URL of a running server instead of a release, http://host:8000. IGPT_KEY in the environment holds its key."""
     model: str = ""
-    """Which of the server's models; empty is its first."""
+    """Name of the server's model; empty for its first."""
     tokens: OptionalUri = ""
-    """URI of a token store; or take images."""
+    """URI of a token store; or set --source."""
     source: OptionalUri = ""
-    """URI of a folder or bucket of images instead, in any layout that jobs/prepare.py reads."""
+    """URI of a folder or bucket of images instead of tokens, in any layout that `igpt prepare` reads."""
     layout: Layout | None = None
-    """Of those images; None recognises it."""
+    """Layout of the images; None detects it."""
     split: str = "test"
-    """Split to take."""
+    """Split to read."""
     unit_images: Count = 1000
-    """Images of a unit of work, of images in folders: each becomes a file. Of a token store it is a shard."""
+    """Images per unit of work and output file, for images in folders. A token store has one unit per shard."""
     pool: PoolConfig = PoolConfig()
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if bool(self.release) == bool(self.endpoint):
-            raise ValueError("name who is asked: --release or --endpoint, one of them")
+            raise ValueError("set exactly one of --release and --endpoint")
         if bool(self.tokens) == bool(self.source):
-            raise ValueError("name the pictures: --tokens or --source, one of them")
+            raise ValueError("set exactly one of --tokens and --source")
         return self
 
 
 class CompleteConfig(BatchConfig):
-    """Finish the lower part of pictures."""
+    """Complete the lower part of images."""
 
     out: Uri
-    """URI of the folder to write: completions.parquet and .png; of all pictures, both for each unit."""
+    """URI of the output folder: completions.parquet and .png, or one pair per unit if all images are completed."""
     images: Annotated[int, Field(ge=0)] = 8
-    """Pictures of a token store, spread evenly over the split; 0 is all. Of --source always all."""
+    """Number of images from a token store, evenly spaced over the split; 0 for all. With --source always all."""
     n: Annotated[int, Field(ge=1, le=16)] = 4
-    """Completions of each."""
+    """Completions per image."""
     rows: Annotated[int, Field(ge=0)] | None = None
-    """Rows of pixels that are given; None is half of them."""
+    """Rows of pixels in the prompt; None for half of the image."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Divides the logits; 0 takes the likeliest colour."""
+    """Divisor of the logits; 0 takes the most likely colour."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample among the k likeliest colours; 0 is all."""
+    """Sample from the k most likely colours; 0 for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample among the likeliest colours that together have this probability."""
+    """Sample from the most likely colours that together have this probability."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the samples; each has its own stream, so neighbours in a batch do not matter."""
+    """Seed. Each sample has its own stream of random numbers, so the batch does not influence it."""
     slots: Annotated[int, Field(ge=16)] = 32
-    """Pictures that a worker paints at once."""
+    """Images that a worker generates at once."""

@@ -1,8 +1,9 @@
-"""Continuous batching: requests for finished pictures, painted side by side, a position at a time.
+"""Continuous batching: image completions generated together, one position per step.
 
-Requests join and leave between steps. Of a request, what is given before the first pixel to paint goes through the
-network in one pass, for all its samples; pixels given later are forced as they come. A sample is a function of its
-request and its seed alone: `generate/kv_cache.py` sees to the arithmetic, and its random numbers are its own.
+Requests are added and removed between steps. The prompt before the first free pixel is processed in one pass for all
+samples of a request; prompt pixels after it are forced when their position is reached. A sample depends only on its
+request and its seed: `kv_cache.py` makes the arithmetic independent of the batch, and each sample has its own random
+numbers.
 """
 
 import sys
@@ -20,18 +21,19 @@ from igpt_ray import rng
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
-from igpt_ray.generate.kv_cache import KVCache, Precision
+from igpt_ray.generate.kv_cache import KVCache
+from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.image_gpt import ImageGPT
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A picture to be finished once for every seed."""
+    """An image to complete once per seed."""
 
     tokens: NDArray[np.integer]
-    """(T,) colours in raster order; anything where not given."""
+    """(T,) tokens in raster order. Values outside the prompt are ignored."""
     given: NDArray[np.bool_]
-    """(T,) the pixels that stay as they are: any of them."""
+    """(T,) True for the pixels of the prompt, which stay as they are."""
     seeds: tuple[int, ...]
     temperature: float = 1
     top_k: int = 0
@@ -39,85 +41,85 @@ class Request:
 
 
 class Generation:
-    """A request on its way. To be read by any thread; only the engine writes."""
+    """A request in progress. Any thread may read it; only the engine writes."""
 
     def __init__(self, request: Request):
-        T, to_paint = len(request.given), np.flatnonzero(~request.given)
+        T, free_pixels = len(request.given), np.flatnonzero(~request.given)
         self.request = request
         self.tokens: Tokens = np.zeros((len(request.seeds), T), np.uint16)
-        """(samples, T), filled as they are painted; what is given is there from the start."""
+        """(samples, T): the prompt at first, then each pixel as it is generated."""
         self.tokens[:, request.given] = request.tokens[request.given]
-        self.position = int(to_paint[0]) if len(to_paint) else T
-        """How many positions all samples have finished."""
-        self.end = int(to_paint[-1]) + 1 if len(to_paint) else T
-        """Behind the last pixel to be painted."""
-        self.finished = not len(to_paint)
+        self.position = int(free_pixels[0]) if len(free_pixels) else T
+        """Number of positions that all samples have completed."""
+        self.end = int(free_pixels[-1]) + 1 if len(free_pixels) else T
+        """One more than the last free position."""
+        self.finished = not len(free_pixels)
         self.cancelled = False
 
 
 class Sample(NamedTuple):
-    """What a slot holds."""
+    """The sample in a slot."""
 
-    ticket: Generation
+    generation: Generation
     number: int
-    """Among those of the ticket."""
+    """Index among the samples of the generation."""
     uniforms: Tensor
-    """(T,) one for each pixel."""
+    """(T,) random numbers, one per pixel."""
 
 
 class Engine:
-    """`slots` samples at a time. `submit` and `cancel` are for any thread, `step` for one."""
+    """Generates up to `slots` samples at a time. Any thread may call `submit` and `cancel`; one thread calls `step`."""
 
     def __init__(self, model: ImageGPT, slots: int, precision: Precision = "float32"):
-        """Raises `SettingError` for a masked network: it has no next pixel."""
+        """Raises `SettingError` for a model with the masked objective."""
         self.slots = slots
         self.generated = 0
-        """Pixels drawn since the start, of all samples."""
+        """Pixels generated since the start, over all samples."""
         self._shape = model.config
         self._network = KVCache(model, slots, precision)
         self._lock = threading.Lock()
         self._waiting: deque[Generation] = deque()
-        self._held: list[Sample | None] = [None] * slots
+        self._samples_of_slots: list[Sample | None] = [None] * slots
 
     @property
     def slots_in_use(self) -> int:
-        return sum(held is not None and not held.ticket.cancelled for held in self._held)
+        return sum(held is not None and not held.generation.cancelled for held in self._samples_of_slots)
 
     @property
     def waiting(self) -> int:
-        """Requests for which there were not enough slots yet."""
+        """Number of queued requests."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> Generation:
-        """Queue a request. One with nothing to paint comes back finished, and no step returns it.
+        """Queue a request. If it has no free pixel it is finished at once, and no step returns it.
 
-        Raises `SettingError` if it is malformed.
+        Raises `SettingError` if the request is malformed.
         """
         self._check(request)
-        ticket = Generation(request)
-        if not ticket.finished:
+        generation = Generation(request)
+        if not generation.finished:
             with self._lock:
-                self._waiting.append(ticket)
-        return ticket
+                self._waiting.append(generation)
+        return generation
 
-    def cancel(self, ticket: Generation) -> None:
-        """Its slots are free before the next step, and no step returns it. A finished one stays finished."""
+    def cancel(self, generation: Generation) -> None:
+        """Free the slots before the next step; no step returns the generation. A finished one stays finished."""
         with self._lock:
-            ticket.cancelled = not ticket.finished
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
+            generation.cancelled = not generation.finished
+            if generation in self._waiting:
+                self._waiting.remove(generation)
 
     def step(self) -> list[Generation]:
-        """One position for every slot in use, after admitting who waits. Returns who has finished."""
+        """Admit queued requests, then advance every active slot by one position. Returns the finished generations."""
         with self._lock:
             self._release()
             admitted = self._admit()
-        for ticket in admitted:
-            self._begin(ticket)
-        slots = [slot for slot, held in enumerate(self._held) if held is not None]
+        for generation in admitted:
+            self._begin(generation)
+        slots = [slot for slot, held in enumerate(self._samples_of_slots) if held is not None]
         if not slots:
             return []
-        self._paint(slots, [held for held in self._held if held is not None])
+        self._sample(slots, [held for held in self._samples_of_slots if held is not None])
         with self._lock:
             finished = self._advance()
             self._release()
@@ -135,10 +137,10 @@ class Engine:
             )
         for colour in request.tokens[request.given]:
             if not 0 <= colour < V:
-                raise SettingError(f"a given pixel has the colour {colour}, expected 0 to {V - 1}")
+                raise SettingError(f"a prompt pixel has the token {colour}, expected 0 to {V - 1}")
         if not 1 <= len(request.seeds) <= self.slots:
             raise SettingError(
-                f"{len(request.seeds)} samples are wanted, expected 1 to {self.slots}: send several requests"
+                f"{len(request.seeds)} samples were requested, expected 1 to {self.slots}: send several requests"
             )
         for seed in request.seeds:
             if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**128:
@@ -151,55 +153,61 @@ class Engine:
             raise SettingError(f"top_p is {request.top_p}, expected more than 0 and at most 1 (all colours)")
 
     def _release(self) -> None:
-        """Free the slots of what is over."""
-        for slot, held in enumerate(self._held):
-            if held is not None and (held.ticket.cancelled or held.ticket.finished):
-                self._held[slot] = None
+        """Free the slots of finished and cancelled generations."""
+        for slot, held in enumerate(self._samples_of_slots):
+            if held is not None and (held.generation.cancelled or held.generation.finished):
+                self._samples_of_slots[slot] = None
 
     def _admit(self) -> list[Generation]:
-        """Give slots to who waits, in order: who does not fit yet is not overtaken, or many samples would starve."""
-        free = [slot for slot, held in enumerate(self._held) if held is None]
+        """Assign free slots in FIFO order: a large request at the head blocks smaller ones, to avoid starvation."""
+        free = [slot for slot, held in enumerate(self._samples_of_slots) if held is None]
         admitted = []
         while self._waiting and len(self._waiting[0].request.seeds) <= len(free):
-            ticket = self._waiting.popleft()
-            admitted.append(ticket)
-            uniforms = rng.uniforms(list(ticket.request.seeds), self._shape.n_positions)
+            generation = self._waiting.popleft()
+            admitted.append(generation)
+            uniforms = rng.uniforms(list(generation.request.seeds), self._shape.n_positions)
             for number, stream in enumerate(uniforms):
-                self._held[free.pop(0)] = Sample(ticket, number, stream)
+                self._samples_of_slots[free.pop(0)] = Sample(generation, number, stream)
         return admitted
 
-    def _begin(self, ticket: Generation) -> None:
-        """Fill its slots with what is given before the first pixel to paint."""
-        if ticket.position:
-            slots = [slot for slot, held in enumerate(self._held) if held is not None and held.ticket is ticket]
-            self._network.fill(slots, torch.from_numpy(ticket.tokens[0, : ticket.position].astype(np.int64)))
+    def _begin(self, generation: Generation) -> None:
+        """Process the prompt before the first free pixel."""
+        if generation.position:
+            slots = [
+                slot
+                for slot, held in enumerate(self._samples_of_slots)
+                if held is not None and held.generation is generation
+            ]
+            self._network.prefill(slots, torch.from_numpy(generation.tokens[0, : generation.position].astype(np.int64)))
 
-    def _paint(self, slots: list[int], samples: list[Sample]) -> None:
-        """Draw the colour of every sample's next pixel. A given one was there before: only its keys were wanted."""
-        at = [sample.ticket.position for sample in samples]
-        before = [int(s.ticket.tokens[s.number, max(t, 1) - 1]) for s, t in zip(samples, at, strict=True)]
-        logits = self._network.logits(slots, at, before)  # (slots, V)
-        asked = [sample.ticket.request for sample in samples]
+    def _sample(self, slots: list[int], samples: list[Sample]) -> None:
+        """Sample each slot's pixel. At a prompt pixel only the keys and values are stored."""
+        positions = [sample.generation.position for sample in samples]
+        previous_tokens = [
+            int(s.generation.tokens[s.number, max(t, 1) - 1]) for s, t in zip(samples, positions, strict=True)
+        ]
+        logits = self._network.decode_step(slots, positions, previous_tokens)  # (slots, V)
+        requests = [sample.generation.request for sample in samples]
         colours = sampler.sample_inverse_cdf(
             logits,
-            torch.stack([sample.uniforms[t] for sample, t in zip(samples, at, strict=True)]).to(logits.device),
-            torch.tensor([request.temperature for request in asked], dtype=torch.float64),
-            torch.tensor([min(request.top_k, self._shape.n_vocab) for request in asked]),
-            torch.tensor([request.top_p for request in asked], dtype=torch.float64),
+            torch.stack([sample.uniforms[t] for sample, t in zip(samples, positions, strict=True)]).to(logits.device),
+            torch.tensor([request.temperature for request in requests], dtype=torch.float64),
+            torch.tensor([min(request.top_k, self._shape.n_vocab) for request in requests]),
+            torch.tensor([request.top_p for request in requests], dtype=torch.float64),
         ).tolist()
-        for sample, t, colour in zip(samples, at, colours, strict=True):
-            if not sample.ticket.request.given[t]:
-                sample.ticket.tokens[sample.number, t] = colour
+        for sample, t, colour in zip(samples, positions, colours, strict=True):
+            if not sample.generation.request.given[t]:
+                sample.generation.tokens[sample.number, t] = colour
                 self.generated += 1
 
     def _advance(self) -> list[Generation]:
-        """Move every ticket on by a position; returns those that have come to their end."""
+        """Advance every generation by one position; returns those that are finished."""
         finished = []
-        for ticket in dict.fromkeys(held.ticket for held in self._held if held is not None):
-            ticket.position += 1
-            if ticket.position == ticket.end:
-                ticket.position = len(ticket.request.given)
-                if not ticket.cancelled:
-                    ticket.finished = True
-                    finished.append(ticket)
+        for generation in dict.fromkeys(held.generation for held in self._samples_of_slots if held is not None):
+            generation.position += 1
+            if generation.position == generation.end:
+                generation.position = len(generation.request.given)
+                if not generation.cancelled:
+                    generation.finished = True
+                    finished.append(generation)
         return finished

@@ -1,4 +1,4 @@
-"""The size and shape of a network."""
+"""Settings of the network."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,7 +8,7 @@ from igpt_ray.settings import Count, Section
 
 
 class ModelConfig(Section):
-    """The network [facts of the paper, section 2, and OpenAI's `src/model.py`]."""
+    """The network (paper, section 2; OpenAI's `src/model.py`)."""
 
     n_layer: Count = 24
     """Blocks."""
@@ -19,22 +19,22 @@ class ModelConfig(Section):
     n_px: Count = 32
     """Pixels a side; the sequence has n_px * n_px positions."""
     n_vocab: Annotated[int, Field(ge=2, le=65536)] = 512
-    """Colours of the palette."""
+    """Colours in the palette."""
     objective: Literal["next", "masked"] = "next"
-    """Predict the next pixel, or the masked ones as in BERT: then no start vector and no causal mask."""
+    """Predict the next pixel, or masked pixels as in BERT, without start vector and causal mask."""
     n_class: Annotated[int, Field(ge=0)] = 0
-    """Classes that a head for fine-tuning tells apart; 0 has no head."""
+    """Classes of the classification head; 0 for no head."""
     qk_norm: bool = False
-    """Modern: RMS norms, with gains, on the queries and keys of each head."""
+    """Not in the paper: RMS norms with gains on the queries and keys of each head."""
     rotary: bool = False
-    """Modern: queries and keys are turned by their row and column; the learned positions stay."""
+    """Not in the paper: rotary embeddings of row and column, in addition to the learned positions."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.rotary and self.head_width % 4:
-            raise ValueError(f"rotary wants heads of a multiple of 4 wide; n_embd / n_head is {self.head_width}")
+            raise ValueError(f"rotary needs a head width that is a multiple of 4; n_embd / n_head is {self.head_width}")
         return self
 
     @property
@@ -43,7 +43,7 @@ class ModelConfig(Section):
 
     @property
     def modern(self) -> list[str]:
-        """The switches that are on: neither the paper nor transformers has them."""
+        """The enabled settings that neither the paper nor transformers has."""
         return [name for name in ("qk_norm", "rotary") if getattr(self, name)]
 
     @property

@@ -1,6 +1,6 @@
 """ImageGPT: the network of "Generative Pretraining from Pixels", after OpenAI's `src/model.py`.
 
-Parallelism, precision and compilation are applied from outside (`parallelize.py`); the KV cache is in `kv_cache.py`.
+`train/parallelize.py` adds parallelism, precision and compilation; `generate/kv_cache.py` holds the KV cache.
 
     B batch   T positions, n_px * n_px in raster order   C width   N heads   D = C / N   V colours   L layers
 """
@@ -15,32 +15,32 @@ from torch import Tensor, nn
 from igpt_ray.model.config import ModelConfig
 
 NORM_EPS = 1e-5
-SHORT = 8192
-"""Positions times head width up to which a CPU attends faster in float32 than in bfloat16, casts included: torch 2.13's
-kernel for bfloat16 takes 1.3 times as long at 128 x 64 and 2.4 times at 128 x 32, but 0.7 at 256 x 64."""
-PARTS = 4
-"""Of the queries of a short causal attention."""
+CPU_FLOAT32_ELEMENTS = 8192
+"""Positions times head width up to which attention on a CPU is faster in float32 than in bfloat16, casts included.
+torch 2.13's bfloat16 kernel takes 1.3 times as long at 128 x 64 and 2.4 times at 128 x 32, but 0.7 at 256 x 64."""
+CPU_QUERY_BLOCKS = 4
+"""Blocks that the queries of such a causal attention are split into."""
 ROTARY_BASE = 100.0
-"""The fastest pair turns by a radian a pixel, the slowest by about a hundredth: pictures are at most 64 pixels wide."""
+"""The highest frequency is 1 radian per pixel, the lowest about 0.01: images are at most 64 pixels wide."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values to what is seen: each (B, N, T, D)."""
+"""Attention: queries, keys and values to outputs, each (B, N, T, D)."""
 
 
 def mean_over_positions(h: Tensor) -> Tensor:
-    """(B, T, C) -> (B, C), in float32 whatever the network computes in: the paper's pooling."""
+    """The paper's pooling: (B, T, C) -> (B, C), summed in float32."""
     return h.mean(1, dtype=torch.float32)
 
 
 class ImageGPT(nn.Module):
-    """Predicts each pixel from those before it, or (`objective` masked) the masked ones from all others.
+    """Predicts each pixel from the pixels before it, or, with the objective `masked`, masked pixels from all others.
 
     Position t sees sos, x_0 .. x_{t-1} and predicts x_t: the first pixel is predicted from the learned start vector
     `sos` alone, and the last is never an input. Input and output embeddings are separate (`wte`, `wtet`).
 
-    A masked network has no start vector and no shift. Where `keep` (B, T) is False, a position's content embedding is
-    zero, so that it sees of itself only where it stands; there is no mask token. Attention looks both ways.
+    The masked objective has no start vector and no shift. Where `visible_mask` (B, T) is False, the token embedding is
+    zero and only the position embedding remains; there is no mask token. Attention is bidirectional.
     """
 
     def __init__(self, config: ModelConfig):
@@ -62,49 +62,52 @@ class ImageGPT(nn.Module):
     def blocks(self) -> list["Block"]:
         return cast("list[Block]", list(self.h))
 
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits of every position: (B, T) -> (B, T, V). Position t does not see token t, unless a mask keeps it."""
-        return self.wtet(self.hidden(tokens, keep))  # (B, T, V)
+    def forward(self, tokens: Tensor, visible_mask: Tensor | None = None) -> Tensor:
+        """Logits of every position: (B, T) -> (B, T, V). They do not depend on token t, unless it is visible."""
+        return self.wtet(self.hidden(tokens, visible_mask))  # (B, T, V)
 
-    def forward_with_classifier(self, tokens: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits of every position, and of the classes: (B, T) -> (B, T, V), (B, classes). For fine-tuning.
+    def forward_with_classifier(self, tokens: Tensor, visible_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of every position and of the classes: (B, T) -> (B, T, V), (B, classes). For fine-tuning.
 
-        The head looks at the mean over positions of what `wtet` looks at (paper, section 2.3).
+        The input of the classification head is the mean over positions of the input of `wtet` (paper, section 2.3).
         """
-        h = self.hidden(tokens, keep)
+        h = self.hidden(tokens, visible_mask)
         return self.wtet(h), self.wclf(h.mean(1))
 
-    def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, visible_mask: Tensor | None = None) -> Tensor:
         """The output of the last norm: (B, T) -> (B, T, C)."""
-        h = self.embed(tokens, keep)
+        h = self.embed(tokens, visible_mask)
         rope = self.rotation(tokens.shape[1])
         for block in self.h:
             h = block(h, rope)
         return self.ln_f(h)
 
-    def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, C): shifted right by the start vector, or masked by `keep`; positions added."""
+    def embed(self, tokens: Tensor, visible_mask: Tensor | None = None) -> Tensor:
+        """Input embeddings (B, T) -> (B, T, C): shifted right after the start vector, or masked; positions added."""
         B, T = tokens.shape
         if self.causal:
-            assert keep is None, "a mask for a network that predicts the next pixel"
+            assert visible_mask is None, "visible_mask is only for the objective masked"
             sos = self.sos.expand(B, 1, -1)
             return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[:T]
         h = self.wte(tokens)
-        if keep is not None:
-            h = h * keep[..., None]
+        if visible_mask is not None:
+            h = h * visible_mask[..., None]
         return h + self.wpe[:T]
 
     def features(
         self,
         tokens: Tensor,
         last: int | None = None,
-        keep: Tensor | None = None,
+        visible_mask: Tensor | None = None,
         pool: Callable[[Tensor], Tensor] = mean_over_positions,
     ) -> Tensor:
-        """The paper's features (section 3.4): (B, T) -> (B, last + 1, C), each block's ln_1 output, and ln_f's output
-        at layer L, pooled over positions. Stops at layer `last` (default L)."""
+        """The paper's features (section 3.4): (B, T) -> (B, last + 1, C).
+
+        The output of each block's ln_1, and of ln_f for layer L, pooled over positions. The computation ends at layer
+        `last` (default L).
+        """
         last = len(self.h) if last is None else last
-        h = self.embed(tokens, keep)
+        h = self.embed(tokens, visible_mask)
         rope = self.rotation(tokens.shape[1])
         pooled = []
         for block in self.blocks[: last + 1]:
@@ -116,10 +119,10 @@ class ImageGPT(nn.Module):
         return torch.stack(pooled, dim=1)  # (B, last + 1, C)
 
     def rotation(self, n: int) -> Tensor | None:
-        """Cosines and sines by which rotary positions turn heads at the first n positions: (2, n, D / 2), the first
-        half of the pairs by row, the second by column; None without.
+        """Cosines and sines of the rotary embedding of the first n positions, (2, n, D / 2); None without rotary.
 
-        Made anew each time: a buffer would be one more thing to shard, cast and store.
+        The first half of the pairs encodes the row, the second the column. Computed at each call, because a buffer
+        would have to be sharded, cast and stored.
         """
         c = self.config
         if not c.rotary:
@@ -132,7 +135,7 @@ class ImageGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's initialisation. The zero heads make the first loss exactly ln V, and ln n_class."""
+        """OpenAI's initialisation. The output layers are zero, so the first losses are exactly ln V and ln n_class."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe, std=0.01)
@@ -149,7 +152,7 @@ class ImageGPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then the MLP. The norms are RMS norms with a gain and no bias."""
+    """Pre-norm transformer block: attention, then the MLP. The RMS norms have a gain and no bias."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -164,7 +167,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, causal or both ways. OpenAI's q, k and v projections lie fused, in this order, in `c_attn`."""
+    """Self-attention, causal or bidirectional. `c_attn` holds OpenAI's q, k and v projections in this order."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -176,7 +179,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(D, NORM_EPS) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """`rope`: rotary positions. `attend`: what attends instead, to more than the keys of x; see `slots.py`."""
+        """`rope`: rotary embedding. `attend` replaces the attention, for example by one with a KV cache."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -187,17 +190,18 @@ class Attention(nn.Module):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """torch's attention, (B, N, T, D), in the way that is fast: in float32 for what is `SHORT` on a CPU.
+    """Scaled dot-product attention of (B, N, T, D).
 
-    Causal queries then come in `PARTS`, each with the keys up to its end: the kernel computes what a mask hides.
+    On a CPU, short bfloat16 sequences are computed in float32, see CPU_FLOAT32_ELEMENTS. Causal queries are then split
+    into CPU_QUERY_BLOCKS blocks, each with the keys up to its end, because the kernel also computes masked products.
     """
     T = q.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not 1 < T <= SHORT // q.shape[3]:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not 1 < T <= CPU_FLOAT32_ELEMENTS // q.shape[3]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
-    if not causal or T % PARTS:
+    if not causal or T % CPU_QUERY_BLOCKS:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(dtype)
-    n, parts = T // PARTS, []
+    n, parts = T // CPU_QUERY_BLOCKS, []
     for start in range(0, T, n):
         seen = torch.ones(n, start + n, dtype=torch.bool).tril(start)
         rows, end = slice(start, start + n), start + n
@@ -206,8 +210,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): element i and i + D/2 are a point in the plane, turned by an angle of the
-    position: (B, N, T, D). A query and a key then agree by how far apart they stand."""
+    """Rotary embedding (Su et al. 2021) of (B, N, T, D): elements i and i + D/2 are rotated by the position's angle.
+
+    The product of a query and a key then depends on their relative position.
+    """
     (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Objectives, as sums and counts: divided once, after every reduction.
+"""Losses per token and per image. The caller sums them and divides once, after all reductions.
 
 B batch   T positions   V colours
 """
@@ -7,68 +7,91 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.rng import seed_of, uniforms
 
 MASKED = 0.15
-"""Share of positions that are masked (paper, section 2.1)."""
+"""Probability that a position is masked (paper, section 2.1)."""
 MASKS = 5
-"""Masks of each image when a masked network is judged (paper, section 4.6)."""
+"""Masks per image in the evaluation of a masked model (paper, section 4.6)."""
 
 
 def next_pixel(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Nats of every token: (B, T, V), (B, T) -> (B, T), in float32. The first pixel counts [OpenAI's `model`]."""
+    """Nats of every token: (B, T, V), (B, T) -> (B, T), in float32. Includes the first pixel (OpenAI's `model`)."""
     B, T, V = logits.shape
     return F.cross_entropy(logits.float().view(B * T, V), tokens.view(B * T), reduction="none").view(B, T)
 
 
-def masked_pixel(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
+def masked_pixel(logits: Tensor, tokens: Tensor, visible_mask: Tensor) -> Tensor:
     """Nats per masked token of every image: (B, T, V), (B, T), (B, T) -> (B,), in float32.
 
-    The objective is the mean of these over images: an image counts the same however many positions it has masked
-    [OpenAI's `model`].
+    The objective is their mean over images, so the number of masked positions does not weight an image (OpenAI's
+    `model`).
     """
-    masked = ~keep
+    masked = ~visible_mask
     return (next_pixel(logits, tokens) * masked).sum(1) / masked.sum(1)
 
 
 def sample_masks(seeds: list[int], n_positions: int) -> Tensor:
-    """A mask for each seed, False where masked: (len(seeds), T) bool.
+    """One mask per seed, False where masked: (len(seeds), T) bool.
 
-    A position is masked with probability MASKED. If none is, which is common only in pictures of a few pixels, the one
-    that came nearest to it is: the mean over no position at all would not be a number.
+    A position is masked with probability MASKED. If no position is, which is likely only in images of a few pixels, the
+    one with the smallest random number is masked, so that the mean is defined.
     """
     u = uniforms(seeds, n_positions)
     return u > u.amin(1, keepdim=True).clamp_min(MASKED)
 
 
-def keep_of_keys(keys: list[str], mask: int, n_positions: int) -> Tensor:
-    """The masks under which images are judged, a function of their keys: (len(keys), T) bool. `mask` < MASKS."""
+def visible_masks_of_keys(keys: list[str], mask: int, n_positions: int) -> Tensor:
+    """Masks number `mask` < MASKS for the evaluation of images, a function of their keys: (len(keys), T) bool."""
     return sample_masks([seed_of("mask", key, mask) for key in keys], n_positions)
 
 
-def generative(model: ImageGPT, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The sum of which the model's own objective is the mean: over tokens, or over images if masked by `keep`."""
-    if keep is None:
+def generative(model: ImageGPT, tokens: Tensor, visible_mask: Tensor | None = None) -> Tensor:
+    """Sum of the model's loss: over tokens, or over images with `visible_mask`."""
+    if visible_mask is None:
         return next_pixel(model(tokens), tokens).sum()
-    return masked_pixel(model(tokens, keep), tokens, keep).sum()
+    return masked_pixel(model(tokens, visible_mask), tokens, visible_mask).sum()
 
 
-def forward_with_classifier(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The fine-tuning loss of every image, generative + classification, 1:1 (paper, section 2.3): (B, T), (B,) -> (B,).
+def forward_with_classifier(
+    model: ImageGPT, tokens: Tensor, labels: Tensor, visible_mask: Tensor | None = None
+) -> Tensor:
+    """Fine-tuning loss of every image in nats, generative + classification (paper, section 2.3): (B, T), (B,) -> (B,).
 
-    In nats: the mean over the image's (masked) tokens, and of its label.
+    The generative part is the mean over the image's (masked) tokens.
     """
-    return joint_parts(model, tokens, labels, keep)[0]
+    return loss_parts(model, tokens, labels, visible_mask)[0]
 
 
-def joint_parts(model: ImageGPT, tokens: Tensor, labels: Tensor, keep: Tensor | None = None) -> Tensor:
-    """That loss, the generative part of it, and whether the head is right, of every image: (3, B)."""
-    logits, classes = model.forward_with_classifier(tokens, keep)
-    nats = next_pixel(logits, tokens).mean(1) if keep is None else masked_pixel(logits, tokens, keep)
+def loss_parts(model: ImageGPT, tokens: Tensor, labels: Tensor, visible_mask: Tensor | None = None) -> Tensor:
+    """Fine-tuning loss, its generative part, and 1 if the predicted class is right, of every image: (3, B)."""
+    logits, classes = model.forward_with_classifier(tokens, visible_mask)
+    nats = next_pixel(logits, tokens).mean(1) if visible_mask is None else masked_pixel(logits, tokens, visible_mask)
     return torch.stack([nats + classification(classes, labels), nats, classes.argmax(1) == labels])
 
 
 def classification(logits: Tensor, labels: Tensor) -> Tensor:
     """Nats of every label: (B, classes), (B,) -> (B,), in float32."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+# ------------------------------------------------------------------------------------------------ sums of a batch
+
+
+def loss_sums(model: ImageGPT, tokens: Tensor, labels: Tensor | None, visible_mask: Tensor | None) -> Tensor:
+    """Sums over the batch of the quantities that `sum_names` names: (1,), or (3,) with labels."""
+    if labels is None:
+        return generative(model, tokens, visible_mask)[None]
+    return loss_parts(model, tokens, labels, visible_mask).sum(1)
+
+
+def sum_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the means that the sums of `loss_sums` become; the first is the loss."""
+    return ("loss", "nats_per_token", "accuracy") if config.n_class else ("nats_per_token",)
+
+
+def loss_units_per_image(config: ModelConfig) -> int:
+    """Divisor per image: its tokens where the loss is a mean over tokens, 1 where it is a mean over images."""
+    return 1 if config.objective == "masked" or config.n_class else config.n_positions

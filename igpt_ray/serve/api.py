@@ -1,15 +1,15 @@
-"""The HTTP API: requests to pictures' tokens, tokens to a release's replicas, and what they say back.
+"""The HTTP API.
 
-    POST /v1/completions   finish a picture n times; with "stream", row by row as server-sent events
-    POST /v1/features      what the network makes of pictures
-    POST /v1/classify      classes, by a probe's head or a fine-tuned one
-    POST /v1/score         nats of pictures, and of their pixels
-    GET  /v1/models        what is served
-    GET  /healthz          the process answers;  GET /readyz  the models do
+    POST /v1/completions   n completions of an image; with "stream", row by row as server-sent events
+    POST /v1/features      features of images
+    POST /v1/classify      classes, by the head of a probe or of a fine-tuned release
+    POST /v1/score         nats of images and of their pixels
+    GET  /v1/models        the served models
+    GET  /healthz          liveness;  GET /readyz  readiness of all models
     GET  /                 the page;  GET /docs and /openapi.json
 
-Pictures are decoded here, so that no replica ever sees a file. Bodies are JSON or multipart forms
-(schemas.py); middleware.py decides which requests come this far. Nothing is ever fetched from a URL.
+Images are decoded here; replicas receive tokens only. Bodies are JSON or multipart forms (`schemas.py`), which
+`middleware.py` checks first. The server never fetches a URL.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from starlette.exceptions import HTTPException
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.generate import engine
-from igpt_ray.serve.middleware import PUBLIC, APIError, Gate, Keys
+from igpt_ray.serve.middleware import PUBLIC, APIError, Keys, RequestGuard
 from igpt_ray.serve.schemas import (
     MAX_PICTURES,
     MAX_SAMPLES,
@@ -52,7 +52,7 @@ from igpt_ray.serve.schemas import (
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 300
-"""For an answer, or for the whole of a stream."""
+"""Time limit of an answer or of a whole stream."""
 READY_SECONDS = 30
 PAGE = Path(__file__).resolve().parent / "web" / "index.html"
 
@@ -60,45 +60,45 @@ A = TypeVar("A", bound=BaseRequest)
 
 
 class Model(Protocol):
-    """A release's replicas, or one of them."""
+    """The replicas of a release, or one of them."""
 
     def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]: ...
 
-    def ask(self, what: str, *words: Any) -> Awaitable[Any]: ...
+    def call(self, what: str, *words: Any) -> Awaitable[Any]: ...
 
 
 class ServedModel:
-    """A release as the API knows it."""
+    """A release that the API serves."""
 
     def __init__(self, name: str, reader: Reader, heads: dict[str, list[str]], slots: int, model: Model):
         self.name = name
         self.reader = reader
         self.heads = heads
-        """Name -> its classes."""
+        """Name -> classes."""
         self.slots = slots
         self.model = model
 
     def listing(self) -> dict[str, Any]:
-        about = self.reader.about
+        release = self.reader.release
         return {
             "id": self.name,
             "object": "model",
-            "n_px": about.model.n_px,
-            "n_vocab": about.model.n_vocab,
-            "n_layer": about.model.n_layer,
-            "n_embd": about.model.n_embd,
-            "parameters": about.model.n_params,
+            "n_px": release.model.n_px,
+            "n_vocab": release.model.n_vocab,
+            "n_layer": release.model.n_layer,
+            "n_embd": release.model.n_embd,
+            "parameters": release.model.n_params,
             "max_n": min(self.slots, MAX_SAMPLES),
-            "pipeline": about.kind.pipeline,
-            "sha256": about.sha256,
-            "palette_sha256": about.kind.palette,
+            "pipeline": release.kind.pipeline,
+            "sha256": release.sha256,
+            "palette_sha256": release.kind.palette,
             "heads": [{"id": name, "classes": classes} for name, classes in self.heads.items()],
             "palette": self.colours(),
         }
 
     def colours(self) -> list[str]:
         """#rrggbb of every token."""
-        colours = self.reader.palette.decode(np.arange(self.reader.about.model.n_vocab))
+        colours = self.reader.palette.decode(np.arange(self.reader.release.model.n_vocab))
         return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours.tolist()]
 
 
@@ -106,13 +106,13 @@ class ServedModel:
 
 
 def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -> FastAPI:
-    """All routes behind the gate. `served` is the allow-list of models, its first the one that answers by default."""
+    """The application with all routes. `served` maps names to models; the first is the default."""
     app = FastAPI(title="igpt_ray", version="1", description="Image GPT over HTTP.", redoc_url=None)
-    app.add_middleware(Gate, keys=keys, queue=queue)
+    app.add_middleware(RequestGuard, keys=keys, queue=queue)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _our_fault)
+    app.add_exception_handler(Exception, _internal_error)
     for error in (APIError, ImageError, SettingError, ValidationError, TimeoutError):
-        app.add_exception_handler(error, lambda _, error: refusal_of(error).response)
+        app.add_exception_handler(error, lambda _, error: api_error_of(error).response)
     app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign]
     page = PAGE.read_text()
     headers = {"content-security-policy": _policy(page), "referrer-policy": "no-referrer"}
@@ -121,32 +121,32 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     async def index() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    @app.get("/healthz", summary="The process answers")
+    @app.get("/healthz", summary="Liveness")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", summary="Every model has painted a pixel", responses=_said(503))
+    @app.get("/readyz", summary="Readiness: every model has generated a pixel", responses=_error_responses(503))
     async def readyz() -> dict[str, str]:
         try:
             async with asyncio.timeout(READY_SECONDS):
-                await asyncio.gather(*(one.model.ask("ready") for one in served.values()))
+                await asyncio.gather(*(one.model.call("ready") for one in served.values()))
         except Exception as error:
-            raise APIError(503, "not_ready", f"a model does not answer yet ({type(error).__name__})") from error
+            raise APIError(503, "not_ready", f"a model is not ready ({type(error).__name__})") from error
         return {"status": "ready"}
 
-    @app.get("/v1/models", summary="What is served", responses=_said(401))
+    @app.get("/v1/models", summary="The served models", responses=_error_responses(401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [one.listing() for one in served.values()]}
 
     @app.post("/v1/completions", **_takes(CompletionRequest, stream=True))
     async def completions(request: Request) -> Response:
-        asked = await parsed(request, CompletionRequest)
-        one = _chosen(served, asked)
-        if asked.n > one.slots:
-            raise SettingError(f"n is {asked.n}; this server paints {one.slots} pictures at once")
-        wanted = await asyncio.to_thread(one.reader.request, asked)
-        answer = Completion(one, asked, wanted)
-        if asked.stream:
+        body = await parsed(request, CompletionRequest)
+        one = _model_of(served, body)
+        if body.n > one.slots:
+            raise SettingError(f"n is {body.n}, expected at most {one.slots} on this server")
+        engine_request = await asyncio.to_thread(one.reader.request, body)
+        answer = Completion(one, body, engine_request)
+        if body.stream:
             return StreamingResponse(
                 answer.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
             )
@@ -157,38 +157,38 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
 
     @app.post("/v1/features", **_takes(FeaturesRequest))
     async def features(request: Request) -> Response:
-        asked = await parsed(request, FeaturesRequest)
-        one = _chosen(served, asked)
-        n_layer = one.reader.about.model.n_layer
-        layer = n_layer // 2 if asked.layer is None else asked.layer
+        body = await parsed(request, FeaturesRequest)
+        one = _model_of(served, body)
+        n_layer = one.reader.release.model.n_layer
+        layer = n_layer // 2 if body.layer is None else body.layer
         if layer > n_layer:
-            raise SettingError(f"layer is {layer}; this model has 0 to {n_layer}")
-        found = await _ask(one, asked, "features", layer, asked.pooling)
-        data = [{"index": i, "features": row.tolist()} for i, row in enumerate(found[1])]
-        return JSONResponse({"model": one.name, "layer": layer, "pooling": asked.pooling, "data": data})
+            raise SettingError(f"layer is {layer}, expected 0 to {n_layer}")
+        results = await _call(one, body, "features", layer, body.pooling)
+        data = [{"index": i, "features": row.tolist()} for i, row in enumerate(results[1])]
+        return JSONResponse({"model": one.name, "layer": layer, "pooling": body.pooling, "data": data})
 
     @app.post("/v1/classify", **_takes(ClassifyRequest))
     async def classify(request: Request) -> Response:
-        asked = await parsed(request, ClassifyRequest)
-        one = _chosen(served, asked)
-        head = asked.head or next(iter(one.heads), "")
+        body = await parsed(request, ClassifyRequest)
+        one = _model_of(served, body)
+        head = body.head or next(iter(one.heads), "")
         if head not in one.heads:
             raise APIError(404, "head_not_found", f"{one.name} has the heads {', '.join(one.heads) or '(none)'}")
-        found, classes = await _ask(one, asked, "classify", head), one.heads[head]
-        data = [{"index": i, "classes": _likeliest(row, classes, asked.top_k)} for i, row in enumerate(found[1])]
+        results, classes = await _call(one, body, "classify", head), one.heads[head]
+        data = [{"index": i, "classes": _likeliest(row, classes, body.top_k)} for i, row in enumerate(results[1])]
         return JSONResponse({"model": one.name, "head": head, "data": data})
 
     @app.post("/v1/score", **_takes(ScoreRequest))
     async def score(request: Request) -> Response:
-        asked = await parsed(request, ScoreRequest)
-        one = _chosen(served, asked)
-        tokens, nats = await _ask(one, asked, "score")
+        body = await parsed(request, ScoreRequest)
+        one = _model_of(served, body)
+        tokens, nats = await _call(one, body, "score")
         data = []
         for i, (picture, by_pixel) in enumerate(zip(tokens, nats, strict=True)):
             total = float(by_pixel.sum())
             said = {"index": i, "nats": total, "nats_per_pixel": total / len(by_pixel)}
             said["bits_per_pixel"] = said["nats_per_pixel"] / math.log(2)
-            if asked.per_pixel:
+            if body.per_pixel:
                 said |= {"nats_by_pixel": by_pixel.tolist(), "tokens": picture.tolist()}
             data.append(said)
         return JSONResponse({"model": one.name, "pixels": int(nats.size), "data": data})
@@ -196,19 +196,19 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     return app
 
 
-def _chosen(served: dict[str, ServedModel], asked: BaseRequest) -> ServedModel:
-    if not asked.model:
+def _model_of(served: dict[str, ServedModel], body: BaseRequest) -> ServedModel:
+    if not body.model:
         return next(iter(served.values()))
-    if asked.model not in served:
+    if body.model not in served:
         raise APIError(404, "model_not_found", f"no such model: this server has {', '.join(served)}")
-    return served[asked.model]
+    return served[body.model]
 
 
-async def _ask(one: ServedModel, asked: BaseRequest, what: str, *words: Any) -> tuple[Tokens, Any]:
-    """The pictures' tokens, and what the model says to them."""
-    tokens = await asyncio.to_thread(one.reader.pictures, asked)
+async def _call(one: ServedModel, body: BaseRequest, what: str, *words: Any) -> tuple[Tokens, Any]:
+    """The images' tokens, and the model's answer."""
+    tokens = await asyncio.to_thread(one.reader.pictures, body)
     async with asyncio.timeout(REQUEST_SECONDS):
-        return tokens, await one.model.ask(what, tokens, *words)
+        return tokens, await one.model.call(what, tokens, *words)
 
 
 def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
@@ -220,31 +220,31 @@ def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
 
 
 class Completion:
-    """An answer to a completion request as it comes about."""
+    """A completion request in progress, and its answer."""
 
-    def __init__(self, one: ServedModel, asked: CompletionRequest, wanted: engine.Request):
+    def __init__(self, one: ServedModel, body: CompletionRequest, engine_request: engine.Request):
         self.one = one
-        self.asked = asked
-        self.wanted = wanted
+        self.body = body
+        self.engine_request = engine_request
         self.n_px = one.reader.n_px
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.tokens = wanted.tokens[None].repeat(asked.n, axis=0)
-        """(n, T): what is not painted yet is the original's."""
+        self.tokens = engine_request.tokens[None].repeat(body.n, axis=0)
+        """(n, T): the original's tokens, replaced as they are generated."""
 
     async def rows(self) -> AsyncIterator[tuple[int, Tokens]]:
-        painting = self.one.model.complete(self.wanted)
+        generation = self.one.model.complete(self.engine_request)
         try:
-            async for row, generated in painting:
+            async for row, generated in generation:
                 self.tokens[:, row * self.n_px : (row + 1) * self.n_px] = generated
                 yield row, generated
         finally:
-            await painting.aclose()  # type: ignore[attr-defined]
+            await generation.aclose()  # type: ignore[attr-defined]
 
     async def events(self) -> AsyncIterator[bytes]:
-        """`started` with the original, a `row` for each that is finished, `completed` with what a request without
-        "stream" is answered; or an `error`, and nothing behind it."""
-        yield _event("started", {**self._head(), "n": self.asked.n})
+        """Server-sent events: `started` with the original, a `row` for each finished row, and `completed` with the
+        answer of a request without "stream"; or `error` as the last event."""
+        yield _event("started", {**self._head(), "n": self.body.n})
         deadline, rows = time.monotonic() + REQUEST_SECONDS, self.rows()
         try:
             while True:
@@ -252,26 +252,26 @@ class Completion:
                     row, generated = await asyncio.wait_for(anext(rows), deadline - time.monotonic())
                 except StopAsyncIteration:
                     break
-                data = [{"index": i, **self._shown(strip)} for i, strip in enumerate(generated)]
+                data = [{"index": i, **self._encoded(strip)} for i, strip in enumerate(generated)]
                 yield _event("row", {"row": row, "data": data})
             yield _event("completed", self.whole())
         except Exception as error:
-            yield _event("error", refusal_of(error).body)
+            yield _event("error", api_error_of(error).body)
         finally:
             await rows.aclose()  # type: ignore[attr-defined]
 
     def whole(self) -> dict[str, Any]:
-        seeds = self.asked.seeds
-        data = [{"index": i, "seed": seeds[i], **self._shown(x)} for i, x in enumerate(self.tokens)]
-        generated = int((~self.wanted.given).sum()) * self.asked.n
+        seeds = self.body.seeds
+        data = [{"index": i, "seed": seeds[i], **self._encoded(x)} for i, x in enumerate(self.tokens)]
+        generated = int((~self.engine_request.given).sum()) * self.body.n
         return {**self._head(), "data": data, "usage": {"painted_pixels": generated}}
 
     def _head(self) -> dict[str, Any]:
-        original = self._shown(self.wanted.tokens)
+        original = self._encoded(self.engine_request.tokens)
         return {"id": self.id, "created": self.created, "model": self.one.name, "n_px": self.n_px, "original": original}
 
-    def _shown(self, tokens: NDArray[np.integer]) -> dict[str, Any]:
-        return self.one.reader.shown(tokens, self.asked.response_format)
+    def _encoded(self, tokens: NDArray[np.integer]) -> dict[str, Any]:
+        return self.one.reader.encoded(tokens, self.body.response_format)
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
@@ -282,7 +282,7 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 
 async def parsed(request: Request, body: type[A]) -> A:
-    """A body of JSON, or a form whose files become base64 and whose words are those of the JSON."""
+    """Parse JSON or a multipart form; the form has the fields of the JSON, with files instead of base64."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return body.model_validate(await _form(request))
@@ -292,26 +292,26 @@ async def parsed(request: Request, body: type[A]) -> A:
 
 
 async def _form(request: Request) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     async with request.form(max_files=MAX_PICTURES + 1, max_fields=32, max_part_size=1 << 20) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 text = base64.b64encode(await value.read()).decode()
-                found[name] = [*found.get(name, []), text] if name == "image" else text
+                results[name] = [*results.get(name, []), text] if name == "image" else text
             else:
-                found[name] = value
-    return found
+                results[name] = value
+    return results
 
 
 def _takes(body: type[BaseRequest], stream: bool = False) -> dict[str, Any]:
-    """How a route is documented: its body is parsed above and not by FastAPI, which knows one kind of body a route."""
+    """OpenAPI documentation of a route. FastAPI supports one body type per route, so `parsed` parses the body."""
     schema = body.model_json_schema()
     form = {**schema, "properties": {k: v for k, v in schema["properties"].items() if k != "tokens"}}
     file = {"type": "string", "format": "binary"}
     form["properties"] = form["properties"] | {"image": file} | ({"mask": file} if "mask" in form["properties"] else {})
     form["required"] = ["image"]
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
-    said = {200: {"description": "The answer"}, **_said(400, 401, 404, 408, 413, 415, 422, 429, 503, 504)}
+    said = {200: {"description": "The answer"}, **_error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504)}
     if stream:
         said[200]["content"] = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     return {
@@ -321,7 +321,7 @@ def _takes(body: type[BaseRequest], stream: bool = False) -> dict[str, Any]:
     }
 
 
-def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     fields = {"type": "object", "properties": {name: {"type": "string"} for name in ("message", "type", "code")}}
     schema = {"type": "object", "properties": {"error": fields}, "required": ["error"]}
     return {s: {"description": "An error", "content": {"application/json": {"schema": schema}}} for s in statuses}
@@ -342,8 +342,8 @@ def _openapi(app: FastAPI, keyed: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def refusal_of(error: Exception) -> APIError:
-    """What the client is told. What is our own fault is logged, and not told."""
+def api_error_of(error: Exception) -> APIError:
+    """The error that the client receives. Internal errors are logged and not disclosed."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ValidationError):
@@ -355,9 +355,9 @@ def refusal_of(error: Exception) -> APIError:
     if isinstance(error, SettingError):
         return APIError(400, "invalid_setting", str(error))
     if isinstance(error, TimeoutError):
-        return APIError(504, "timeout", f"no answer within {REQUEST_SECONDS} s")
+        return APIError(504, "timeout", f"the model did not answer within {REQUEST_SECONDS} s")
     log.error("a request failed", exc_info=error)
-    return APIError(500, "internal_error", "the server failed; its log says why")
+    return APIError(500, "internal_error", "internal error; see the server's log")
 
 
 async def _http_error(_: Request, error: Any) -> Response:
@@ -367,12 +367,12 @@ async def _http_error(_: Request, error: Any) -> Response:
     return refused.response
 
 
-async def _our_fault(_: Request, error: Exception) -> Response:
-    return refusal_of(error).response
+async def _internal_error(_: Request, error: Exception) -> Response:
+    return api_error_of(error).response
 
 
 def _policy(page: str) -> str:
-    """Nothing but what the page itself holds, and this server."""
+    """Content security policy: only the page's own scripts and styles, and this server."""
 
     def hashes(tag: str) -> str:
         parts: list[str] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

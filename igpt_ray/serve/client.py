@@ -1,7 +1,8 @@
-"""A server of ours, asked over HTTP: what jobs do with `--endpoint`.
+"""Client of an igpt_ray server, for jobs with `--endpoint`.
 
-A request that finds the server busy, away or a replica short is sent again, later and later; any other refusal is an
-`EndpointError`, or an `ImageError` where it is about the picture. Redirects are not followed: a key goes to one place.
+Requests are repeated with exponential backoff while the server is busy or unreachable. Any other error raises
+`EndpointError`, or `ImageError` if it concerns the image. Redirects are not followed, so that the key is sent to one
+host only.
 """
 
 import base64
@@ -13,18 +14,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
 from igpt_ray.data.token_store import TokenFormat, Tokens
 from igpt_ray.errors import EndpointError, ImageError
-from igpt_ray.evaluate.likelihood import Nats
+
+Nats = NDArray[np.float64]
 
 PATIENCE_S = 600
-"""For a server that is busy or away."""
+"""Time for which requests to a busy or unreachable server are repeated."""
 TIMEOUT_S = 400
-"""Of a request; more than the server's own."""
-AGAIN = (408, 429, 502, 503, 504)
-AT_ONCE = 64
-"""Pictures of a request."""
+"""Timeout of a request, longer than the server's own."""
+RETRIED_STATUSES = (408, 429, 502, 503, 504)
+MAX_IMAGES = 64
+"""Images per request."""
 
 
 class Client:
@@ -37,49 +40,52 @@ class Client:
         self.key = key
         self.model = model
 
-    def about(self) -> dict[str, Any]:
-        """What the server says of the model. Raises `EndpointError` if it has none of that name."""
-        listed = self._ask("GET", "/v1/models")["data"]
-        found = [one for one in listed if self.model in ("", one["id"])]
-        if not found:
+    def model_info(self) -> dict[str, Any]:
+        """The server's description of the model. Raises `EndpointError` if it has no model of that name."""
+        listed = self._call("GET", "/v1/models")["data"]
+        matches = [one for one in listed if self.model in ("", one["id"])]
+        if not matches:
             raise EndpointError(f"{self.endpoint} has no model {self.model!r}: {', '.join(x['id'] for x in listed)}")
-        return dict(found[0])
+        return dict(matches[0])
 
     def kind(self) -> TokenFormat:
-        """What its tokens mean."""
-        about = self.about()
+        """The format of the model's tokens."""
+        model_info = self.model_info()
         return TokenFormat(
-            n_px=about["n_px"], n_vocab=about["n_vocab"], palette=about["palette_sha256"], pipeline=about["pipeline"]
+            n_px=model_info["n_px"],
+            n_vocab=model_info["n_vocab"],
+            palette=model_info["palette_sha256"],
+            pipeline=model_info["pipeline"],
         )
 
     def score(self, tokens: Tokens) -> Nats:
-        """(N, T) -> (N,)"""
-        parts = (tokens[start : start + AT_ONCE].tolist() for start in range(0, len(tokens), AT_ONCE))
-        said = [self._ask("POST", "/v1/score", {"tokens": part})["data"] for part in parts]
-        return np.array([one["nats"] for part in said for one in part])
+        """Tokens (N, T) -> nats (N,)."""
+        parts = (tokens[start : start + MAX_IMAGES].tolist() for start in range(0, len(tokens), MAX_IMAGES))
+        answer = [self._call("POST", "/v1/score", {"tokens": part})["data"] for part in parts]
+        return np.array([one["nats"] for part in answer for one in part])
 
     def score_file(self, data: bytes) -> float:
-        """Of an encoded picture. Raises `ImageError` if the server cannot read it."""
-        return float(self._ask("POST", "/v1/score", {"image": _base64(data)})["data"][0]["nats"])
+        """Nats of an encoded image. Raises `ImageError` if the server cannot read it."""
+        return float(self._call("POST", "/v1/score", {"image": _base64(data)})["data"][0]["nats"])
 
     def complete(self, picture: bytes | Tokens, seeds: list[int], **words: Any) -> tuple[Tokens, Tokens]:
-        """(T,) what was to be finished, and (n, T) how it was. Raises `ImageError` for a file nobody can read."""
+        """Tokens of the original (T,) and of its completions (n, T). Raises `ImageError` for an unreadable file."""
         what = {"image": _base64(picture)} if isinstance(picture, bytes) else {"tokens": picture.tolist()}
-        asked = {**what, **words, "n": len(seeds), "seed": seeds, "response_format": "tokens"}
-        said = self._ask("POST", "/v1/completions", asked)
-        done = [one["tokens"] for one in said["data"]]
-        return np.array(said["original"]["tokens"], np.uint16), np.array(done, np.uint16)
+        body = {**what, **words, "n": len(seeds), "seed": seeds, "response_format": "tokens"}
+        answer = self._call("POST", "/v1/completions", body)
+        done = [one["tokens"] for one in answer["data"]]
+        return np.array(answer["original"]["tokens"], np.uint16), np.array(done, np.uint16)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         deadline, pause = time.monotonic() + PATIENCE_S, 0.5
         while True:
             try:
-                status, said, after = self._once(method, path, body)
+                status, answer, after = self._once(method, path, body)
                 if status == 200:
-                    return said
-                reason = f"{status} {said.get('error', {}).get('message', '')}"
-                if status not in AGAIN:
-                    wrong = ImageError if said.get("error", {}).get("code") == "invalid_image" else EndpointError
+                    return answer
+                reason = f"{status} {answer.get('error', {}).get('message', '')}"
+                if status not in RETRIED_STATUSES:
+                    wrong = ImageError if answer.get("error", {}).get("code") == "invalid_image" else EndpointError
                     raise wrong(f"{self.endpoint}{path}: {reason}")
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 reason, after = str(error) or type(error).__name__, 0.0
@@ -89,7 +95,7 @@ class Client:
             pause = min(2 * pause, 30)
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any], float]:
-        """Status, JSON, and after how many seconds to come again."""
+        """Status, JSON, and the seconds of Retry-After."""
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.parts.netloc.rpartition("@")[2], timeout=TIMEOUT_S)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -99,8 +105,8 @@ class Client:
             answer = connection.getresponse()
             after = answer.getheader("retry-after", "0")
             text = answer.read()
-            if answer.status in AGAIN and "json" not in answer.getheader("content-type", ""):
-                return answer.status, {}, 0.0  # a gateway's own words
+            if answer.status in RETRIED_STATUSES and "json" not in answer.getheader("content-type", ""):
+                return answer.status, {}, 0.0  # the error page of a gateway
             return answer.status, json.loads(text), float(after) if after.isdecimal() else 0.0
         finally:
             connection.close()

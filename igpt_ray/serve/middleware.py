@@ -1,8 +1,7 @@
-"""What stands before the API: who may ask, how much at once, how large and how slow a request may be.
+"""ASGI middleware: authentication, a limited queue, limits on size and duration of request bodies.
 
-An ASGI middleware, in this order: the key, by its hash; room in the queue; the body, counted as it comes. So nobody
-without a key makes the server hold a body, and nobody at all one that is too large. Every refusal is JSON,
-{"error": {"message", "type", "code"}}.
+The checks run in this order, so that unauthenticated clients cannot occupy memory. Bytes of a body are counted as they
+arrive. Errors are JSON, {"error": {"message", "type", "code"}}.
 """
 
 import asyncio
@@ -25,18 +24,18 @@ from igpt_ray.serve.config import is_loopback
 from igpt_ray.serve.schemas import MAX_BODY
 
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
-"""Answered without a key: they say nothing about models or pictures."""
+"""Paths without authentication; they disclose nothing about models or images."""
 MAX_HELD = 512 << 20
-"""Bytes of all bodies at once."""
+"""Limit of the bytes of all bodies in memory."""
 BODY_SECONDS = 30
-"""For all of a body to arrive."""
+"""Time limit for the arrival of a whole body."""
 RETRY_AFTER_S = 5
 LINE = re.compile(r"([0-9a-f]{64})(?:\s+(\S.*))?")
 TYPES = {401: "authentication_error", 403: "authentication_error", 429: "overloaded_error"}
 
 
 class APIError(Exception):
-    """A request that gets an error for an answer."""
+    """An error that is sent to the client."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str):
         super().__init__(status, code, message)
@@ -54,40 +53,40 @@ class APIError(Exception):
 
 
 class Keys:
-    """The sha256 of every key. Keys are random and long, so that their hashes need no salt."""
+    """The sha256 hashes of the keys. Keys are long and random, so the hashes need no salt."""
 
     def __init__(self, hashes: list[bytes]):
         self.hashes = hashes
 
     @classmethod
     def load(cls, where: str) -> "Keys":
-        """From env:NAME or a file. Raises `SettingError` if that has none, or something else."""
+        """Read the hashes from env:NAME or a file. Raises `SettingError` if a line is malformed or there is none."""
         name = where.removeprefix("env:")
         text = os.environ.get(name, "") if name != where else storage.read(storage.absolute(where)).decode()
         lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
         found = [LINE.fullmatch(line) for line in lines]
         if not found or not all(found):
             raise SettingError(
-                f"--keys {where}: expected a line for each key, `<its sha256 in hex> <a name>`, as"
+                f"--keys {where}: expected one line per key, `<sha256 in hex> <name>`, as"
                 f" `printf %s $KEY | sha256sum` prints, got {'another line' if found else 'none'}"
             )
         return cls([bytes.fromhex(match[1]) for match in found if match])
 
-    def know(self, key: str) -> bool:
-        """In a time that tells nothing: every hash is compared, whole."""
+    def accepts(self, key: str) -> bool:
+        """Whether the key is valid, in constant time: all hashes are compared in full."""
         asked = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         return sum(hmac.compare_digest(asked, known) for known in self.hashes) > 0
 
 
-class Gate:
+class RequestGuard:
     def __init__(self, app: ASGIApp, keys: Keys | None, queue: int):
-        """Without keys, anybody on this machine is let in, and nobody else."""
+        """Without keys, only clients on this machine are accepted."""
         self.app = app
         self.keys = keys
         self.queue = queue
         self.busy = 0
         self.held = 0
-        """Bytes of bodies whose requests are at work."""
+        """Bytes of the bodies of requests in progress."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,19 +94,19 @@ class Gate:
             return
         send = _with_header(send, b"x-content-type-options", b"nosniff")
         try:
-            self._check_who(scope, Headers(scope=scope))
-            with self._room(scope):
+            self._authenticate(scope, Headers(scope=scope))
+            with self._queue_slot(scope):
                 body = await self._body(scope, receive)
                 try:
                     await self._answer(scope, body, receive, send)
                 finally:
                     self.held -= len(body)
-        except APIError as refused:
-            await refused.response(scope, receive, send)
-        except _HungUp:
+        except APIError as error:
+            await error.response(scope, receive, send)
+        except _ClientDisconnected:
             pass
 
-    def _check_who(self, scope: Scope, headers: Headers) -> None:
+    def _authenticate(self, scope: Scope, headers: Headers) -> None:
         if self.keys is None:
             _check_local(scope, headers)
         elif scope["path"] not in PUBLIC:
@@ -115,17 +114,17 @@ class Gate:
             challenge = {"WWW_Authenticate": "Bearer"}
             if scheme.lower() != "bearer" or not key.strip():
                 raise APIError(401, "missing_key", "send a key: Authorization: Bearer KEY", **challenge)
-            if not self.keys.know(key.strip()):
-                raise APIError(401, "wrong_key", "this key is not one of ours", **challenge)
+            if not self.keys.accepts(key.strip()):
+                raise APIError(401, "wrong_key", "the key is not valid", **challenge)
 
     @contextmanager
-    def _room(self, scope: Scope) -> Iterator[None]:
-        """Reading is free; work waits in a queue of limited length."""
+    def _queue_slot(self, scope: Scope) -> Iterator[None]:
+        """Count a request in the queue, except for reads. Raises `APIError` if the queue is full."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             yield
             return
         if self.busy >= self.queue:
-            raise _overloaded(f"{self.queue} requests are at work")
+            raise _overloaded(f"{self.queue} requests are in progress")
         self.busy += 1
         try:
             yield
@@ -133,7 +132,7 @@ class Gate:
             self.busy -= 1
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """Counted as it comes: a Content-Length may lie, or be missing."""
+        """Read the body, counting its bytes, because a Content-Length may be wrong or missing."""
         too_large = APIError(413, "too_large", f"the body has more than {MAX_BODY} bytes", Connection="close")
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > MAX_BODY:
@@ -144,14 +143,14 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _HungUp
+                        raise _ClientDisconnected
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     self.held += len(parts[-1])
                     if size > MAX_BODY:
                         raise too_large
                     if self.held > MAX_HELD:
-                        raise _overloaded("the requests at work are large")
+                        raise _overloaded("the requests in progress are large")
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except BaseException as error:
@@ -162,24 +161,24 @@ class Gate:
             raise
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """The rest of the application, ended as soon as nobody listens any more."""
-        gone, said = asyncio.Event(), False
+        """Run the application, and cancel it when the client disconnects."""
+        disconnected, replayed = asyncio.Event(), False
 
         async def replay() -> Message:
-            nonlocal said
-            if not said:
-                said = True
+            nonlocal replayed
+            if not replayed:
+                replayed = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
-        async def hung_up() -> None:
+        async def wait_for_disconnect() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
+            disconnected.set()
 
         answer = asyncio.ensure_future(self.app(scope, replay, send))
-        watch = asyncio.ensure_future(hung_up())
+        watch = asyncio.ensure_future(wait_for_disconnect())
         try:
             await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -194,21 +193,21 @@ def _overloaded(why: str) -> APIError:
     return APIError(429, "overloaded", f"{why}: try again", Retry_After=str(RETRY_AFTER_S))
 
 
-class _HungUp(Exception):
-    """Nobody is there to be answered."""
+class _ClientDisconnected(Exception):
+    """The client has disconnected."""
 
 
 def _check_local(scope: Scope, headers: Headers) -> None:
-    """Open to this machine alone, and not to what its browsers load from elsewhere: a page of another site can send
-    requests here, and can have its own name point here."""
+    """Accept only clients on this machine, and no page of another site: such a page can send requests to this server,
+    or resolve its own name to it."""
     client = scope.get("client")
     if client is None or not is_loopback(client[0]):
-        raise APIError(401, "missing_key", "this server asks for no key and so answers on its own machine alone")
+        raise APIError(401, "missing_key", "this server has no keys and accepts only clients on its own machine")
     host, origin = headers.get("host", ""), headers.get("origin")
     if not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise APIError(403, "foreign_host", "ask for this server as localhost, or start it with --keys")
+        raise APIError(403, "foreign_host", "use the host name localhost, or start the server with --keys")
     if origin is not None and urlsplit(origin).netloc != host:
-        raise APIError(403, "foreign_origin", "a page of another site cannot ask this server")
+        raise APIError(403, "foreign_origin", "pages of other sites cannot use this server")
 
 
 def _with_header(send: Send, name: bytes, value: bytes) -> Send:

@@ -1,7 +1,7 @@
-"""What goes over the wire: the bodies of requests, what they mean to a release, and how pictures come back.
+"""Request bodies, their conversion to tokens, and the encoding of images in answers.
 
-A picture comes as an encoded file in base64, of which the evaluation view is taken, or as the tokens of a store. Limits
-are checked before the work they limit: lengths before base64, a file's header before its pixels.
+An image is an encoded file in base64, of which the evaluation view is tokenized, or a list of tokens. Limits are
+checked before the work that they limit: lengths before base64 is decoded, a file's header before its pixels.
 """
 
 import base64
@@ -23,14 +23,14 @@ from igpt_ray.generate.engine import Request
 from igpt_ray.weights import ReleaseConfig
 
 MAX_BODY = 16 << 20
-"""Bytes of a request, counted as they come."""
+"""Largest request in bytes."""
 MAX_BASE64 = 14_000_000
-"""Characters: a file of about 10 MB."""
+"""Largest image in base64 characters, about 10 MB."""
 MAX_PIXELS, MAX_SIDE = 1 << 24, 1 << 14
-"""Of a picture, by its header; less than what jobs take, for here anyone may send it."""
+"""Largest image. The limits of data preparation are higher, because its input is not public."""
 MAX_SAMPLES = 16
 MAX_PICTURES = 64
-"""In a request."""
+"""Images per request."""
 
 Base64 = Annotated[str, Field(max_length=MAX_BASE64)]
 Colour = Annotated[int, Field(ge=0, lt=1 << 16)]
@@ -40,7 +40,7 @@ Bit = Annotated[int, Field(ge=0, le=1)]
 
 
 def _several(value: Any) -> Any:
-    """One picture is a list of one."""
+    """A single image becomes a list."""
     one = isinstance(value, str) or (isinstance(value, list) and value and not isinstance(value[0], (str, list)))
     return [value] if one else value
 
@@ -59,49 +59,49 @@ class BaseRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
 
     model: Annotated[str, Field(max_length=64)] = ""
-    """One of GET /v1/models; the first of them if left out."""
+    """Model, see GET /v1/models. Default: the first."""
     image: Images = []
-    """A JPEG, PNG or WebP file in base64, or several."""
+    """One or several JPEG, PNG or WebP files in base64."""
     tokens: Pictures = []
-    """Instead of files: the colours of a picture in raster order, or of several."""
+    """Instead of `image`: tokens of one or several images in raster order."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if bool(self.image) == bool(self.tokens):
-            raise ValueError("send image or tokens, one of them")
+            raise ValueError("send exactly one of image and tokens")
         return self
 
 
 class CompletionRequest(BaseRequest):
-    """Finish a picture, n times."""
+    """Complete an image n times."""
 
     rows: Annotated[int, Field(ge=0)] | None = None
-    """Rows of pixels that are given, from the top; half of them if this and `mask` are left out."""
+    """Rows of pixels in the prompt, from the top. Default without `mask`: half of the image."""
     mask: Base64 | Annotated[list[list[Bit]], Field(max_length=256)] | None = None
-    """Instead of `rows`: a PNG in base64 that is transparent where to paint, cut and resized like the picture; or rows
-    of 1 (given) and 0 (to paint)."""
+    """Instead of `rows`: a PNG in base64, transparent at the pixels to generate, which is cropped and resized like the
+    image; or rows of 1 (prompt) and 0 (generate)."""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
-    """Completions."""
+    """Number of completions."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Divides the logits; 0 takes the likeliest colour."""
+    """Divisor of the logits; 0 takes the most likely colour."""
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    """Sample among the k likeliest colours; 0 is all."""
+    """Sample from the k most likely colours; 0 for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample among the likeliest colours that together have this probability."""
+    """Sample from the most likely colours that together have this probability."""
     seed: Seed | Annotated[list[Seed], Field(min_length=1, max_length=MAX_SAMPLES)] = 0
-    """Completion i has seed + i; or a list with a seed for each. A seed paints the same picture whenever, and beside
-    whatever, it is asked for."""
+    """Completion i uses seed + i; or a list with one seed per completion. The same seed gives the same completion,
+    whatever else the server does."""
     response_format: Literal["b64_png", "tokens"] = "b64_png"
-    """Pictures as PNG files in base64, or as colours in raster order."""
+    """Images as PNG files in base64, or as tokens in raster order."""
     stream: bool = False
-    """Send each row of pixels as it is finished, as server-sent events."""
+    """Send each row of pixels when it is finished, as server-sent events."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.rows is not None and self.mask is not None:
             raise ValueError("send rows or mask, not both")
         if len(self.image) + len(self.tokens) > 1:
-            raise ValueError("send one picture; n asks for several completions of it")
+            raise ValueError("send one image; n is the number of its completions")
         if isinstance(self.seed, list) and len(self.seed) != self.n:
             raise ValueError(f"{len(self.seed)} seeds for n = {self.n} completions")
         return self
@@ -112,72 +112,72 @@ class CompletionRequest(BaseRequest):
 
 
 class FeaturesRequest(BaseRequest):
-    """What the network makes of pictures at a layer."""
+    """Features of images at a layer."""
 
     layer: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    """A block's ln_1 output, or at the number of blocks ln_f's; the middle one if left out."""
+    """Layer l is the output of block l's ln_1; the number of blocks stands for ln_f. Default: the middle layer."""
     pooling: Pooling = "mean"
-    """Over positions."""
+    """Pooling over positions."""
 
 
 class ClassifyRequest(BaseRequest):
-    """What pictures show, by a head of the model."""
+    """Classes of images, by a head of the model."""
 
     head: Annotated[str, Field(max_length=64)] = ""
-    """One of the model's heads, see GET /v1/models; the first of them if left out."""
+    """Head of the model, see GET /v1/models. Default: the first."""
     top_k: Annotated[int, Field(ge=1, lt=1 << 31)] = 5
-    """Classes to name, the likeliest first."""
+    """Number of classes in the answer, most likely first."""
 
 
 class ScoreRequest(BaseRequest):
-    """How surprising pictures are."""
+    """Negative log-likelihood of images."""
 
     per_pixel: bool = False
-    """Also the nats of every pixel, and the colours that were scored."""
+    """Also return the nats of every pixel, and the tokens."""
 
 
 class Reader:
-    """What requests mean to a release: pictures as its tokens, masks as its positions."""
+    """Converts requests to tokens and masks of a release, and tokens to images."""
 
-    def __init__(self, about: ReleaseConfig, palette: Palette):
-        self.about = about
+    def __init__(self, release: ReleaseConfig, palette: Palette):
+        self.release = release
         self.palette = palette
-        self.n_px = about.model.n_px
-        palette.encode(np.zeros((1, 3), np.uint8))  # its table is made before anyone waits for it
+        self.n_px = release.model.n_px
+        palette.encode(np.zeros((1, 3), np.uint8))  # builds the lookup table before the first request
 
-    def pictures(self, asked: BaseRequest) -> Tokens:
-        """(N, T). Raises `ImageError` or `SettingError` for what cannot be read."""
-        if asked.image:
-            return np.stack([self._encoded(image) for image in asked.image])
-        T, V = self.about.model.n_positions, self.about.model.n_vocab
-        for tokens in asked.tokens:
+    def pictures(self, body: BaseRequest) -> Tokens:
+        """Tokens (N, T). Raises `ImageError` or `SettingError` for images that cannot be read."""
+        if body.image:
+            return np.stack([self._tokens_of(image) for image in body.image])
+        T, V = self.release.model.n_positions, self.release.model.n_vocab
+        for tokens in body.tokens:
             if len(tokens) != T or max(tokens) >= V:
                 raise SettingError(
                     f"tokens: {len(tokens)} colours up to {max(tokens)}; this model's pictures have {T}, below {V}"
                 )
-        return np.array(asked.tokens, np.uint16)
+        return np.array(body.tokens, np.uint16)
 
-    def request(self, asked: CompletionRequest) -> Request:
-        """What the engine is to paint."""
-        tokens = self.pictures(asked)[0]
-        return Request(tokens, self.given(asked), asked.seeds, asked.temperature, asked.top_k, asked.top_p)
+    def request(self, body: CompletionRequest) -> Request:
+        """The request to the engine."""
+        tokens = self.pictures(body)[0]
+        return Request(tokens, self.prompt_mask(body), body.seeds, body.temperature, body.top_k, body.top_p)
 
-    def given(self, asked: CompletionRequest) -> NDArray[np.bool_]:
-        """(T,): which pixels stay as they are."""
+    def prompt_mask(self, body: CompletionRequest) -> NDArray[np.bool_]:
+        """(T,) True for the pixels of the prompt."""
         n_px = self.n_px
-        if isinstance(asked.mask, str):
-            return _opaque(_bytes(asked.mask, "mask"), n_px).reshape(-1)
-        if asked.mask is not None:
-            if len(asked.mask) != n_px or any(len(row) != n_px for row in asked.mask):
-                raise SettingError(f"mask: expected {n_px} rows of {n_px} numbers, 1 where given and 0 where to paint")
-            return np.array(asked.mask, np.bool_).reshape(-1)
-        rows = n_px // 2 if asked.rows is None else asked.rows
+        if isinstance(body.mask, str):
+            return _opaque(_bytes(body.mask, "mask"), n_px).reshape(-1)
+        if body.mask is not None:
+            if len(body.mask) != n_px or any(len(row) != n_px for row in body.mask):
+                raise SettingError(f"mask: expected {n_px} rows of {n_px} numbers, 1 for the prompt, 0 to generate")
+            return np.array(body.mask, np.bool_).reshape(-1)
+        rows = n_px // 2 if body.rows is None else body.rows
         if rows > n_px:
-            raise SettingError(f"rows is {rows}; a picture has {n_px}")
+            raise SettingError(f"rows is {rows}, expected at most {n_px}")
         return np.arange(n_px * n_px) < rows * n_px
 
-    def shown(self, tokens: NDArray[np.integer], form: str) -> dict[str, Any]:
-        """A picture, or some rows of one, as a response says it."""
+    def encoded(self, tokens: NDArray[np.integer], form: str) -> dict[str, Any]:
+        """An image, or some rows of it, in the format of the answer."""
         if form == "tokens":
             return {"tokens": tokens.tolist()}
         return {"b64_png": base64.b64encode(self.png(tokens)).decode()}
@@ -185,11 +185,11 @@ class Reader:
     def png(self, tokens: NDArray[np.integer]) -> bytes:
         return pixels.png(self.palette.decode(tokens).reshape(-1, self.n_px, 3))
 
-    def _encoded(self, image: str) -> Tokens:
-        """(T,): the evaluation view of an encoded picture."""
+    def _tokens_of(self, image: str) -> Tokens:
+        """Tokens (T,) of the evaluation view of an encoded image."""
         data = _bytes(image, "image")
         _check_size(data)
-        return self.palette.encode(pixels.centre_view(data, self.n_px, self.about.kind.pipeline)).reshape(-1)
+        return self.palette.encode(pixels.centre_view(data, self.n_px, self.release.kind.pipeline)).reshape(-1)
 
 
 def _bytes(text: str, what: str) -> bytes:
@@ -203,16 +203,17 @@ def _check_size(data: bytes) -> None:
     header = image_files.header_of(data)
     if header.width * header.height > MAX_PIXELS or max(header.width, header.height) > MAX_SIDE:
         raise ImageError(
-            f"{header.width} x {header.height} pixels: at most {MAX_PIXELS} are taken, and {MAX_SIDE} on a side"
+            f"the image has {header.width} x {header.height} pixels, expected at most {MAX_PIXELS} pixels and"
+            f" {MAX_SIDE} per side"
         )
 
 
 def _opaque(data: bytes, n_px: int) -> NDArray[np.bool_]:
-    """(n_px, n_px) where a mask is not transparent, by the greater part of what falls into a pixel."""
+    """(n_px, n_px) True where the mean alpha of a mask is at least one half."""
     _check_size(data)
     if not data.startswith(image_files.PNG_MAGIC):
-        raise ImageError("mask: expected a PNG, transparent where to paint")
-    image_files.decode(data)  # refuses what is cut or damaged
+        raise ImageError("mask: expected a PNG, transparent at the pixels to generate")
+    image_files.decode(data)  # raises if the file is truncated or damaged
     with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
         alpha = picture.convert("RGBA").getchannel("A")
     side = min(alpha.size)

@@ -72,7 +72,7 @@ class Saver:
     all workers together, whose threads talk over a process group of their own.
     """
 
-    def __init__(self, run: str, keep: int = 0, keep_every: int = 0):
+    def __init__(self, run: str, keep: int = 0, keep_every: int | None = None):
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.group = dist.new_group(backend="gloo")
         self.copy: dict[str, Any] = {}
@@ -289,7 +289,7 @@ def rewind(run: str, step: int) -> None:
         storage.delete(storage.join(uri, "manifest.json"))
 
 
-def prune(run: str, keep: int, keep_every: int = 0) -> None:
+def prune(run: str, keep: int, keep_every: int | None = None) -> None:
     """Delete all but the `keep` newest committed checkpoints, and what interrupted saves and deletions left behind.
 
     Those of every `keep_every`-th step stay too, and what is newer than the newest committed one: it may be under

@@ -24,7 +24,7 @@ class EarlyStopping:
             self.observe(line)
 
     def observe(self, line: Line) -> bool:
-        """Take in a line of metrics. Returns whether it is an evaluation with a new best `val_accuracy`."""
+        """Record a line of metrics. Returns whether it is an evaluation with a new best `val_accuracy`."""
         if self.patience is None or "val_accuracy" not in line:
             return False
         if self.best is None or line["val_accuracy"] > self.best["val_accuracy"]:

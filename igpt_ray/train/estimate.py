@@ -64,11 +64,11 @@ def flops_per_step(model: ModelConfig, optim: OptimConfig, causal: bool) -> int:
     return optim.batch_size * model.n_positions * flops_per_token(model, causal) + muon
 
 
-def state_bytes(model: ModelConfig, optim: OptimConfig, sharing: int) -> float:
-    """Of a worker's shard at rest, one of `sharing`: float32 weights, gradients, and Adam's two moments, or Muon's
+def state_bytes(model: ModelConfig, optim: OptimConfig, fsdp_size: int) -> float:
+    """Of a worker's shard at rest, one of `fsdp_size`: float32 weights, gradients, and Adam's two moments, or Muon's
     one."""
     one_moment = 12 * model.n_layer * model.n_embd**2 if optim.muon_lr is not None else 0
-    return 4 * (4 * model.n_params - one_moment) / sharing
+    return 4 * (4 * model.n_params - one_moment) / fsdp_size
 
 
 def gathered_bytes(model: ModelConfig, width: int) -> float:
@@ -92,23 +92,24 @@ def block_bytes(model: ModelConfig, width: int) -> int:
     return widths * width + float32_widths * 4
 
 
-def activation_bytes(model: ModelConfig, images: int, width: int, recompute: str = "none") -> float:
-    """Of one forward pass: what blocks and ln_f save, and the logits: as they come, in float32, and their gradient.
+def activation_bytes(model: ModelConfig, images: int, width: int, activation_checkpointing: str = "none") -> float:
+    """Bytes of the activations of one forward pass: tensors saved by blocks and ln_f, and the logits in the
+    precision of the step and in float32, with their gradient.
 
-    With `recompute` a block keeps what goes into it (full), and what products give (selective), and one block at a time
-    the rest.
+    With activation checkpointing, every block keeps its input (full) or its matrix products (selective), and one block
+    at a time keeps all activations.
     """
     block = block_bytes(model, width)
-    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[recompute]
-    widths = model.n_layer * kept + (0 if recompute == "none" else block) + width + 2 * 4
+    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[activation_checkpointing]
+    widths = model.n_layer * kept + (0 if activation_checkpointing == "none" else block) + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
 
 
 def images_that_fit(model: ModelConfig, optim: OptimConfig, workers: WorkersConfig, share: int, memory: float) -> int:
     """The most of a worker's `share` of a batch that one forward pass takes in 0.9 of `memory` bytes; at least 1."""
     width = width_of(workers)
-    left = 0.9 * memory - state_bytes(model, optim, workers.sharing) - gathered_bytes(model, width)
-    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.recompute))))
+    left = 0.9 * memory - state_bytes(model, optim, workers.fsdp_size) - gathered_bytes(model, width)
+    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.activation_checkpointing))))
 
 
 def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
@@ -116,7 +117,7 @@ def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
     workers, batch_size = settings.workers, settings.optim.batch_size
     share, memory = -(-batch_size // workers.n), DEVICES[settings.cluster.device].memory_gb * GB
     fitting = images_that_fit(settings.model, settings.optim, workers, share, memory)
-    passes = -(-share // min(workers.micro_batch or fitting, share))
+    passes = -(-share // min(fitting if workers.micro_batch == "auto" else workers.micro_batch, share))
     return -(-share // passes), passes
 
 
@@ -126,8 +127,8 @@ def buses(workers: WorkersConfig, cluster: ClusterConfig) -> tuple[float, float]
     A ring over whole nodes has all of their network; groups of copies share it, one for each share on a node.
     """
     here = cluster.devices_per_node
-    sharing = cluster.node_gb_per_second if workers.sharing <= here else cluster.bus_gb_per_second
-    return sharing, cluster.bus_gb_per_second / min(workers.sharing, here)
+    fsdp_size = cluster.node_gb_per_second if workers.fsdp_size <= here else cluster.bus_gb_per_second
+    return fsdp_size, cluster.bus_gb_per_second / min(workers.fsdp_size, here)
 
 
 def width_of(workers: WorkersConfig) -> int:
@@ -149,18 +150,20 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
     tokens_per_step = optim.batch_size * model.n_positions
     full, causal = (flops_per_token(model, causal) for causal in (False, True))
     memory = {
-        "weights_gradients_adam": state_bytes(model, optim, workers.sharing),
+        "weights_gradients_adam": state_bytes(model, optim, workers.fsdp_size),
         "gathered_weights": gathered_bytes(model, width),
-        "activations": activation_bytes(model, images, width, workers.recompute),
+        "activations": activation_bytes(model, images, width, workers.activation_checkpointing),
     }
-    passes_done = (4 if workers.recompute == "full" else 3) / 3  # forward, backward (twice the work), forward again
+    passes_done = (
+        4 if workers.activation_checkpointing == "full" else 3
+    ) / 3  # forward, backward (twice the work), forward again
     work = passes_done * flops_per_step(model, optim, causal=True)
     step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
-    sharing, copies = workers.sharing, workers.n // workers.sharing
+    fsdp_size, copies = workers.fsdp_size, workers.n // workers.fsdp_size
     bus, bus_between = buses(workers, cluster)
     # In a ring each worker hands on all but its own share: of weights there, weights back, gradients; of sums, twice.
-    traffic = (sharing - 1) / sharing * model.n_params * (2 * width * passes + 4)
-    between = 2 * (copies - 1) / copies * model.n_params * 4 / sharing
+    traffic = (fsdp_size - 1) / fsdp_size * model.n_params * (2 * width * passes + 4)
+    between = 2 * (copies - 1) / copies * model.n_params * 4 / fsdp_size
     traffic_seconds = traffic / (bus * GB) + between / (bus_between * GB)
     seconds = optim.steps * max(step_seconds, traffic_seconds)
     hours = seconds / 3600
@@ -204,7 +207,7 @@ def lines(settings: EstimateConfig, found: dict[str, Any]) -> list[str]:
         (
             "  at rest",
             f"{memory['weights_gradients_adam']:.2f} GB",
-            f"16 bytes{_muons(o)} x parameters / {w.sharing} workers",
+            f"16 bytes{_muons(o)} x parameters / {w.fsdp_size} workers",
         ),
         ("  gathered", f"{memory['gathered_weights']:.2f} GB", f"{width} bytes x (2 blocks + embeddings, head)"),
         (
@@ -216,7 +219,8 @@ def lines(settings: EstimateConfig, found: dict[str, Any]) -> list[str]:
         (
             "step",
             f"{found['step_seconds']:.4g} s",
-            f"{'4/3 ' if w.recompute == 'full' else ''}causal FLOPs / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
+            f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
+            f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
             f" {found['passes_per_step']} pass(es)",
         ),
         (
@@ -236,7 +240,7 @@ def lines(settings: EstimateConfig, found: dict[str, Any]) -> list[str]:
 def _traffic(workers: WorkersConfig, cluster: ClusterConfig, found: dict[str, Any]) -> str:
     bus, bus_between = buses(workers, cluster)
     said = f"{found['traffic_gb_per_step']:.3g} GB at {bus:g} GB/s"
-    if workers.sharing < workers.n:
+    if workers.fsdp_size < workers.n:
         said += f" and {found['traffic_gb_between_copies']:.3g} GB at {bus_between:g} GB/s between copies"
     return said
 
@@ -248,9 +252,9 @@ def _muons(optim: OptimConfig) -> str:
 def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:
     """What `activation_bytes` takes for the blocks, in its letters."""
     block = block_bytes(model, width)
-    if workers.recompute == "none":
+    if workers.activation_checkpointing == "none":
         return f"{block} L d"
-    return f"{width * (PRODUCT_WIDTHS if workers.recompute == 'selective' else 1)} L d + {block} d"
+    return f"{width * (PRODUCT_WIDTHS if workers.activation_checkpointing == 'selective' else 1)} L d + {block} d"
 
 
 def _computed(model: ModelConfig) -> str:
@@ -260,5 +264,5 @@ def _computed(model: ModelConfig) -> str:
 
 
 def _fits(found: dict[str, Any]) -> str:
-    mend = "more workers, a smaller --workers.micro-batch, or --workers.recompute selective or full"
+    mend = "more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
     return "fits" if found["fits"] else f"does NOT fit: {mend}"

@@ -1,8 +1,7 @@
 """The training loop: the same on one CPU and on many GPUs, and with or without Ray around it.
 
-`train` is called by every worker of a torch.distributed process group. All it knows of the past is in the run's folder
-(`checkpoint.py`, `metrics.py`), all it trains on is a function of the step (`loader.py`), and what it shows on the way
-is in `monitor.py`.
+Every rank of a torch.distributed process group calls `train`. The only state of a run is its folder (`checkpoint.py`,
+`metrics.py`), and a batch is a function of the seed and the step (`data/loader.py`). `monitor.py` measures the run.
 """
 
 import logging
@@ -26,36 +25,41 @@ from igpt_ray.errors import TrainingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, finetune, metrics, monitor, optim, parallelize, trackers
-from igpt_ray.train.batches import MicroBatch, MicroBatchLoader, micro_batch_that_fits
+from igpt_ray.train.batches import MicroBatch, MicroBatchLoader
 from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
 from igpt_ray.train.early_stopping import EarlyStopping
+from igpt_ray.train.memory import micro_batch_that_fits
 
 log = logging.getLogger(__name__)
 
 NAMED = 8
-"""Images that an error names."""
+"""Number of images that an error names."""
 
 
 def train(
     cfg: PretrainConfig,
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
-    show: Callable[[metrics.Line], None] = lambda line: None,
+    on_metrics: Callable[[metrics.Line], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train to the last step and write the release. Returns the last metrics and the release's URI, on all workers.
+    """Train to the last step and write the release. Returns the last metrics and the release's URI, on every rank.
 
-    When any worker is told to leave, all of them save after the step they are at, and return `{"left": step}`.
-    Worker 0 calls `show` with each line of metrics.
-    Raises `TrainingError` at a loss or a gradient that is not finite, before it reaches weights or optimiser.
+    When `should_stop` is True on any rank, all ranks save after the current step and return `{"left": step}`. Rank 0
+    calls `on_metrics` with each line of metrics. Raises `TrainingError` if the loss or the gradient is not finite,
+    before weights or optimiser change.
     """
     run, n_steps = cfg.run, cfg.optim.steps
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = TokenStore.open(cfg.data.tokens)
     labelled = cfg.model.n_class > 0
     images = SplitCache(store, cfg.data.split, labelled=labelled)
-    micro_batch = cfg.workers.micro_batch or micro_batch_that_fits(cfg, device)
-    feed = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
-    held_out = feed.beside(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else feed
+    micro_batch = cfg.workers.micro_batch
+    if micro_batch == "auto":
+        micro_batch = micro_batch_that_fits(cfg, device)
+    loader = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
+    held_out = (
+        loader.with_images(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else loader
+    )
     model, optimizer = build(cfg, device)
 
     saver = checkpoint.Saver(run.uri, run.keep, run.keep_every)
@@ -75,18 +79,18 @@ def train(
 
     while step < n_steps and not stopping.should_stop:
         profiler.before(step)
-        with meter.spent("data_wait"):
-            micro_batches = feed.micro_batches(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
+        with meter.timed("data_wait"):
+            micro_batches = loader.micro_batches(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
         sums = []
         for i, micro in enumerate(micro_batches):
             parallelize.reduce_gradients(model, i == len(micro_batches) - 1)
-            summed = monitor.loss_sums(model, micro)
-            loss = summed[0] * (world_size / meter.counted_per_step)  # FSDP averages over workers; the loss is a mean
+            summed = micro.loss_sums(model)
+            loss = summed[0] * (world_size / meter.loss_units_per_step)  # FSDP averages over ranks
             loss.backward()
             sums.append(summed.detach())
 
         grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
-        *step_sums, step_norm, leaving = _measured(sums, grad_norm, should_stop())
+        *step_sums, step_norm, stop_requests = _reduce_step(sums, grad_norm, should_stop())
         if not math.isfinite(step_sums[0] + step_norm):
             saver.wait()
             raise TrainingError(_which_images(cfg, store, step, micro_batches, sums, step_norm))
@@ -98,34 +102,34 @@ def train(
         meter.add(step_sums)
 
         saving, validating, sampling = (
-            bool(every) and (step == n_steps or step % every == 0)
+            every is not None and (step == n_steps or step % every == 0)
             for every in (run.checkpoint_every, run.validate_every, run.sample_every)
         )
-        saving = saving or leaving > 0
+        saving = saving or stop_requests > 0
         if saving or validating or step % run.log_every == 0:
             line = meter.line(step, lr, step_norm)
             if validating:
-                with meter.spent("evaluation"):
+                with meter.timed("evaluation"):
                     line |= monitor.held_out(model, held_out, cfg.data.val_images)
             lines.add(line)
             if stopping.observe(line):
-                with meter.spent("checkpoint_stall"):
+                with meter.timed("checkpoint_stall"):
                     _release(cfg, store, model, step, lines)
             if rank == 0:
-                meter.say(line)
-                show(line)
+                meter.log_line(line)
+                on_metrics(line)
             if tracker is not None:
                 tracker.log(line)
         if sampling:
-            with meter.spent("evaluation"):
+            with meter.timed("evaluation"):
                 monitor.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
         last = step == n_steps or stopping.should_stop
         if saving or last:
-            with meter.spent("checkpoint_stall"):
-                about = {"world_size": world_size}
-                must = leaving > 0 or last or run.keeps(step)
-                saver.save(step, model, optimizer, about, lines.flusher(), must=must)
-        if leaving:
+            with meter.timed("checkpoint_stall"):
+                metadata = {"world_size": world_size}
+                must = stop_requests > 0 or last or run.keeps(step)
+                saver.save(step, model, optimizer, metadata, lines.flusher(), must=must)
+        if stop_requests:
             break
 
     profiler.end()
@@ -135,42 +139,41 @@ def train(
         saver.wait()
         return {"left": step}
     saver.finish()
-    if stopping.best is None:  # in pretraining the last step is what counts
+    if stopping.best is None:  # without early stopping, the last step is released
         _release(cfg, store, model, step, lines)
     report = {"run": run.uri, "release": run.release, "n_params": cfg.model.n_params, **lines.lines[-1]}
     return report | (finetune.released_best(run.release) if stopping.best else {})
 
 
 def build(cfg: PretrainConfig, device: torch.device) -> tuple[ImageGPT, Optimizer]:
-    """The sharded network with the weights of the seed, and its optimiser."""
+    """The sharded network, initialised from the seed, and its optimiser. Every rank must call it."""
     torch.manual_seed(cfg.seed)
     mesh = parallelize.mesh_of(device.type, cfg.workers.shard)
     model = parallelize.shard(ImageGPT(cfg.model).to(device), mesh, cfg.workers)
     return model, optim.build(model, cfg.optim, cfg.workers.precision)
 
 
-# ------------------------------------------------------------------------------------------------ is it finite
+# ------------------------------------------------------------------------------------------------ finite losses
 
 
-def _measured(sums: list[Tensor], grad_norm: Tensor, leaving: bool) -> list[float]:
-    """Sums of the step over all workers, then the gradient's norm and how many workers are leaving: the one wait for
-    the device in a step.
+def _reduce_step(sums: list[Tensor], grad_norm: Tensor, stop_requests: bool) -> list[float]:
+    """All-reduce of losses, gradient norm and stop requests: the step's only device synchronisation.
 
-    It ends with the backward pass; what must not be done with a bad gradient has not been asked for yet.
+    It waits for the backward pass, before any change of the weights is queued.
     """
     assert isinstance(grad_norm, DTensor)
     total = torch.stack(sums).double().sum(0)
-    told = torch.cat([total, total.new_full((1,), leaving)])
-    dist.all_reduce(told)
-    measured: list[float] = torch.cat([told[:-1], grad_norm.full_tensor().double()[None], told[-1:]]).tolist()
-    return measured
+    local = torch.cat([total, total.new_full((1,), stop_requests)])
+    dist.all_reduce(local)
+    totals: list[float] = torch.cat([local[:-1], grad_norm.full_tensor().double()[None], local[-1:]]).tolist()
+    return totals
 
 
 def _which_images(
     cfg: PretrainConfig, store: TokenStore, step: int, micro_batches: list[MicroBatch], sums: list[Tensor], norm: float
 ) -> str:
-    """What a user needs to find the images, the same on all workers: those of the forward passes that went wrong, or
-    of the whole batch if only its gradient did."""
+    """Error message, the same on every rank, that names the images of the micro-batches whose loss is not finite, or
+    of the whole batch if only its gradient is not finite."""
     mine = [
         m.batch for m, summed in zip(micro_batches, sums, strict=True) if m.weight and not torch.isfinite(summed[0])
     ]
@@ -181,29 +184,29 @@ def _which_images(
         epochs, rows = (np.concatenate(parts) for parts in zip(*bad, strict=True))
     else:
         epochs, rows = global_batch(cfg.seed, step, cfg.optim.batch_size, store.manifest.rows(cfg.data.split))
-    said = [""]
+    text = [""]
     if dist.get_rank() == 0:
         keys = keys_of(store, cfg.data.split, rows[:NAMED])
         named = ", ".join(f"{key} (row {row})" for key, row in zip(keys, rows, strict=False))
-        said = [named + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")]
-    dist.broadcast_object_list(said)
+        text = [named + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")]
+    dist.broadcast_object_list(text)
     first = step * cfg.optim.batch_size
     return (
         f"step {step + 1}, images {first} to {first + cfg.optim.batch_size - 1} since the start:"
         f" the {'loss' if bad else f'gradient (norm {norm})'} is not finite with {len(rows)} image(s) of"
-        f" {cfg.data.split}, epoch {'-'.join(map(str, np.unique(epochs)))}: {said[0]}. Weights and optimiser were not"
-        " touched; repeated, the run resumes from its last checkpoint. If it ends here again, start another run with"
-        " a lower --optim.lr or with --optim.clip"
+        f" {cfg.data.split}, epoch {'-'.join(map(str, np.unique(epochs)))}: {text[0]}. Weights and optimiser are"
+        " unchanged; the same command resumes the run from its last checkpoint. If the error repeats, start another"
+        " run with a lower --optim.lr or with --optim.clip"
     )
 
 
-# ------------------------------------------------------------------------------------------------ what comes out
+# ------------------------------------------------------------------------------------------------ release
 
 
 def _release(cfg: PretrainConfig, store: TokenStore, model: ImageGPT, step: int, lines: metrics.Metrics) -> None:
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        about = weights.ReleaseConfig(
+        metadata = weights.ReleaseConfig(
             format=weights.FORMAT,
             model=cfg.model,
             kind=store.kind,
@@ -211,4 +214,4 @@ def _release(cfg: PretrainConfig, store: TokenStore, model: ImageGPT, step: int,
             classes=store.manifest.classes,
             trained={"steps": step, **lines.lines[-1], **provenance(cfg)},
         )
-        weights.save_release(cfg.run.release, cast("dict[str, Tensor]", full), store.palette(), about)
+        weights.save_release(cfg.run.release, cast("dict[str, Tensor]", full), store.palette(), metadata)

@@ -1,8 +1,8 @@
-"""A run's metrics: one JSON object per line, without gaps or doubles whatever was killed and resumed in between.
+"""A run's metrics: one JSON object per line, without gaps or duplicates after any number of restarts.
 
-Object stores cannot append, so the whole (small) file is rewritten at each flush, which the trainer does just before
-it commits a checkpoint: whatever step a run resumes from, the lines up to it are there and later ones are dropped.
-TensorBoard's events are made from the same lines, and replaced as a whole too.
+Object stores cannot append, so each flush rewrites the whole file. The training loop flushes before it commits a
+checkpoint, so the lines up to the step of any checkpoint exist; a resumed run drops the lines after its step.
+TensorBoard's event file is written from the same lines.
 """
 
 import json
@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 
 class Metrics:
-    """The lines of `<run>/metrics.jsonl` up to `step`, to be continued. What came after that step is dropped."""
+    """The lines of `<run>/metrics.jsonl` up to `step`, to which lines are added. Later lines are dropped."""
 
     def __init__(self, run: str, step: int, tensorboard: bool = False):
         self.uri = storage.join(run, "metrics.jsonl")
@@ -33,7 +33,7 @@ class Metrics:
         self.flusher()()
 
     def flusher(self) -> Callable[[], None]:
-        """A function that stores the lines of now, for another thread to call."""
+        """A function, for another thread, that stores the lines as they are now."""
         return partial(self._store, self.lines.copy())
 
     def _store(self, lines: list[Line]) -> None:
@@ -43,7 +43,7 @@ class Metrics:
 
 
 class Events:
-    """TensorBoard's file of a run, `<run>/tensorboard/events.out.tfevents.0`: every number of every line."""
+    """TensorBoard's event file of a run, `<run>/tensorboard/events.out.tfevents.0`, with every number of every line."""
 
     def __init__(self, run: str):
         from tensorboardX.proto.event_pb2 import Event  # comes with ray[train]
@@ -68,7 +68,7 @@ class Events:
 
 
 def read(run: str) -> list[Line]:
-    """All lines of a run; none if it has written none."""
+    """All lines of a run; an empty list if it has none."""
     try:
         text = storage.read(storage.join(run, "metrics.jsonl")).decode()
     except NotFound:

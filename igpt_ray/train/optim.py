@@ -1,7 +1,7 @@
-"""The optimiser and its schedule, as a pure function of the step.
+"""Optimisers, and the learning rate as a pure function of the step.
 
-The paper's is Adam. The modern one is Muon (Jordan et al. 2024) on the matrices inside the blocks and Adam on the rest:
-embeddings, head and gains.
+The paper uses Adam. The modern presets use Muon (Jordan et al. 2024) for the matrices inside the blocks and Adam for
+embeddings, output layer and gains.
 """
 
 import math
@@ -17,26 +17,26 @@ from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train.config import OptimConfig
 
 MOMENTUM = 0.95
-"""Of Muon, with Nesterov's look ahead; its authors' value, and torch's."""
+"""Nesterov momentum of Muon; the value of its authors and of torch."""
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the iteration that makes a matrix orthogonal, chosen by Muon's authors to grow small singular values
-as fast as can be: five rounds bring all of them near 1 (0.7 to 1.2), and not nearer."""
+"""Coefficients of the Newton-Schulz iteration, chosen by Muon's authors to increase small singular values quickly: five
+iterations bring all of them to 0.7 to 1.2."""
 ROUNDS = 5
 
 
 def build(model: nn.Module, optim: OptimConfig, precision: str = "float32") -> Optimizer:
-    """`precision` is that of Muon's matrix products. In bfloat16 a last bit of a gradient, which changes with the
-    number of workers, may change a step by a hundredth."""
+    """Adam, or Muon if `optim.muon_lr` is set. `precision` is the type of Muon's matrix products: in bfloat16, the last
+    bit of a gradient, which depends on the number of workers, may change a step by 1 %."""
     if optim.muon_lr is None:
         return Adam(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
     return Muon(cast(ImageGPT, model), optim, getattr(torch, precision))
 
 
 class Muon(Adam):
-    """Muon for the groups with `parts`, whose matrices are equal in shape; Adam for the group without.
+    """Muon for the groups with `parts`, whose matrices have equal shapes; Adam for the group without.
 
-    torch.optim.Muon does the same on whole matrices, one at a time. Here those of all layers go through as one batch,
-    and where they are sharded each worker makes its share of them orthogonal: two exchanges, no work done twice.
+    torch.optim.Muon processes whole matrices one at a time. Here the matrices of all layers are one batch, and with
+    sharding each rank orthogonalises its share of the layers: two collectives, and no duplicated work.
     """
 
     def __init__(self, model: ImageGPT, optim: OptimConfig, dtype: torch.dtype):
@@ -59,12 +59,12 @@ class Muon(Adam):
         self.dtype = dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Adam's own would look for its count of steps in every state, to mend those of old versions."""
+        """Skips Adam's conversion of old states, which expects a step count in every state."""
         Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Uses up the gradients of the matrices; what is left is Adam's."""
+        """Update the matrices by Muon and clear their gradients; Adam updates the other parameters."""
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             if group["parts"] and matrices:
@@ -75,7 +75,7 @@ class Muon(Adam):
         super().step(closure)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        """The direction to go, as a shard of its own."""
+        """Nesterov momentum of `p`, sharded as `p`."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -85,11 +85,10 @@ class Muon(Adam):
 
 
 def orthogonal(matrices: list[Tensor], parts: int) -> list[Tensor]:
-    """Of each of the equal-sized matrices (rows, columns), made of `parts` below each other, the nearest matrix whose
-    singular values are all about equal, scaled by sqrt(rows / columns) of a tall part [Muon's reference code].
+    """Approximately orthogonal matrices nearest to `matrices` (rows, columns), made of `parts` stacked by rows.
 
-    Sharded matrices (`Shard(0)`, as FSDP does) come in and go out as this worker's rows. In between whole layers go to
-    one worker each.
+    Tall parts are scaled by sqrt(rows / columns) (Muon's reference code). Matrices with `Shard(0)`, as FSDP makes them,
+    are redistributed by layer for the computation and back.
     """
     first = matrices[0]
     stacked = torch.stack([local(m) for m in matrices])  # (L, rows here, columns)
@@ -126,19 +125,19 @@ def local(p: Tensor) -> Tensor:
 
 
 def lr_at(step: int, optim: OptimConfig) -> float:
-    """Learning rate of step 0 .. steps-1: linear warm-up to the peak, then cosine to zero (paper, section 3.3); or,
-    with a `cooldown`, constant, then linear to zero, or constant to the end if that is 0."""
+    """Learning rate of step 0 .. steps - 1: linear warm-up to the peak, then `schedule`; the paper's (section 3.3) is
+    cosine decay to zero."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    if optim.cooldown == 0:
+    if optim.schedule == "constant":
         return optim.lr
-    if optim.cooldown is not None:
-        return optim.lr * min(1.0, max(0.0, (optim.steps - step) / (optim.cooldown * optim.steps)))
+    if optim.schedule == "warmup_stable_decay":
+        return optim.lr * min(1.0, max(0.0, (optim.steps - step) / (optim.decay_fraction * optim.steps)))
     progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """`lr` is Adam's; Muon's stays in proportion."""
+    """Set Adam's learning rate to `lr`, and Muon's in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1)

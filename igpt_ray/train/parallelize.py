@@ -1,4 +1,4 @@
-"""Parallelism, applied from outside to a plain model: FSDP2 on every worker count, one included; HSDP on many."""
+"""Parallelism, applied to a plain model: FSDP2 on any number of ranks, including one; HSDP if configured."""
 
 import math
 from functools import partial
@@ -16,34 +16,38 @@ from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train.config import WorkersConfig
 
 
-def mesh_of(device_type: str, sharing: int) -> DeviceMesh:
-    """All workers, or copies x `sharing` workers that share one; the largest common divisor if they do not divide."""
+def mesh_of(device_type: str, fsdp_size: int | None) -> DeviceMesh:
+    """Mesh of all ranks, or of replicas x `fsdp_size`. None shards over all ranks.
+
+    If `fsdp_size` does not divide the number of ranks, the greatest common divisor is used.
+    """
     n = dist.get_world_size()
-    sharing = math.gcd(n, sharing) if sharing else n
-    if sharing == n:
+    fsdp_size = math.gcd(n, fsdp_size) if fsdp_size else n
+    if fsdp_size == n:
         return init_device_mesh(device_type, (n,))
-    return init_device_mesh(device_type, (n // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (n // fsdp_size, fsdp_size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: ImageGPT, mesh: DeviceMesh, workers: WorkersConfig) -> ImageGPT:
-    """Shard every block, then the rest, over `mesh`, or over its rows, which are then copies of each other, in place.
+    """Shard every block, then the rest, over `mesh` in place. With a 2-D mesh, each row holds a replica.
 
-    Blocks are gathered one at a time on the way in and out; embeddings and head, used first and last, stay gathered
-    in between. Parameters rest in float32 and are cast to `precision` as they are gathered; gradients are reduced in
-    float32. What recomputes and what is compiled is the inside of a block, so that parameters keep their names.
+    Blocks are gathered one at a time in the forward and the backward pass; embeddings and output layer, which are used
+    first and last, stay gathered in between. Parameters are stored in float32 and cast to `precision` when they are
+    gathered; gradients are reduced in float32. Activation checkpointing and torch.compile are applied to the forward
+    method of a block, so that parameters keep their names.
     """
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, workers.precision), reduce_dtype=torch.float32)
     for block in model.blocks:
-        if workers.recompute != "none":
+        if workers.activation_checkpointing != "none":
             how: dict[str, Any] = {"use_reentrant": False}
-            if workers.recompute == "selective":
-                how["context_fn"] = partial(create_selective_checkpoint_contexts, _products_kept)
+            if workers.activation_checkpointing == "selective":
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             block.forward = partial(checkpoint, block.forward, **how)  # type: ignore[method-assign]
         if workers.compile:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "forward_with_classifier")  # it too gathers the weights first
+    register_fsdp_forward_method(model, "forward_with_classifier")  # gathers the weights
     return model
 
 
@@ -54,29 +58,29 @@ PRODUCTS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-"""What costs too much to be done again."""
+"""Operators whose outputs selective activation checkpointing keeps."""
 
 
-def _products_kept(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    """For torch's selective checkpoint: norms and activations are made again from what products give."""
+def _keep_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """Policy of selective activation checkpointing: norms and activations are recomputed from matrix products."""
     return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def reduce_gradients(model: ImageGPT, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over the workers, or only adds to this worker's sum."""
+    """Set whether the next backward pass reduces gradients over the ranks, or only accumulates them locally."""
     cast(FSDPModule, model).set_requires_gradient_sync(now)
 
 
-def rehearsal(model: ModelConfig, workers: WorkersConfig) -> tuple[int, int]:
-    """The fewest and the most parameters that one of `workers` will hold. For a process without a process group.
+def sharding_dry_run(model: ModelConfig, workers: WorkersConfig) -> tuple[int, int]:
+    """The least and the largest number of parameters on one rank of `workers`, from a dry run of the sharding.
 
-    Sharded as in earnest, but by one process that stands for the others in turn (torch's fake process group), and
-    without memory (meta).
+    Uses torch's fake process group for the first and the last rank, and tensors without memory (meta). The calling
+    process must have no process group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     held = []
-    for rank in (workers.sharing - 1, 0):  # torch deals rows out in equal parts, so what is left over is the last's
+    for rank in (workers.fsdp_size - 1, 0):  # rows are split in equal parts, and the last rank gets the rest
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=workers.n)
         with torch.device("meta"):
             network = ImageGPT(model)

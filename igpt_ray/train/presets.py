@@ -26,7 +26,7 @@ def _modern(recipe: PretrainConfig, lr: float, muon_lr: float) -> PretrainConfig
     rates of larger ones: Adam's are the paper's, and Muon's is what its authors use.
     """
     model = recipe.model.model_copy(update={"qk_norm": True, "rotary": True})
-    optim = recipe.optim.model_copy(update={"lr": lr, "muon_lr": muon_lr, "cooldown": 0.6})
+    optim = recipe.optim.model_copy(update={"lr": lr, "muon_lr": muon_lr, "schedule": "warmup_stable_decay"})
     return recipe.model_copy(update={"model": model, "optim": optim})
 
 

@@ -66,17 +66,17 @@ class Group:
 class Topology:
     """How workers hang together: those that share the weights, those that hold the same share of them, all."""
 
-    sharing: Group
+    fsdp_size: Group
     copies: Group
     everyone: Group
 
     @classmethod
     def of(cls, workers: WorkersConfig, cluster: ClusterConfig) -> "Topology":
         here = cluster.devices_per_node
-        nodes, n_copies = math.ceil(workers.n / here), workers.n // workers.sharing
+        nodes, n_copies = math.ceil(workers.n / here), workers.n // workers.fsdp_size
         bus, bus_between = buses(workers, cluster)
         return cls(
-            sharing=Group(workers.sharing, math.ceil(workers.sharing / here), bus),
+            fsdp_size=Group(workers.fsdp_size, math.ceil(workers.fsdp_size / here), bus),
             copies=Group(n_copies, min(nodes, n_copies), bus_between),
             everyone=Group(workers.n, nodes, cluster.bus_gb_per_second),
         )
@@ -94,43 +94,43 @@ def step(settings: EstimateConfig) -> dict[str, Any]:
     forward = share * model.n_positions * flops_per_token(model, causal=True) / 3 / flops_per_second
     head = forward * 2 * model.n_vocab * model.n_embd * 3 / flops_per_token(model, causal=True)
     block = (forward - head) / model.n_layer
-    again = block if workers.recompute == "full" else 0.0
+    again = block if workers.activation_checkpointing == "full" else 0.0
 
-    device, sharing = Stream(), Stream()
-    inside = there.sharing.nodes == 1
-    between = Stream() if inside else sharing  # what carries the sums over copies
-    gather, reduce = (there.sharing.ring(block_params * width) for width in (width_of(workers), 4))
+    device, fsdp_size = Stream(), Stream()
+    inside = there.fsdp_size.nodes == 1
+    between = Stream() if inside else fsdp_size  # what carries the sums over copies
+    gather, reduce = (there.fsdp_size.ring(block_params * width) for width in (width_of(workers), 4))
 
     def summed(ready: float, seconds: float, n_params: int) -> None:
         """A gradient, first to the workers that own its shares, then over the copies of a share, twice around."""
-        done = sharing.do(ready, seconds)
+        done = fsdp_size.do(ready, seconds)
         if there.copies.members > 1:
-            between.do(done, 2 * there.copies.ring(4 * n_params / there.sharing.members))
+            between.do(done, 2 * there.copies.ring(4 * n_params / there.fsdp_size.members))
 
     def blocks(seconds: float, last_pass: bool = False) -> None:
-        ready = sharing.do(device.free, gather)
+        ready = fsdp_size.do(device.free, gather)
         for i in range(model.n_layer):
             begun = max(device.free, ready)
-            coming = sharing.do(begun, gather) if i < model.n_layer - 1 else 0.0
+            coming = fsdp_size.do(begun, gather) if i < model.n_layer - 1 else 0.0
             done = device.do(ready, seconds)
             if last_pass:
                 summed(done, reduce, block_params)
             ready = coming
 
-    device.do(sharing.do(0.0, there.sharing.ring(other_params * width_of(workers))), 0.0)
+    device.do(fsdp_size.do(0.0, there.fsdp_size.ring(other_params * width_of(workers))), 0.0)
     for i in range(passes):
         blocks(block)
         device.do(0.0, 3 * head)  # there and back
         blocks(2 * block + again, last_pass=i == passes - 1)
-    summed(device.free, there.sharing.ring(4 * other_params), other_params)
-    end = max(device.free, sharing.free, between.free) + 3 * there.everyone.tree()
+    summed(device.free, there.fsdp_size.ring(4 * other_params), other_params)
+    end = max(device.free, fsdp_size.free, between.free) + 3 * there.everyone.tree()
     if optim.muon_lr is not None:
         end = device.do(end, muon_flops(model) / flops_per_second / workers.n)
     return {
         "workers": workers.n,
         "step_seconds": end,
         "devices": device.busy / end,
-        "node_links": sharing.busy / end if inside else 0.0,
+        "node_links": fsdp_size.busy / end if inside else 0.0,
         "network": between.busy / end,
         "tokens_per_second": round(optim.batch_size * model.n_positions / end),
     }
@@ -146,8 +146,8 @@ def sizes(settings: EstimateConfig) -> list[dict[str, Any]]:
     found = []
     for nodes in (2**i for i in range(COUNTS)):
         n = nodes * settings.cluster.devices_per_node
-        sharing = math.gcd(n, settings.workers.shard) if settings.workers.shard else 0
-        workers = settings.workers.model_copy(update={"n": n, "shard": sharing})
+        fsdp_size = math.gcd(n, settings.workers.shard) if settings.workers.shard else None
+        workers = settings.workers.model_copy(update={"n": n, "shard": fsdp_size})
         other = settings.model_copy(update={"workers": workers})
         if fits(other):
             found.append(step(other))
@@ -163,7 +163,7 @@ def full_first(found: list[dict[str, Any]]) -> str:
     return f"the batch, with {2 * found[-1]['workers']:,} workers: more of them than images"
 
 
-def beside(settings: EstimateConfig, step_seconds: float) -> dict[str, float]:
+def with_images(settings: EstimateConfig, step_seconds: float) -> dict[str, float]:
     """What a node reads and writes beside its steps."""
     model, cluster = settings.model, settings.cluster
     nodes = math.ceil(settings.workers.n / cluster.devices_per_node)
@@ -185,7 +185,7 @@ def lines(settings: EstimateConfig) -> list[str]:
     if not fits(settings):
         return [f"a batch of {settings.optim.batch_size} has no image for each of {settings.workers.n:,} workers"]
     here, others = step(settings), sizes(settings)
-    node = beside(settings, here["step_seconds"])
+    node = with_images(settings, here["step_seconds"])
     table = [f"{'workers':>10} {'step':>10} {'devices':>10} {'node links':>10} {'network':>10} {'tokens/s':>14}"]
     for size in [*others, here] if here["workers"] not in {size["workers"] for size in others} else others:
         shares = " ".join(f"{size[part]:10.0%}" for part in ("devices", "node_links", "network"))

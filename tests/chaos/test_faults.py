@@ -16,15 +16,16 @@ import pytest
 import torch
 from botocore.retries.standard import ExponentialBackoff
 from conftest import Keyed
-from faults import ANYTHING, FaultProxy, one_by_one, running, seeded
+from faults import ANYTHING, FaultProxy, running, seeded
 
 from igpt_ray import storage
 from igpt_ray.data import sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.prepare import prepare
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import StorageError
-from igpt_ray.flows import prepare
 from igpt_ray.train import checkpoint, loop
 from tests.data.test_layouts import LAYOUTS, everything, expected, tiny
 from tests.train import test_loop as test_training
@@ -200,10 +201,8 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
     pictures: str,
     palette: Palette,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Reading the pictures and writing shards, lists and manifest: some writes take effect without an answer."""
-    monkeypatch.setattr(prepare, "actor_map", one_by_one)
     for entry in storage.walk(pictures):
         storage.write(f"{on_rclone}/images{entry.uri.removeprefix(pictures)}", storage.read(entry.uri))
     palette.save(storage.join(on_rclone, "palette.npy"))
@@ -218,10 +217,10 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
             pixels=PixelsConfig(n_px=4),
         )
 
-    prepare.prepare(settings(pictures, str(tmp_path / "tokens")))
+    prepare(settings(pictures, str(tmp_path / "tokens")), serial_map)
     started = time.monotonic()
     with through(seeded(5, 10_000, 0.2, kinds)) as proxy:
-        prepare.prepare(settings(f"{on_rclone}/images", f"{on_rclone}/tokens"))
+        prepare(settings(f"{on_rclone}/images", f"{on_rclone}/tokens"), serial_map)
     assert proxy.faults >= 5
     assert time.monotonic() - started < 60
     undisturbed = TokenStore.open(str(tmp_path / "tokens"))
@@ -252,7 +251,9 @@ def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_c
     if seconds == 60:
         for scale in ("throttling_base_scale", "non_throttling_base_scale"):
             monkeypatch.setitem(ExponentialBackoff._DEFAULT_BACKOFF_CONFIG, scale, 1.0)  # as in earnest
-    cfg = test_training.settings_for(store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": 0})
+    cfg = test_training.settings_for(
+        store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": None}
+    )
     begun: list[float] = []
 
     def each_step() -> bool:

@@ -125,8 +125,8 @@ def test_every_stage_brings_the_nodes_it_needs_and_none_stays(
         children = psutil.Process(scaler.pid).children(recursive=True)
         next(p for p in children if "RayTrainWorker" in title(p)).parent().kill()  # the raylet: a node
         assert driver.wait(600) == 0, run.said()[-3000:]
-    assert "2 worker(s) ask for 4 CPUs, the cluster has 0: waiting for it to grow" in run.said()
-    assert run.said().count("lost workers or controller, going on from the last checkpoint") == 1
+    assert "2 worker(s) need 4 CPUs, the cluster has 0: waiting for more nodes" in run.said()
+    assert run.said().count("lost workers or controller, resuming from the last checkpoint") == 1
     assert counts.most("pretrain", "gpu8") == 2
     run.until_empty()
 

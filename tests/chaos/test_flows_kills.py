@@ -37,7 +37,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 200, 5
 WORKER, CONTROLLER, CLEANER = "RayTrainWorker", "TrainController", "PlacementGroupCleaner"
-LOST = "lost workers or controller, going on from the last checkpoint"
+LOST = "lost workers or controller, resuming from the last checkpoint"
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 Nodes = Any
@@ -232,7 +232,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """SIGSTOP: the process is there, its connections too, and the others wait."""
-    run = Training(nodes, tokens, tmp_path, "--workers.patience", "5")
+    run = Training(nodes, tokens, tmp_path, "--workers.collective-timeout-s", "5")
     with run.going() as driver:
         until(lambda: run.committed() >= 50, driver)
         stopped = run.processes(WORKER)[-1]
@@ -283,7 +283,7 @@ def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhe
     assert report["accepted"], err
     assert report["node"] == node.node_id
     assert f"spot terminate: draining node {node.node_id}" in err
-    assert "1 node(s) will go in" in run.said()
+    assert "1 node(s) are preempted in" in run.said()
     assert LOST not in run.said()
     (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
     assert losses.keys() == undisturbed[1].keys() | {int(resumed)}
@@ -304,7 +304,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
         complete(nodes)
         losses = run.ended(driver)
     assert re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", run.said()) == ["3", "2", "3"]
-    assert "room for 1 more worker(s): saving, to go on with 3" in run.said()
+    assert "resources for 1 more worker(s): saving, then restarting with 3" in run.said()
     expected, elastic = summed(undisturbed[1]), summed(losses)
     assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -384,7 +384,7 @@ def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
         worker.parent().kill()  # the raylet: a node
         losses = run.ended(driver)
     said = run.said()
-    assert "1 worker(s) ask for 1 CPUs, the cluster has 0: waiting for it to grow" in said
+    assert "1 worker(s) need 1 CPUs, the cluster has 0: waiting for more nodes" in said
     assert workers()[-1][1] == "2"
     assert said.count(LOST) == 1
     expected, elastic = summed(undisturbed[1]), summed(losses)

@@ -11,24 +11,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from faults import one_by_one
 
 from igpt_ray.data import pixels, sources, token_store
 from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
 from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.make_shard import MakeShard, tasks_of
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.prepare import prepare
 from igpt_ray.data.token_store import TokenStore
+from igpt_ray.data.verify import verify
 from igpt_ray.errors import IgptError, PaletteError, SourceError, TokenStoreError
-from igpt_ray.flows import prepare, verify
 
 VICTIM = "train/00001-v0.parquet"
 
 
 @pytest.fixture
-def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+def settings(pictures: str, palette: Palette, tmp_path: Path) -> PrepareConfig:
     """Of a store of four shards, two of them with an image in quarantine."""
-    for flow in (prepare, verify):
-        monkeypatch.setattr(flow, "actor_map", one_by_one)
     palette.save(str(tmp_path / "palette.npy"))
     return PrepareConfig(
         source=pictures,
@@ -42,7 +42,7 @@ def settings(pictures: str, palette: Palette, tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def tokens(settings: PrepareConfig) -> Path:
-    prepare.prepare(settings)
+    prepare(settings, serial_map)
     return Path(settings.tokens)
 
 
@@ -124,7 +124,7 @@ def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
         victim.write_bytes(DAMAGES[damage](whole, (tokens / "train/00000-v0.parquet").read_bytes()))
         assert victim.read_bytes() != whole
     with pytest.raises(TokenStoreError, match=rf"1 problem.*{VICTIM}"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
+        verify(VerifyConfig(tokens=str(tokens), remake=0), serial_map)
     for _ in range(2):
         with pytest.raises(IgptError, match=VICTIM):
             SplitCache(TokenStore.open(str(tokens)), "train", tmp_path / "cache")
@@ -145,7 +145,7 @@ def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
             victim.write_bytes(DAMAGES[damage](before[victim], before[tokens / "train/00000-v0.parquet"]))
         if not committed:
             (tokens / "manifest.json").unlink()
-        prepare.prepare(settings)
+        prepare(settings, serial_map)
         assert {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()} == before
 
 
@@ -155,8 +155,8 @@ def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, set
     """Anywhere in a shard or its list, whether or not the reader would stumble over it."""
     store = TokenStore.open(str(tokens))
     plan = sources.plan(settings.source, settings.shard_images)
-    task = next(t for t in prepare.tasks_of(plan, 1) if t.unit.split == "train" and t.unit.name == "00001")
-    make = prepare.MakeShard(settings.tokens, store.kind, settings.pixels, settings.holdout, committed={})
+    task = next(t for t in tasks_of(plan, 1) if t.unit.split == "train" and t.unit.name == "00001")
+    make = MakeShard(settings.tokens, store.kind, settings.pixels, settings.holdout, committed={})
     victim = next((tokens / folder).glob("*00001-v0*"))
     whole = victim.read_bytes()
     for at in range(0, len(whole), 17):
@@ -180,7 +180,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 80, len(whole) - 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
-            verify.verify(VerifyConfig(tokens=str(tokens)))
+            verify(VerifyConfig(tokens=str(tokens)), serial_map)
 
 
 def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings: PrepareConfig) -> None:
@@ -190,9 +190,9 @@ def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings:
     written = (tokens / VICTIM).stat().st_mtime_ns
     path.write_bytes(flip(whole, 500))
     with pytest.raises(TokenStoreError, match="delete it and repeat"):
-        prepare.prepare(settings)
+        prepare(settings, serial_map)
     path.unlink()
-    prepare.prepare(settings)
+    prepare(settings, serial_map)
     assert path.read_bytes() == whole
     assert (tokens / VICTIM).stat().st_mtime_ns == written
 
@@ -216,7 +216,7 @@ def test_every_flipped_bit_of_the_palette_that_matters_is_found(tokens: Path) ->
     for length in (0, 5, 60, 127, 128, 200, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(PaletteError, match=r"palette\.npy"):
-            verify.verify(VerifyConfig(tokens=str(tokens)))
+            verify(VerifyConfig(tokens=str(tokens)), serial_map)
 
 
 def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_shard_again(
@@ -227,9 +227,9 @@ def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_s
     data = picture.read_bytes()
     other = pixels.png(np.zeros((9, 8, 3), np.uint8))
     picture.write_bytes(other + bytes(len(data) - len(other)))
-    verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
-    with pytest.raises(TokenStoreError, match=r"1 of 4 rows are not what the source gives"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=9))
+    verify(VerifyConfig(tokens=str(tokens), remake=0), serial_map)
+    with pytest.raises(TokenStoreError, match=r"1 of 4 rows differ from the source"):
+        verify(VerifyConfig(tokens=str(tokens), remake=9), serial_map)
 
 
 def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: PrepareConfig) -> None:
@@ -239,11 +239,11 @@ def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: Pr
     bad = Path(settings.source) / "train/dog/1.png"
     whole = pixels.png(np.zeros((9, 8, 3), np.uint8))
     bad.write_bytes(flip(whole, 60))
-    with pytest.raises(SourceError, match=r"dog/1\.png.*mend or remove them"):
-        prepare.prepare(strict)
+    with pytest.raises(SourceError, match=r"dog/1\.png.*repair or remove them"):
+        prepare(strict, serial_map)
     kept = Path(settings.tokens) / "train/00000-v0.parquet"
     written = kept.stat().st_mtime_ns
     bad.write_bytes(whole)
-    report = prepare.prepare(strict)
+    report = prepare(strict, serial_map)
     assert (report["images"], report["quarantined"]) == (12, 0)
     assert kept.stat().st_mtime_ns == written

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import one_by_one
 
 from igpt_ray import storage
 from igpt_ray.data import node_cache, pixels
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.prepare import prepare
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import StorageError
-from igpt_ray.flows import prepare
 from igpt_ray.train import checkpoint, loop
 from tests.train import test_loop as test_training
 
@@ -57,10 +57,9 @@ def many_pictures(tmp_path: Path) -> str:
 
 
 def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
-    many_pictures: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    many_pictures: str, disk: Path, tmp_path: Path
 ) -> None:
     """The file, what it needs and what is free; nothing half-written that fills the disk further; the same bytes."""
-    monkeypatch.setattr(prepare, "actor_map", one_by_one)
     colours = np.random.default_rng(7).uniform(-1, 1, (512, 3)).astype(np.float32)
     Palette(colours).save(str(tmp_path / "palette.npy"))
     settings = PrepareConfig(
@@ -71,20 +70,20 @@ def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
         pixels=PixelsConfig(n_px=32, crop="centre"),
     )
     undisturbed = settings.model_copy(update={"tokens": str(tmp_path / "undisturbed")})
-    prepare.prepare(undisturbed)
+    prepare(undisturbed, serial_map)
 
     ballast = leave(disk, 120 << 10)
     with pytest.raises(StorageError, match=r"tokens/train/0000\d-v0\.parquet: its disk is full: \d+ bytes are free"):
-        prepare.prepare(settings)
+        prepare(settings, serial_map)
     written = {path: path.stat().st_mtime_ns for path in (disk / "tokens").rglob("*.parquet")}
     assert 0 < len(written) < 6
     assert not list(storage.leftovers(settings.tokens))
     with pytest.raises(StorageError, match="make room and repeat"):
-        prepare.prepare(settings)
+        prepare(settings, serial_map)
 
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
-    prepare.prepare(settings)
+    prepare(settings, serial_map)
     store, expected = TokenStore.open(settings.tokens), TokenStore.open(undisturbed.tokens)
     assert store.manifest.shards == expected.manifest.shards
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())

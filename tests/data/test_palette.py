@@ -459,7 +459,7 @@ def no_gpu() -> bool:
 @pytest.mark.skipif(not no_gpu(), reason="faiss sees a GPU here")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     """faiss-cpu has no such function: a NameError; or worse, hours on the CPU."""
-    with pytest.raises(PaletteError, match="faiss sees no GPU"):
+    with pytest.raises(PaletteError, match="faiss does not detect a GPU"):
         Palette.fit(histogram_of(random_pixels(50, 15), np.ones(50, np.int64)), 4, gpu=True)
 
 

@@ -99,10 +99,10 @@ def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
     ("keys", "said"),
     [
         ([], "holds no files: expected images in class folders"),
-        (["a/1", "loose.png"], "loose.png lies in no class folder"),
-        (["train/a/1", "train/loose.png"], "train/loose.png lies in no class folder"),
-        (["train/a/1", "extra/b/1", "zoo/b/1"], r"others beside them \(extra, zoo\)"),
-        (["train/a/1", "labels.csv"], r"others beside them \(labels.csv\)"),
+        (["a/1", "loose.png"], "loose.png is not in a class folder"),
+        (["train/a/1", "train/loose.png"], "train/loose.png is not in a class folder"),
+        (["train/a/1", "extra/b/1", "zoo/b/1"], r"next to the split folders \(extra, zoo\)"),
+        (["train/a/1", "labels.csv"], r"next to the split folders \(labels.csv\)"),
     ],
 )
 def test_a_folder_of_another_layout_is_refused_with_the_expected_one(

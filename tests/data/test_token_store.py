@@ -45,9 +45,9 @@ def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: T
 
 def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
     """A file copied out of its store would be 20 rows of unexplained numbers."""
-    said = token_store.about(token_store.parse(token_store.encode(*rows, kind, UNIT)).schema)
+    said = token_store.metadata(token_store.parse(token_store.encode(*rows, kind, UNIT)).schema)
     assert said == {"format": token_store.FORMAT, **kind.model_dump(), **UNIT}
-    assert token_store.about(pa.table({"a": [1]}).schema) == {}
+    assert token_store.metadata(pa.table({"a": [1]}).schema) == {}
 
 
 def test_a_shard_without_rows_is_a_shard(kind: TokenFormat) -> None:
@@ -99,7 +99,7 @@ def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: TokenFor
     assert (opened.manifest.rows("test"), opened.manifest.views("test")) == (3, 1)
     assert [len(table) for table in opened.read_split("train")] == [7, 5]
     tables = [opened.read(shard) for shard in opened.manifest.select("train", 1)]
-    assert [token_store.about(t.schema)["view"] for t in tables] == ["1", "1"]
+    assert [token_store.metadata(t.schema)["view"] for t in tables] == ["1", "1"]
 
 
 def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> None:
@@ -156,7 +156,7 @@ def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore) ->
 def test_another_palette_in_the_store_is_refused(store: TokenStore, palette: Palette) -> None:
     """Every picture would come back in false colours."""
     Palette(palette.colours[::-1].copy()).save(storage.join(store.root, "palette.npy"))
-    with pytest.raises(TokenStoreError, match="not the palette that its tokens were made with"):
+    with pytest.raises(TokenStoreError, match="not the palette of its tokens"):
         store.palette()
     storage.write(storage.join(store.root, "palette.npy"), b"not a palette")
     with pytest.raises(PaletteError, match=r"palette\.npy"):

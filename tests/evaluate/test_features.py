@@ -117,8 +117,8 @@ def test_a_masked_network_looks_under_the_masks_of_an_image_s_key() -> None:
     found = features.pooled(model, x.numpy().astype(np.uint16), keys, [0, 1, 3], "mean", 3)
     assert found.shape == (4, losses.MASKS, 3, 32)
     for mask in range(losses.MASKS):
-        keep = losses.keep_of_keys(["c"], mask, 16)
-        np.testing.assert_allclose(found[2, mask], model.features(x[2:3], keep=keep)[0, [0, 1, 3]], atol=1e-5)
+        keep = losses.visible_masks_of_keys(["c"], mask, 16)
+        np.testing.assert_allclose(found[2, mask], model.features(x[2:3], visible_mask=keep)[0, [0, 1, 3]], atol=1e-5)
 
 
 def test_an_untrained_network_is_another_and_the_same_each_time(release: str) -> None:

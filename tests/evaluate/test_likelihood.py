@@ -53,7 +53,7 @@ def test_a_masked_network_is_judged_under_five_masks_of_each_image() -> None:
     nats = masked_nats(model, x.numpy().astype(np.uint16), keys, batch_size=3)
     for i in (0, 6):
         one = x[i : i + 1]
-        keeps = [losses.keep_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
+        keeps = [losses.visible_masks_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
         direct = [losses.masked_pixel(model(one, keep), one, keep).item() for keep in keeps]
         assert nats[i] == pytest.approx(np.mean(direct), rel=1e-5)
     alone = masked_nats(model, x[4:5].numpy().astype(np.uint16), keys[4:5], batch_size=3)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
 from igpt_ray.generate.engine import Engine, Generation, Request
-from igpt_ray.generate.kv_cache import Precision
+from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.image_gpt import ImageGPT
 
 MODEL = random_model(std=0.4)
@@ -193,10 +193,10 @@ def test_requests_may_come_from_any_thread_while_it_steps() -> None:
         ({"given": TOP_ROWS[None]}, r"given \(1, 16\)"),
         ({"tokens": PICTURES[0] / 2}, "tokens are float64 and given bool, expected integers and booleans"),
         ({"given": TOP_ROWS.astype(int)}, "given int64"),
-        ({"tokens": PICTURES[0] + 16}, "a given pixel has the colour .*, expected 0 to 15"),
-        ({"tokens": PICTURES[0] - 16}, "a given pixel has the colour -"),
-        ({"seeds": ()}, "0 samples are wanted, expected 1 to 2"),
-        ({"seeds": (1, 2, 3)}, "3 samples are wanted, expected 1 to 2: send several requests"),
+        ({"tokens": PICTURES[0] + 16}, "a prompt pixel has the token .*, expected 0 to 15"),
+        ({"tokens": PICTURES[0] - 16}, "a prompt pixel has the token -"),
+        ({"seeds": ()}, "0 samples were requested, expected 1 to 2"),
+        ({"seeds": (1, 2, 3)}, "3 samples were requested, expected 1 to 2: send several requests"),
         ({"seeds": (-1,)}, "a seed is -1"),
         ({"seeds": (2**128,)}, "a seed is 3402"),
         ({"seeds": (1.5,)}, "a seed is 1.5"),

@@ -9,8 +9,10 @@ from conftest import random_model, random_tokens
 from torch import Tensor, nn
 
 from igpt_ray.errors import SettingError
-from igpt_ray.generate import kv_cache
-from igpt_ray.generate.kv_cache import Int8, KVCache, Packed, Precision
+from igpt_ray.generate import quantize
+from igpt_ray.generate.cuda_graph import CUDAGraph
+from igpt_ray.generate.kv_cache import KVCache
+from igpt_ray.generate.quantize import Int8, Packed, Precision
 
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 SHAPES: list[dict[str, Any]] = [
@@ -25,8 +27,8 @@ def followed(cache: KVCache, x: Tensor, start: int) -> Tensor:
     n, T = x.shape
     if start:
         for slot in range(n):
-            cache.fill([slot], x[slot, :start])
-    steps = [cache.logits(range(n), [t] * n, x[:, max(t, 1) - 1].tolist()) for t in range(start, T)]
+            cache.prefill([slot], x[slot, :start])
+    steps = [cache.decode_step(range(n), [t] * n, x[:, max(t, 1) - 1].tolist()) for t in range(start, T)]
     return torch.stack(steps, dim=1)
 
 
@@ -52,14 +54,14 @@ def test_a_lane_is_the_same_bits_beside_any_others(precision: Precision, shape: 
     alone = KVCache(model, 2, precision)
     for slot, t in enumerate(own):
         if t:
-            among.fill([slot], x[slot, :t])
+            among.prefill([slot], x[slot, :t])
     before = [int(x[slot, max(t, 1) - 1]) for slot, t in enumerate(own)]
     for together in ([0, 1, 2, 3, 4, 5, 6], [1, 3, 6], [5, 6], [2, 3, 4]):
-        found = among.logits(together, [own[i] for i in together], [before[i] for i in together])
+        found = among.decode_step(together, [own[i] for i in together], [before[i] for i in together])
         for row, i in enumerate(together):
             if own[i]:
-                alone.fill([1], x[i, : own[i]])
-            assert torch.equal(alone.logits([1], [own[i]], [before[i]])[0], found[row])
+                alone.prefill([1], x[i, : own[i]])
+            assert torch.equal(alone.decode_step([1], [own[i]], [before[i]])[0], found[row])
 
 
 def test_samples_of_a_picture_share_its_prefill() -> None:
@@ -68,9 +70,9 @@ def test_samples_of_a_picture_share_its_prefill() -> None:
     x = random_tokens(model, 3)
     x[1:, :5] = x[0, :5]
     cache = KVCache(model, 4, "float32")
-    cache.fill([0, 2, 3], x[0, :5])
+    cache.prefill([0, 2, 3], x[0, :5])
     for t in range(5, 16):
-        found = cache.logits([0, 2, 3], [t] * 3, x[:, t - 1].tolist())
+        found = cache.decode_step([0, 2, 3], [t] * 3, x[:, t - 1].tolist())
     torch.testing.assert_close(found, model(x)[:, 15], rtol=1e-5, atol=1e-5)
 
 
@@ -85,8 +87,8 @@ def test_the_number_of_rows_is_found_from_which_products_stay_the_same(monkeypat
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight) if len(x) >= 5 else F.linear(x * 3, self.weight / 3)
 
-    monkeypatch.setattr(kv_cache, "Packed", Fickle)
-    assert KVCache(random_model(), 2, "float32").fewest >= 5
+    monkeypatch.setattr(quantize, "Packed", Fickle)
+    assert KVCache(random_model(), 2, "float32").min_rows >= 5
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -112,7 +114,7 @@ def test_the_model_keeps_its_own_weights() -> None:
 
 def test_a_masked_network_is_refused() -> None:
     """It has no start vector: an AttributeError from inside."""
-    with pytest.raises(SettingError, match="a masked network has no next pixel"):
+    with pytest.raises(SettingError, match="which cannot generate"):
         KVCache(random_model(objective="masked"), 1, "float32")
 
 
@@ -122,10 +124,10 @@ def test_all_lanes_at_once_behind_a_mask_are_what_a_graph_replays() -> None:
     model = random_model(**SHAPES[1])
     x = random_tokens(model, 3)
     cache = KVCache(model, 4, "float32")
-    graph = kv_cache.Graph(cache)
-    cache.fill([1], x[0, :6])
-    cache.fill([3], x[1, :15])
-    graph.place([0, 1, 3], [0, 6, 15], [0, int(x[0, 5]), int(x[1, 14])])
+    graph = CUDAGraph(cache)
+    cache.prefill([1], x[0, :6])
+    cache.prefill([3], x[1, :15])
+    graph.set_inputs([0, 1, 3], [0, 6, 15], [0, int(x[0, 5]), int(x[1, 14])])
     found = graph.run()[[0, 1, 3]]
     expected = torch.stack([model(x)[2, 0], model(x)[0, 6], model(x)[1, 15]])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -107,14 +107,14 @@ def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Te
 
 def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
     """An index error from inside the position embedding."""
-    with pytest.raises(SettingError, match="17 pixels are given; a picture has 16"):
+    with pytest.raises(SettingError, match="the prompt has 17 pixels, expected at most the 16"):
         sampler.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
 
 
 def test_a_masked_network_is_refused() -> None:
     """It has no start vector: an AttributeError from inside."""
     masked = random_model(objective="masked")
-    with pytest.raises(SettingError, match="a masked network has no next pixel"):
+    with pytest.raises(SettingError, match="which cannot generate"):
         sampler.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
 
 

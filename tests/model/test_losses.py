@@ -100,8 +100,10 @@ def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -
     by_position = (~keep).float().mean(0)
     assert (by_position - 0.15).abs().max() < 6 * (0.15 * 0.85 / 400) ** 0.5
     assert torch.equal(objectives.sample_masks([7, 3], 1024), keep[[7, 3]])
-    assert torch.equal(objectives.keep_of_keys(["b"], 2, 64)[0], objectives.keep_of_keys(["a", "b"], 2, 64)[1])
-    drawn = [tuple(objectives.keep_of_keys(["a"], mask, 64)[0].tolist()) for mask in range(objectives.MASKS)]
+    assert torch.equal(
+        objectives.visible_masks_of_keys(["b"], 2, 64)[0], objectives.visible_masks_of_keys(["a", "b"], 2, 64)[1]
+    )
+    drawn = [tuple(objectives.visible_masks_of_keys(["a"], mask, 64)[0].tolist()) for mask in range(objectives.MASKS)]
     assert len(set(drawn)) == objectives.MASKS
 
 

@@ -50,7 +50,7 @@ def test_keys_and_values_are_openais(golden: Golden) -> None:
     model, computed = golden
     slots = KVCache(model, 4, "float32")
     for slot, x in enumerate(computed["tokens"]):
-        slots.fill([slot], x)
+        slots.prefill([slot], x)
     present = slots.kv.permute(2, 0, 1, 3, 4, 5)  # (B, L, 2, N, T, D)
     torch.testing.assert_close(present, computed["present"], rtol=0, atol=2e-5)
 
@@ -317,10 +317,10 @@ def test_a_mask_that_keeps_everything_is_none() -> None:
     model = random_model(objective="masked")
     x = random_tokens(model, 2)
     assert torch.equal(model(x, torch.ones(2, 16).bool()), model(x))
-    torch.testing.assert_close(model.features(x, keep=torch.ones(2, 16).bool()), model.features(x))
+    torch.testing.assert_close(model.features(x, visible_mask=torch.ones(2, 16).bool()), model.features(x))
     keep = random_keep(model, 2)
-    assert not torch.equal(model.features(x, keep=keep), model.features(x))
-    torch.testing.assert_close(model.features(x, keep=keep)[:, -1], model.hidden(x, keep).mean(1))
+    assert not torch.equal(model.features(x, visible_mask=keep), model.features(x))
+    torch.testing.assert_close(model.features(x, visible_mask=keep)[:, -1], model.hidden(x, keep).mean(1))
 
 
 def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None:

@@ -185,13 +185,13 @@ def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeyp
     with http.server.HTTPServer(("127.0.0.1", port := free_port()), Busy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = Client(f"http://127.0.0.1:{port}/", "k")
-        assert client.about() == {"id": "a"}
+        assert client.model_info() == {"id": "a"}
         assert seen == ["Bearer k"] * 4
         answers.append((302, {"Location": f"http://127.0.0.1:{port}/elsewhere"}))
         with pytest.raises(EndpointError, match="302"):
-            client.about()
+            client.model_info()
         assert len(seen) == 5
         server.shutdown()
     monkeypatch.setattr(clients, "PATIENCE_S", 0)
     with pytest.raises(EndpointError, match="does not answer"):
-        client.about()
+        client.model_info()

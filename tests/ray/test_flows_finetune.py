@@ -55,7 +55,7 @@ GOOD: Splits = {"train": [0, 1] * 10, "holdout": [0, 1, 1, 0], "test": [1, 0, 1]
 def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> FinetuneConfig:
     sections: dict[str, Any] = {
         "tune": {"pad": 1},
-        "optim": {"lr": 1e-2, "batch_size": 4, "steps": 8, "warmup_steps": 0, "cooldown": 0},
+        "optim": {"lr": 1e-2, "batch_size": 4, "steps": 8, "warmup_steps": 0, "schedule": "constant"},
         "run": {"root": str(folder / "runs"), "checkpoint_every": 4, "log_every": 2, "validate_every": 4},
     }
     return FinetuneConfig.model_validate({"release": release, "tokens": tokens, **(sections | changes)})
@@ -94,11 +94,11 @@ def test_what_comes_out_is_evaluated_probed_and_served(
         ({**GOOD, "holdout": [-1, 1]}, 2, 0, {}, TokenStoreError, "1 images of holdout have no label"),
         ({**GOOD, "train": [1, 1, 1]}, 2, 0, {}, TokenStoreError, "all images of train are of one class"),
         ({"train": [0, 1]}, 2, 0, {}, TokenStoreError, "no split 'holdout' in this token store: it has train"),
-        (GOOD, 3, 2, {}, CheckpointError, r"tells 2 classes apart \(cat, dog\), but .* has 3 \(cat, dog, cow\)"),
+        (GOOD, 3, 2, {}, CheckpointError, r"has a head for 2 classes \(cat, dog\), but .* has 3 \(cat, dog, cow\)"),
         (GOOD, 2, 0, {"val_split": ""}, SettingError, "--val-split '' with --split 'train'.*prepare the store with"),
-        (GOOD, 2, 0, {"split": "train+holdout"}, SettingError, "images that are trained on cannot say when to stop"),
-        (GOOD, 2, 0, {"tune": {"pad": 4}}, SettingError, "--tune.pad 4: pictures of 4 pixels reflect at most 3"),
-        (GOOD, 2, 0, {"run": {"validate_every": 0}}, SettingError, "--run.validate-every is 0"),
+        (GOOD, 2, 0, {"split": "train+holdout"}, SettingError, "early stopping needs images that are not"),
+        (GOOD, 2, 0, {"tune": {"pad": 4}}, SettingError, "--tune.pad is 4, expected at most 3"),
+        (GOOD, 2, 0, {"run": {"validate_every": None}}, SettingError, "--run.validate-every is not set"),
         (GOOD, 2, 0, {"run": {"validate_every": 9}}, SettingError, "--run.validate-every 9 is more than --optim.steps"),
     ],
 )

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from igpt_ray import storage
 from igpt_ray.data import sources
 from igpt_ray.data.config import PaletteConfig, PixelsConfig
+from igpt_ray.data.make_shard import MakeShard, Task
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import IgptError, NotFound
 from igpt_ray.evaluate.config import EvaluateConfig
@@ -94,7 +95,7 @@ def test_an_error_inside_an_actor_reaches_the_user_as_itself(
     for root, missing in ((storage.join(prepared, "tokens"), "vanished"), (str(tmp_path), "palette.npy")):
         arguments = {"root": root, "kind": kind, "pixels": PixelsConfig(n_px=8), "holdout": 0.0, "committed": {}}
         with pytest.raises(NotFound, match=f"{missing}.* does not exist$"):
-            list(actor_map([prepare.Task(vanished, 9)], prepare.MakeShard, arguments, PoolConfig()))
+            list(actor_map([Task(vanished, 9)], MakeShard, arguments, PoolConfig()))
 
 
 def test_a_bug_keeps_its_traceback(cluster: str) -> None:

@@ -19,7 +19,9 @@ from igpt_ray import storage
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.make_shard import MakeShard, Task, TaskResult, tasks_of
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.prepare import Progress
 from igpt_ray.data.sources import Layout
 from igpt_ray.data.token_store import Shard, Statistics, TokenFormat, TokenStore, parse, tokens_of
 from igpt_ray.errors import SourceError, TokenStoreError
@@ -213,13 +215,13 @@ def test_statistics_add_up_to_what_a_look_at_every_image_gives(prepared: str, di
 
 def test_progress_tells_how_far_how_fast_and_how_long_still(digit_images: str) -> None:
     """What an earlier attempt made counts as done, but says nothing about the speed of this one."""
-    tasks = prepare.tasks_of(sources.plan(digit_images, 40), views=1)
-    progress = prepare.Progress(tasks)
+    tasks = tasks_of(sources.plan(digit_images, 40), views=1)
+    progress = Progress(tasks)
     statistics = Statistics(quarantined=1, source_bytes=10**9, squared_error=0)
     shard = Shard(path="", split="train", view=0, rows=39, bytes=0, sha256="", source="", statistics=statistics)
-    kept = progress.add(prepare.Done(40, [(shard, [])], kept=True))
+    kept = progress.update(TaskResult(40, [(shard, [])], reused=True))
     assert re.fullmatch(r"1 of 4 units, 39 images, 1 in quarantine", kept)
-    made = progress.add(prepare.Done(40, [(shard, [])], kept=False))
+    made = progress.update(TaskResult(40, [(shard, [])], reused=False))
     line = r"2 of 4 units, 78 images, 2 in quarantine, (\d+) images/s, (\d+) MB/s, (\d+) s left"
     said = re.fullmatch(line, made)
     assert said is not None
@@ -234,7 +236,7 @@ def tokens_of_the_sample(shared: Path) -> dict[tuple[str, str], tuple[int, bytes
     return {
         (split, image.key): (
             image.label,
-            palette.encode(prepare.view_of(image.data, SAMPLED, split, image.key, 0)).tobytes(),
+            palette.encode(pixels.configured_view(image.data, SAMPLED, split == "train", image.key, 0)).tobytes(),
         )
         for split, image in expected(real(shared))
     }
@@ -251,9 +253,9 @@ def test_the_imagenet_sample_gives_the_same_tokens_in_every_layout_and_store(
     palette, root = Palette.load("openai"), str(tmp_path / "tokens")
     palette.save(storage.join(root, "palette.npy"))
     kind = TokenFormat(n_px=32, n_vocab=512, palette=palette.fingerprint, pipeline=pixels.FAST)
-    make = prepare.MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
+    make = MakeShard(root, kind, SAMPLED, holdout=0.04, committed={})
     found = {}
-    for task in prepare.tasks_of(sources.plan(place, 30), views=1):
+    for task in tasks_of(sources.plan(place, 30), views=1):
         for split, (data, bad) in make.make(task).items():
             assert not bad
             table = parse(data)
@@ -275,6 +277,6 @@ def test_bucket_to_bucket_equals_folder_to_folder(
     made = []
     for root, units in ((storage.join(on_rclone, "tokens"), in_bucket.units), (str(tmp_path), plan.units)):
         palette.save(storage.join(root, "palette.npy"))
-        make = prepare.MakeShard(root, kind, PIXELS, holdout=0.0, committed={})
-        made.append([make(prepare.Task(unit, 0)) for unit in units])
+        make = MakeShard(root, kind, PIXELS, holdout=0.0, committed={})
+        made.append([make(Task(unit, 0)) for unit in units])
     assert made[0] == made[1]

@@ -161,7 +161,7 @@ def test_metrics_are_where_prometheus_looks(client: Client) -> None:
             pages.append(urllib.request.urlopen(url, timeout=10).read().decode())
         return "\n".join(pages)
 
-    names = ("igpt_slots_in_use", "igpt_requests_waiting", "igpt_pixels_painted", "igpt_first_row_seconds")
+    names = ("igpt_slots_in_use", "igpt_requests_waiting", "igpt_pixels_generated", "igpt_first_row_seconds")
     until(lambda: all(name in found() for name in names), 40)
 
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
             serve.run(ServeConfig(release=release, port=port, open=True))
     with pytest.raises(CheckpointError, match="no release at"):
         serve.run(ServeConfig(release=str(tmp_path / "none"), open=True))
-    with pytest.raises(SettingError, match="expected a line for each key"):
+    with pytest.raises(SettingError, match="expected one line per key"):
         serve.run(ServeConfig(release=release, keys="env:IGPT_NO_SUCH_KEYS"))
     head = f"pets={probe_head(str(tmp_path / 'pets'), release, ['cat', 'dog'])}"
     other = tiny_release(str(tmp_path / "other"), seed=1)

@@ -132,10 +132,10 @@ def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str,
     del older["identity"]["model"]["objective"], older["identity"]["model"]["n_class"]
     path.write_text(json.dumps(older))
     settings = settings_for(prepared, "undisturbed")
-    train._claim(settings, train.check(settings))
+    train._write_or_check_config(settings, train.check(settings))
     masked = settings.model.model_copy(update={"objective": "masked"})
     with pytest.raises(CheckpointError, match=r"model\.objective was next, now masked"):
-        train._claim(settings.model_copy(update={"model": masked}), train.check(settings))
+        train._write_or_check_config(settings.model_copy(update={"model": masked}), train.check(settings))
     path.write_text(whole)
 
 
@@ -221,7 +221,7 @@ def test_settings_may_be_mended_until_the_first_checkpoint(prepared: str, cluste
     """A run that was stopped at once must not keep its name from the run that was meant."""
     settings = settings_for(prepared, "mended")
     store = train.check(settings)
-    train._claim(settings, store)
-    train._claim(settings.model_copy(update={"seed": 1}), store)
+    train._write_or_check_config(settings, store)
+    train._write_or_check_config(settings.model_copy(update={"seed": 1}), store)
     identity = json.loads(storage.read(storage.join(settings.run.uri, "config.json")))["identity"]
     assert identity["seed"] == 1

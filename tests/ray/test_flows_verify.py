@@ -76,7 +76,7 @@ def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], 
     table = store.read(first)
     values, labels, keys = tokens_of(table).copy(), table["label"].to_pylist(), table["key"].to_pylist()
     change(values, labels, keys)
-    said = {k: v for k, v in token_store.about(table.schema).items() if k in ("unit", "split", "view", "source")}
+    said = {k: v for k, v in token_store.metadata(table.schema).items() if k in ("unit", "split", "view", "source")}
     data = token_store.encode(keys, labels, values, store.kind, said)
     (tokens / first.path).write_bytes(data)
     again = first.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
@@ -103,7 +103,7 @@ def test_tokens_that_the_source_does_not_give_are_found(tokens: Path) -> None:
 
     recommit(tokens, change)
     verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
-    with pytest.raises(TokenStoreError, match=r"1 of 40 rows are not what the source gives"):
+    with pytest.raises(TokenStoreError, match=r"1 of 40 rows differ from the source"):
         verify.verify(VerifyConfig(tokens=str(tokens), remake=4))
 
 

@@ -13,21 +13,21 @@ from igpt_ray.flows.preemption import Notice
 
 def test_notices_are_read_as_the_clouds_write_them(metadata: Metadata) -> None:
     metadata.said["/computeMetadata/v1/instance/preempted"] = "FALSE"
-    assert preemption.look("aws", metadata.url) is None
-    assert preemption.look("aws", metadata.url, rebalance=True) is None
-    assert preemption.look("gcp", metadata.url) is None
+    assert preemption.poll("aws", metadata.url) is None
+    assert preemption.poll("aws", metadata.url, rebalance=True) is None
+    assert preemption.poll("gcp", metadata.url) is None
 
     metadata.said["/latest/meta-data/events/recommendations/rebalance"] = '{"noticeTime": "2026-11-22T08:00:00Z"}'
-    assert preemption.look("aws", metadata.url) is None
-    assert preemption.look("aws", metadata.url, rebalance=True) == Notice("rebalance recommendation", None)
+    assert preemption.poll("aws", metadata.url) is None
+    assert preemption.poll("aws", metadata.url, rebalance=True) == Notice("rebalance recommendation", None)
 
     action = '{"action": "terminate", "time": "2026-11-22T08:22:00Z"}'
     metadata.said["/latest/meta-data/spot/instance-action"] = action
     deadline = datetime(2026, 11, 22, 8, 22, tzinfo=UTC).timestamp()
-    assert preemption.look("aws", metadata.url, rebalance=True) == Notice("spot terminate", deadline)
+    assert preemption.poll("aws", metadata.url, rebalance=True) == Notice("spot terminate", deadline)
 
     metadata.said["/computeMetadata/v1/instance/preempted"] = "TRUE"
-    found = preemption.look("gcp", metadata.url)
+    found = preemption.poll("gcp", metadata.url)
     assert found is not None
     assert found.why == "preempted"
     assert found.deadline == pytest.approx(time.time() + 30, abs=5)
@@ -35,8 +35,8 @@ def test_notices_are_read_as_the_clouds_write_them(metadata: Metadata) -> None:
 
 def test_a_machine_of_another_cloud_is_told(metadata: Metadata) -> None:
     with pytest.raises(StorageError, match="is this a machine of the cloud"):
-        preemption.look("aws", metadata.url + "/nowhere")
+        preemption.poll("aws", metadata.url + "/nowhere")
     metadata.shutdown()
     metadata.server_close()
     with pytest.raises(StorageError, match="does not answer: is this a machine of the cloud"):
-        preemption.look("aws", metadata.url)
+        preemption.poll("aws", metadata.url)

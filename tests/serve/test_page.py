@@ -169,7 +169,7 @@ def test_stop_frees_the_slots(page: Any, place: Place, tmp_path: Path) -> None:
     until(lambda: page.evaluate("+document.getElementById('results').dataset.rows >= 1"))
     page.click("#stop")
     until(lambda: page.evaluate("document.getElementById('said').textContent === 'Stopped.'"))
-    until(lambda: place.replica.easel.engine.slots_in_use == 0)
+    until(lambda: place.replica.loop.engine.slots_in_use == 0)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

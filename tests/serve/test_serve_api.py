@@ -394,12 +394,12 @@ def test_keys_come_hashed_from_a_file_or_the_environment(tmp_path: Path, monkeyp
     monkeypatch.setenv("IGPT_TEST_KEYS", line)
     for where in (str(tmp_path / "keys"), "env:IGPT_TEST_KEYS"):
         keys = Keys.load(where)
-        assert keys.know(KEY)
-        assert not keys.know("0" * 64)
-        assert not keys.know("")
+        assert keys.accepts(KEY)
+        assert not keys.accepts("0" * 64)
+        assert not keys.accepts("")
     (tmp_path / "plain").write_text(KEY)
     for wrong in (str(tmp_path / "plain"), "env:IGPT_NO_SUCH_KEYS"):
-        with pytest.raises(ValueError, match="expected a line for each key") as error:
+        with pytest.raises(ValueError, match="expected one line per key") as error:
             Keys.load(wrong)
         assert KEY not in str(error.value)
 
@@ -411,7 +411,7 @@ def test_without_keys_only_this_machine_is_answered_and_no_page_of_another_site(
     assert place.ask("/v1/models", Origin=place.url).status == 200
     scope = {"type": "http", "client": ("10.0.0.7", 1), "path": "/v1/models", "headers": []}
     with pytest.raises(middleware.APIError, match="own machine"):
-        middleware.Gate(lambda *_: None, None, 1)._check_who(scope, middleware.Headers(scope=scope))  # type: ignore[arg-type]
+        middleware.RequestGuard(lambda *_: None, None, 1)._authenticate(scope, middleware.Headers(scope=scope))  # type: ignore[arg-type]
 
 
 def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: str) -> None:
@@ -450,7 +450,7 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
     """While rows come, and while nothing has been answered yet; also who still waits for a slot."""
     slow = tiny_release(str(tmp_path), n_px=32, n_layer=4, n_embd=128)
     with serving({"slow": slow}, slots=2) as place:
-        engine = place.replica.easel.engine
+        engine = place.replica.loop.engine
         for stream in (True, False):
             words = json.dumps({"image": PICTURE, "rows": 0, "n": 2, "stream": stream}).encode()
             head = POST.replace("score", "completions").replace("\n", "\r\n") + f"Content-Length: {len(words)}\r\n\r\n"
@@ -472,7 +472,7 @@ def test_an_engine_that_fails_answers_500_and_says_so_to_serve(release: str, mon
         def broken() -> None:
             raise RuntimeError("a secret of the device")
 
-        monkeypatch.setattr(place.replica.easel.engine, "step", broken)
+        monkeypatch.setattr(place.replica.loop.engine, "step", broken)
         answer = place.ask("/v1/completions", {"image": PICTURE})
         assert (answer.status, answer.code) == (500, "internal_error")
         assert "secret" not in answer.body["error"]["message"]
@@ -487,7 +487,7 @@ def test_seeds_masks_and_limits_read_as_documented(release: str) -> None:
     asked = CompletionRequest(tokens=[[0] * 64], n=3, seed=2**64 - 1)
     assert asked.seeds == (2**64 - 1, 2**64, 2**64 + 1)
     assert CompletionRequest(tokens=[[0] * 64], n=2, seed=[9, 1]).seeds == (9, 1)
-    assert reader.given(asked).sum() == 32
+    assert reader.prompt_mask(asked).sum() == 32
     assert schemas.MAX_BASE64 < schemas.MAX_BODY
 
 

@@ -18,32 +18,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults import one_by_one
-
 from igpt_ray import storage
 from igpt_ray.data.config import PrepareConfig
-from igpt_ray.flows import prepare
+from igpt_ray.data.mapper import serial_map
+from igpt_ray.data.prepare import prepare
 
 FILES = {"tempfile.mkstemp", "open", "os.rename", "os.link", "os.remove"}
 SENT = "http.client.send"
 
 
 def main(settings: dict[str, Any], root: str) -> None:
-    prepare.actor_map = one_by_one
     n, killed = 0, True
     while killed:
         made = PrepareConfig.model_validate({**settings, "tokens": storage.join(root, str(n))})
         end, said = in_child(partial(doomed, made, n))
         killed = end == -signal.SIGKILL
         after = files_below(made.tokens)
-        again, complaint = in_child(lambda _, made=made: prepare.prepare(made))
+        again, complaint = in_child(lambda _, made=made: prepare(made, serial_map))
         print(json.dumps([n, said, after, files_below(made.tokens), again, complaint]), flush=True)
         n += 1
 
 
 def doomed(settings: PrepareConfig, n: int, writer: int) -> None:
     sys.addaudithook(Killer(settings.tokens, n, writer))
-    prepare.prepare(settings)
+    prepare(settings, serial_map)
 
 
 def in_child(work: Callable[[int], object]) -> tuple[int, str]:

@@ -41,7 +41,7 @@ class Local:
     def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]:
         return self.replica.complete(request)
 
-    async def ask(self, what: str, *words: Any) -> Any:
+    async def call(self, what: str, *words: Any) -> Any:
         return await getattr(self.replica, what)(*words)
 
 

@@ -86,7 +86,7 @@ def test_flops_and_parameters_are_the_published_ones() -> None:
 def test_activations_are_those_that_autograd_keeps(
     model: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("igpt_ray.model.image_gpt.SHORT", 0)  # attend as a GPU does
+    monkeypatch.setattr("igpt_ray.model.image_gpt.CPU_FLOAT32_ELEMENTS", 0)  # attend as a GPU does
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,14 +139,16 @@ def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass(
     assert (one["passes_per_step"], four["passes_per_step"]) == (8, 2)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
 def test_what_blocks_keep_to_compute_again_from(
-    process_group: None, recompute: str, monkeypatch: pytest.MonkeyPatch
+    process_group: None, activation_checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By all tensors that live between the passes: a norm's output that is kept although it is made again."""
     model = ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40)
     network = ImageGPT(model)
-    parallelize.shard(network, parallelize.mesh_of("cpu", 0), WorkersConfig(recompute=recompute))
+    parallelize.shard(
+        network, parallelize.mesh_of("cpu", None), WorkersConfig(activation_checkpointing=activation_checkpointing)
+    )
     h = torch.randn(64, model.n_positions, model.n_embd, requires_grad=True)
 
     def alive() -> dict[int, int]:
@@ -159,19 +161,19 @@ def test_what_blocks_keep_to_compute_again_from(
     for block in network.blocks:
         out = block(out)
     kept = sum(size for pointer, size in alive().items() if pointer not in before and size >= h.nbytes)
-    widths = {"selective": estimate.PRODUCT_WIDTHS, "full": 1}[recompute]
+    widths = {"selective": estimate.PRODUCT_WIDTHS, "full": 1}[activation_checkpointing]
     assert kept == model.n_layer * widths * h.nbytes  # the last block's output in place of h
     out.sum().backward()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> None:
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
+def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpointing: str) -> None:
     """One image too many is an error after an hour of waiting for GPUs; half as many leave half of them idle."""
     model, memory = PRESETS["igpt-l"][1].model, 141e9
-    workers = WorkersConfig(n=4, precision="bfloat16", recompute=recompute)
+    workers = WorkersConfig(n=4, precision="bfloat16", activation_checkpointing=activation_checkpointing)
 
     def needed(images: int) -> float:
-        activations = estimate.activation_bytes(model, images, 2, recompute)
+        activations = estimate.activation_bytes(model, images, 2, activation_checkpointing)
         return estimate.state_bytes(model, OptimConfig(), 4) + estimate.gathered_bytes(model, 2) + activations
 
     n = estimate.images_that_fit(model, OptimConfig(), workers, share=10**6, memory=memory)
@@ -180,14 +182,16 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(recompute: str) -> N
     assert (
         estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1
     )  # which is refused by the device, if so
-    found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": 0})))
-    assert (found["images_per_pass"], found["passes_per_step"]) == ((16, 2) if recompute == "none" else (32, 1))
+    found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": "auto"})))
+    assert (found["images_per_pass"], found["passes_per_step"]) == (
+        (16, 2) if activation_checkpointing == "none" else (32, 1)
+    )
     assert found["fits"]
 
 
 def test_recomputing_trades_work_for_memory() -> None:
     plain, again, selective = (
-        estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, recompute=how)))
+        estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, activation_checkpointing=how)))
         for how in ("none", "full", "selective")
     )
     assert selective["step_seconds"] == plain["step_seconds"]

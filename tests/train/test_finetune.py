@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
-from igpt_ray.data.augment import Augment, moved
+from igpt_ray.data.augment import Augment, shifted
 from igpt_ray.data.loader import Batch, SplitCache, global_batch, share
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
@@ -61,7 +61,7 @@ def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: 
     shape = changes.pop("shape", {})
     sections: dict[str, Any] = {
         "tune": {"pad": 1, "flip": False, "patience": 3},
-        "optim": {"lr": 1e-2, "batch_size": 5, "steps": STEPS, "warmup_steps": 2, "cooldown": 0},
+        "optim": {"lr": 1e-2, "batch_size": 5, "steps": STEPS, "warmup_steps": 2, "schedule": "constant"},
         "workers": {"micro_batch": 2},
         "run": {"root": str(folder / "runs"), "name": name, "checkpoint_every": 8, "log_every": 2, "keep_every": 8}
         | {"validate_every": LOOK},
@@ -90,7 +90,7 @@ def test_tokens_are_moved_as_pillow_moves_their_pixels(palette: Palette, mirrore
     whole = np.pad(np.asarray(ImageOps.mirror(picture) if mirrored else picture), ((3, 3), (3, 3), (0, 0)), "reflect")
     for down in range(-3, 4):
         for right in range(-3, 4):
-            seen = moved(tokens, 8, np.array([down]), np.array([right]), np.array([mirrored]))
+            seen = shifted(tokens, 8, np.array([down]), np.array([right]), np.array([mirrored]))
             expected = whole[3 + down : 11 + down, 3 + right : 11 + right]
             np.testing.assert_array_equal(palette.decode(seen.reshape(8, 8)), expected)
 
@@ -203,7 +203,7 @@ def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_com
     assert (release.config.model.n_class, release.config.classes) == (2, ["cat", "dog"])
     table = next(classes.read_split("holdout"))
     x = torch.from_numpy(tokens_of(table).astype(np.int64))
-    loss, nats, right = losses.joint_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
+    loss, nats, right = losses.loss_parts(release.model, x, torch.from_numpy(table["label"].to_numpy()).long())
     best = next(line for line in metrics.read(cfg.run.uri) if line["step"] == report["best_step"])
     assert best["val_accuracy"] == pytest.approx(right.mean().item())
     assert best["val_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
@@ -261,6 +261,6 @@ def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) ->
     assert logits.shape == ((7, 3) if objective == "next" else (7, 5, 3))
     np.testing.assert_allclose(class_logits(model, tokens[4:], keys[4:], batch_size=7), logits[4:], rtol=1e-4)
     x = torch.from_numpy(tokens[2:3].astype(np.int64))
-    keep = None if objective == "next" else losses.keep_of_keys(["2.png"], 4, 16)
+    keep = None if objective == "next" else losses.visible_masks_of_keys(["2.png"], 4, 16)
     one = logits[2] if objective == "next" else logits[2, 4]
     np.testing.assert_allclose(model.forward_with_classifier(x, keep)[1][0].numpy(), one, rtol=1e-4)

@@ -174,9 +174,9 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
     plain = loop.train(settings_for(store, tmp_path), CPU)
     expected = losses_of(plain["run"])
     for name, workers in (
-        ("again", {"recompute": "full"}),
-        ("half", {"recompute": "selective"}),
-        ("fits", {"micro_batch": 0}),
+        ("again", {"activation_checkpointing": "full"}),
+        ("half", {"activation_checkpointing": "selective"}),
+        ("fits", {"micro_batch": "auto"}),
         ("one", {"micro_batch": 1}),
     ):
         other = loop.train(settings_for(store, tmp_path, name, workers=workers), CPU)
@@ -184,13 +184,13 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
 def test_compiled_blocks_give_the_same_losses(
-    process_group: None, store: TokenStore, tmp_path: Path, recompute: str
+    process_group: None, store: TokenStore, tmp_path: Path, activation_checkpointing: str
 ) -> None:
     """Compiled in place, under the names that checkpoints and releases know."""
     plain = loop.train(settings_for(store, tmp_path), CPU)
-    workers = {"compile": True, "recompute": recompute}
+    workers = {"compile": True, "activation_checkpointing": activation_checkpointing}
     other = loop.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
     assert losses_of(other["run"]) == pytest.approx(losses_of(plain["run"]), rel=1e-6)
     names = [weights.load_release(report["release"]).model.state_dict().keys() for report in (plain, other)]
@@ -265,7 +265,7 @@ def test_a_run_whose_workers_change_on_the_way_sees_the_same_batches(
     """
     alone = settings_for(store, tmp_path, "alone", run={"log_every": 1})
     on_workers(1, tmp_path, cache, alone)
-    changing = settings_for(store, tmp_path, "changing", run={"log_every": 1, "keep_every": 0})
+    changing = settings_for(store, tmp_path, "changing", run={"log_every": 1, "keep_every": None})
     for n, leave_after, reached in ((3, 5, 5), (1, 3, 8), (2, STEPS, STEPS)):
         on_workers(n, tmp_path, cache, changing, leave_after)
         assert checkpoint.committed_steps(changing.run.uri)[-1] == reached
@@ -371,7 +371,7 @@ def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: Token
     lines = metrics.read(cfg.run.uri)
     for line in lines:
         assert line["epoch"] == pytest.approx(line["step"] * 5 / 12, abs=1e-4)
-        assert 0 <= sum(line[name] for name in monitor.SPENT) < 1
+        assert 0 <= sum(line[name] for name in monitor.TIMED) < 1
         assert 0.05 < line["memory_gb"] < 20
         assert "mfu" not in line  # no sheet says what this processor can
     assert events_of(cfg.run.uri) == {

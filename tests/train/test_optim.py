@@ -178,12 +178,12 @@ def test_only_the_matrices_inside_the_blocks_are_muons_and_the_rates_keep_their_
 )
 def test_a_cool_down_stays_at_the_peak_and_then_falls_in_a_line(step: int, share: float) -> None:
     """A share of what is left after the warm-up instead of all steps, or a last step of zero."""
-    schedule = OptimConfig(lr=2e-3, steps=110, warmup_steps=10, cooldown=50 / 110)
+    schedule = OptimConfig(lr=2e-3, steps=110, warmup_steps=10, schedule="warmup_stable_decay", decay_fraction=50 / 110)
     assert optim.lr_at(step, schedule) == pytest.approx(share * 2e-3, abs=1e-12)
 
 
 def test_a_warm_up_that_meets_the_cool_down_does_not_jump_above_it() -> None:
-    schedule = OptimConfig(lr=1.0, steps=100, warmup_steps=40, cooldown=0.8)
+    schedule = OptimConfig(lr=1.0, steps=100, warmup_steps=40, schedule="warmup_stable_decay", decay_fraction=0.8)
     rates = np.array([optim.lr_at(step, schedule) for step in range(101)])
     assert rates.max() <= 1
     assert (np.diff(rates[40:]) <= 0).all()

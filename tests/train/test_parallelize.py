@@ -130,12 +130,12 @@ def fresh() -> ImageGPT:
     return random_model(std=0.15, n_layer=2, **MODERN).requires_grad_(True).train()
 
 
-def worker(rank: int, world_size: int, folder: str, sharing: int) -> None:
+def worker(rank: int, world_size: int, folder: str, fsdp_size: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    model = parallelize.shard(fresh(), parallelize.mesh_of("cpu", sharing), WorkersConfig())
-    assert {cast(DTensor, p).device_mesh.shape for p in model.parameters()} == {(2, 2) if sharing else (world_size,)}
+    model = parallelize.shard(fresh(), parallelize.mesh_of("cpu", fsdp_size), WorkersConfig())
+    assert {cast(DTensor, p).device_mesh.shape for p in model.parameters()} == {(2, 2) if fsdp_size else (world_size,)}
     losses = train(model, rank, world_size)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     torch.save((losses, weights), f"{folder}/{rank}.pt")
@@ -143,11 +143,11 @@ def worker(rank: int, world_size: int, folder: str, sharing: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "sharing"), [(2, 0), (3, 0), (4, 2)])
-def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, sharing: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "fsdp_size"), [(2, None), (3, None), (4, 2)])
+def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsdp_size: int, tmp_path: Path) -> None:
     """Each worker's rows made orthogonal by themselves; rows or layers that do not divide evenly, or too few layers
     for all workers, as with three; copies that drift apart, as with two of two."""
-    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), sharing), nprocs=world_size)
+    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), fsdp_size), nprocs=world_size)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     plain = fresh()
     losses = torch.tensor([losses for losses, _ in found]).mean(0)
@@ -160,17 +160,17 @@ def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, sha
 
 
 def test_a_mesh_has_copies_only_where_they_are_asked_for(process_group: None) -> None:
-    assert parallelize.mesh_of("cpu", 0).shape == (1,)
+    assert parallelize.mesh_of("cpu", None).shape == (1,)
     assert parallelize.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
 
 
-@pytest.mark.parametrize(("n", "sharing"), [(1024, 0), (1024, 64), (24, 0), (24, 8)])
-def test_a_large_mesh_is_tried_in_one_process(n: int, sharing: int) -> None:
+@pytest.mark.parametrize(("n", "fsdp_size"), [(1024, None), (1024, 64), (24, None), (24, 8)])
+def test_a_large_mesh_is_tried_in_one_process(n: int, fsdp_size: int) -> None:
     """What `jobs/estimate.py` shows: 8 and 64 divide every matrix of iGPT-XL, other numbers give some workers less."""
     model = PRESETS["igpt-xl"][1].model
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # this process has its own group
-        fewest, most = one.submit(parallelize.rehearsal, model, WorkersConfig(n=n, shard=sharing)).result()
-    even = model.n_params / (sharing or n)
+        fewest, most = one.submit(parallelize.sharding_dry_run, model, WorkersConfig(n=n, shard=fsdp_size)).result()
+    even = model.n_params / (fsdp_size or n)
     assert fewest <= even <= most
-    assert (fewest == even == most) == (sharing in (8, 64))
+    assert (fewest == even == most) == (fsdp_size in (8, 64))
     assert most < 1.1 * even

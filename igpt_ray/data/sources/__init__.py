@@ -2,13 +2,13 @@
 
     folders      <class>/<image>, or {train,val,test}/<class>/<image>
     kaggle       ILSVRC/Data/CLS-LOC/... and LOC_val_solution.csv
-    tars         ILSVRC2012_img_train.tar (a tar of tars), ILSVRC2012_img_val.tar with its labels beside it
+    tars         ILSVRC2012_img_train.tar (a tar of tars), ILSVRC2012_img_val.tar with its label file
     webdataset   shards *.tar of .jpg and .cls
     parquet      image: struct<bytes, path>, label: int64
 
-The plan is a function of the listing (and of what archives say of themselves): the same place gives the same units.
-Classes are sorted by name, or in the order that the source itself states. An image of ImageNet has the same key in
-all layouts, see `units.key_of`.
+The plan is a function of the listing and of the metadata in archives: the same source gives the same units. Classes are
+sorted by name, or in the order that the source states. An ImageNet image has the same key in all layouts, see
+`units.key_of`.
 """
 
 import hashlib
@@ -49,34 +49,34 @@ PLANNERS: dict[Layout, Callable[[str, int], Plan]] = {
     "parquet": plan_parquet,
 }
 
-LOOKED_AT = 1000
-"""Names that tell the layout."""
+N_DETECT = 1000
+"""File names that are read to detect the layout."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 def plan(source: str, images_per_unit: int, layout: Layout | None = None) -> Plan:
-    """List `source` and cut every split into units of about `images_per_unit` images; archives stay whole.
+    """List `source` and divide every split into units of about `images_per_unit` images; archives are not divided.
 
-    Raises `SourceError` if nothing is there, or if it is not of the layout named or recognised.
+    Raises `SourceError` if the source is empty, or does not have the given or detected layout.
     """
     return PLANNERS[layout or recognise(source)](source, images_per_unit)
 
 
-def read(unit: WorkUnit, wanted: KeyFilter | None = None) -> Iterator[Image | UnreadableImage]:
-    """The images of a unit, in order, and what could not be read; only those whose key is `wanted`, if that is given.
+def read(unit: WorkUnit, key_filter: KeyFilter | None = None) -> Iterator[Image | UnreadableImage]:
+    """The images of a unit in order, unreadable ones included; with `key_filter` only those whose key passes it.
 
-    Raises `StorageError` if something cannot be fetched, and `SourceError` if the unit as a whole cannot be read.
-    Holds no more than a window of its bytes.
+    Raises `StorageError` if a file cannot be fetched, and `SourceError` if the unit as a whole cannot be read. Memory
+    is bounded by the window of bytes that is read ahead.
     """
     try:
-        yield from unit.content.read(wanted)
+        yield from unit.content.read(key_filter)
     except SourceError as error:
         raise SourceError(f"unit {unit.split}/{unit.name} cannot be read: {error}") from error
 
 
 def recognise(source: str) -> Layout:
-    """The layout of a place, by its first names; of unnamed tars, by the first member of the first."""
-    head = list(islice(storage.walk(source), LOOKED_AT))
+    """The layout of a source, detected from its first file names and, for tars, from the first member of one."""
+    head = list(islice(storage.walk(source), N_DETECT))
     names = [storage.relative_to(source, entry.uri).lower() for entry in head]
     if any(name.startswith(("ilsvrc/", "loc_")) for name in names):
         return "kaggle"
@@ -85,7 +85,7 @@ def recognise(source: str) -> Layout:
     tars = [entry for entry in head if entry.uri.lower().endswith(".tar")]
     tables = [name for name in names if name.endswith(".parquet")]
     if tars and tables:
-        raise SourceError(f"{source} holds tar and Parquet files: say which to read with --layout")
+        raise SourceError(f"{source} holds tar and Parquet files: choose one with --layout")
     if tables:
         return "parquet"
     return _of_tars(tars) if tars else "folders"
@@ -100,6 +100,6 @@ def _of_tars(tars: list[storage.Entry]) -> Layout:
 
 
 def sampled(key: str, fraction: float, seed: int) -> bool:
-    """Whether `key` belongs to a seeded sample: independent of the listing, so it streams."""
+    """Whether `key` belongs to a seeded sample. The answer does not depend on the listing, so sampling can stream."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8], "little") < fraction * 2**64

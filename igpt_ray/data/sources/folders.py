@@ -1,9 +1,9 @@
-"""Files one by one: class folders as torchvision has them, and ImageNet as Kaggle has it.
+"""Images in single files: class folders as in torchvision, and ImageNet in Kaggle's layout.
 
     folders   <class>/<image>, or {train,val,test}/<class>/<image>
     kaggle    ILSVRC/Data/CLS-LOC/{train/<wnid>/<image>, val/<image>, test/<image>}, LOC_val_solution.csv
 
-The plan holds every file's name: these are layouts for millions of images, not for billions.
+The plan holds the name of every file, which suits millions of images but not billions.
 """
 
 import csv
@@ -35,22 +35,22 @@ from igpt_ray.errors import NotFound, SourceError
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 16
-"""Requests under way at once per unit, to hide the object store's latency."""
+"""Concurrent requests per unit, to hide the latency of the object store."""
 READ_AHEAD_DISK = 2
-"""The same where there is little to hide: more threads would cost three times what reading does."""
-TOGETHER = 4
-"""Files that a thread fetches one after the other: handing over every single one costs as much as reading it."""
+"""The same for local disks, whose latency is low: more threads would cost three times as much as the reads."""
+FILES_PER_FETCH = 4
+"""Files that a thread fetches in one call, because a call per file costs as much as reading the file."""
 
 Listing = list[tuple[str, int]]
-"""Path below the split, and bytes."""
+"""Path relative to the split, and size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Images that are files of their own."""
+    """Images in files of their own."""
 
     root: str
-    """URI below which the paths lie."""
+    """URI that the paths are relative to."""
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
     labels: tuple[int, ...]
@@ -58,27 +58,27 @@ class Files:
     def identity(self) -> object:
         return tuple(zip(self.paths, self.sizes, strict=True)), self.labels
 
-    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         """Raises `StorageError` if a file cannot be fetched."""
         items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
-        items = [item for item in items if wanted is None or wanted(item[1])]
+        items = [item for item in items if key_filter is None or key_filter(item[1])]
         ahead = READ_AHEAD if storage.is_s3(self.root) else READ_AHEAD_DISK
-        for part in fetched(batched(items, TOGETHER), self._fetch, ahead):
+        for part in fetched(batched(items, FILES_PER_FETCH), self._fetch, ahead):
             yield from part
 
     def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | UnreadableImage]:
-        found: list[Image | UnreadableImage] = []
+        images: list[Image | UnreadableImage] = []
         for path, key, label in items:
             data = storage.read(storage.join(self.root, path), 0, MOST_BYTES + 1)
-            whole = len(data) <= MOST_BYTES
-            found.append(
-                Image(key, label, data) if whole else UnreadableImage(key, f"has more than {MOST_BYTES} bytes")
+            complete = len(data) <= MOST_BYTES
+            images.append(
+                Image(key, label, data) if complete else UnreadableImage(key, f"has more than {MOST_BYTES} bytes")
             )
-        return found
+        return images
 
 
 def plan_folders(source: str, images_per_unit: int) -> Plan:
-    """Raises `SourceError` if nothing is there, or a file lies outside any class folder."""
+    """Plan class folders. Raises `SourceError` if the source is empty, or a file is not in a class folder."""
     files, nested = _by_split(source)
     classes = {split: {_class_of(path) for path, _ in listing} for split, listing in files.items()}
     names = tuple(sorted(set().union(*classes.values())))
@@ -93,16 +93,16 @@ def plan_folders(source: str, images_per_unit: int) -> Plan:
 
 
 def plan_kaggle(source: str, images_per_unit: int) -> Plan:
-    """Raises `SourceError` if a validation image has no line in the CSV. Test images stay unlabelled."""
+    """Plan Kaggle's ImageNet; test images are unlabelled. Raises `SourceError` if a validation image has no CSV row."""
     images = storage.join(source, "ILSVRC/Data/CLS-LOC")
     files: dict[str, Listing] = defaultdict(list)
     for entry in storage.walk(images):
         split, slash, path = storage.relative_to(images, entry.uri).partition("/")
         if split not in SPLITS or not slash or ("/" in path) != (split == TRAIN):
-            raise SourceError(f"{entry.uri} has no place in Kaggle's layout: train/<wnid>/<image>, val/<image>")
+            raise SourceError(f"{entry.uri} does not belong to Kaggle's layout: train/<wnid>/<image>, val/<image>")
         files[split].append((path, entry.size))
     if not files:
-        raise SourceError(f"{images} holds no files: expected ImageNet as Kaggle's archive unpacks it")
+        raise SourceError(f"{images} holds no files: expected the unpacked archive of Kaggle's ImageNet")
     validated = _solution(storage.join(source, "LOC_val_solution.csv"), files[VAL])
     classes = tuple(sorted({_class_of(path) for path, _ in files[TRAIN]} | set(validated.values())))
     index = {name: i for i, name in enumerate(classes)}
@@ -126,12 +126,10 @@ def _solution(uri: str, listing: Listing) -> dict[str, str]:
     except (NotFound, UnicodeDecodeError) as error:
         raise SourceError(f"{uri} is needed for the labels of {len(listing)} validation images: {error}") from error
     boxes = {row[0]: row[1].split() for row in csv.reader(text.splitlines()) if len(row) == 2}
-    found = {path: boxes.get(path.rpartition(".")[0]) for path, _ in listing}
-    if missing := sorted(path for path, words in found.items() if not words):
-        raise SourceError(
-            f"{uri} has no label for {len(missing)} validation images, {', '.join(missing[:3])} among them"
-        )
-    return {path: words[0] for path, words in found.items() if words}
+    labels = {path: boxes.get(path.rpartition(".")[0]) for path, _ in listing}
+    if missing := sorted(path for path, words in labels.items() if not words):
+        raise SourceError(f"{uri} has no label for {len(missing)} validation images, such as {', '.join(missing[:3])}")
+    return {path: words[0] for path, words in labels.items() if words}
 
 
 def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int], n: int) -> Iterator[DraftUnit]:
@@ -142,7 +140,7 @@ def _cut(split: str, root: str, listing: Listing, label_of: Callable[[str], int]
 
 
 def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
-    """Split -> files, and whether the splits are folders (every top folder is one) or all is training."""
+    """Split -> files, and whether the top folders are splits; if not, all files belong to the training split."""
     layout = f"{source}/<class>/<image>, or {source}/{{{','.join(SPLITS)}}}/<class>/<image>"
     listing = [(storage.relative_to(source, entry.uri), entry.size) for entry in storage.walk(source)]
     if not listing:
@@ -151,12 +149,12 @@ def _by_split(source: str) -> tuple[dict[str, Listing], bool]:
     nested = not tops.isdisjoint(SPLITS)
     if nested and not tops <= set(SPLITS):
         mixed = ", ".join(sorted(tops - set(SPLITS))[:5])
-        raise SourceError(f"{source} holds split folders and others beside them ({mixed}): expected {layout}")
+        raise SourceError(f"{source} holds other entries next to the split folders ({mixed}): expected {layout}")
     files: dict[str, Listing] = defaultdict(list)
     for path, size in listing:
         split, _, inside = path.partition("/") if nested else (TRAIN, "", path)
         if "/" not in inside:
-            raise SourceError(f"{storage.join(source, path)} lies in no class folder: expected {layout}")
+            raise SourceError(f"{storage.join(source, path)} is not in a class folder: expected {layout}")
         files[split].append((inside, size))
     return files, nested
 

@@ -1,10 +1,10 @@
-"""ImageNet's original archives, read where they lie.
+"""ImageNet's original archives, read by range requests without unpacking.
 
     ILSVRC2012_img_train.tar    a tar of one tar per class, <wnid>.tar: each is a unit
-    ILSVRC2012_img_val.tar      flat; its labels lie beside it in a text file, a line an image in the order of the names
+    ILSVRC2012_img_val.tar      flat; a text file next to it has one label per line, in the order of the names
     ILSVRC2012_img_test*.tar    flat, unlabelled
 
-Planning walks headers only, and steps over what lies between them.
+Planning reads only the tar headers.
 """
 
 import re
@@ -35,15 +35,15 @@ from igpt_ray.data.sources.units import (
 from igpt_ray.errors import NotFound, SourceError
 
 TYPICAL_BYTES = 110_000
-"""Of an image: 137.9 GB of training images are 1,281,167."""
+"""Mean size of an image: the 1,281,167 training images have 137.9 GB."""
 
 MOST_FLAT = 1_000_000
-"""Members of a flat archive: their names are held while planning. ImageNet has 50,000 and 100,000."""
+"""Most members of a flat archive, whose names are held in memory. ImageNet has 50,000 and 100,000."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassTar:
-    """The images of one class: an archive in bytes `start` to `start + size` of another."""
+    """The images of one class: an inner archive in bytes `start` to `start + size` of the outer one."""
 
     uri: str
     total: int
@@ -56,11 +56,11 @@ class ClassTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.size, self.wnid, self.label
 
-    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         try:
             with Window(self.uri, self.total) as window:
-                found = members(window, self.start, self.start + self.size)
-                yield from _images(window, found, lambda name: self.label, wanted)
+                inner = members(window, self.start, self.start + self.size)
+                yield from _images(window, inner, lambda name: self.label, key_filter)
         except SourceError as error:
             raise SourceError(f"class {self.wnid}: {error}") from error
 
@@ -78,33 +78,33 @@ class FlatTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.names, self.labels
 
-    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         label_of = dict(zip(self.names, self.labels, strict=True))
         with Window(self.uri, self.total) as window:
-            found = islice(members(window, self.start), len(self.names))
-            yield from _images(window, found, label_of.get, wanted)
+            entries = islice(members(window, self.start), len(self.names))
+            yield from _images(window, entries, label_of.get, key_filter)
 
 
 def plan_tars(source: str, images_per_unit: int) -> Plan:
-    """Raises `SourceError` if an archive is cut, a class is empty, or labels and images do not match one to one."""
+    """Raises `SourceError` if an archive is truncated, a class is empty, or labels and images do not match."""
     entries = list(storage.walk(source))
     tars = [entry for entry in entries if entry.uri.lower().endswith(".tar")]
     if not tars:
         raise SourceError(f"{source} holds no tar archives: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar")
     nested = {entry: _class_tars(entry) for entry in tars if split_of(storage.name(entry.uri)) == TRAIN}
     flat = {entry: _flat(entry) for entry in tars if entry not in nested}
-    told = {entry: _labels(entry.uri, found, entries) for entry, found in flat.items()}
-    wnids = [storage.name(member.name)[:-4] for found in nested.values() for member in found]
+    wnid_of = {entry: _labels(entry.uri, images, entries) for entry, images in flat.items()}
+    wnids = [storage.name(member.name)[:-4] for inner in nested.values() for member in inner]
     if len(wnids) > len(set(wnids)):
         wnid = Counter(wnids).most_common(1)[0][0]
-        raise SourceError(f"{source} holds the class {wnid} twice: leave one archive of training images there")
-    classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in told.values()))))
+        raise SourceError(f"{source} holds the class {wnid} twice: keep only one archive of training images")
+    classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in wnid_of.values()))))
     index = {wnid: i for i, wnid in enumerate(classes)}
     drafts: list[DraftUnit] = []
-    for entry, found in nested.items():
-        drafts += (_class_draft(entry, member, index) for member in found)
+    for entry, inner in nested.items():
+        drafts += (_class_draft(entry, member, index) for member in inner)
     for entry, images in flat.items():
-        labels = {name: index[wnid] for name, wnid in told[entry].items()}
+        labels = {name: index[wnid] for name, wnid in wnid_of[entry].items()}
         drafts += _cut(entry, images, labels, images_per_unit)
     return Plan(classes, numbered(drafts))
 
@@ -115,8 +115,8 @@ def _class_tars(entry: storage.Entry) -> list[Member]:
     with Window(*entry) as window:
         for member in members(window):
             if isinstance(member, RejectedMember) or not member.name.lower().endswith(".tar"):
-                reason = member.reason if isinstance(member, RejectedMember) else "is no tar"
-                raise SourceError(f"{entry.uri}: {member.name!r} {reason}; expected a tar per class, <wnid>.tar")
+                reason = member.reason if isinstance(member, RejectedMember) else "is not a tar archive"
+                raise SourceError(f"{entry.uri}: {member.name!r} {reason}; expected one tar per class, <wnid>.tar")
             if next(members(window, member.start, member.start + member.size), None) is None:
                 raise SourceError(f"{entry.uri}: {member.name} holds no images")
             inner.append(member)
@@ -133,79 +133,81 @@ def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) ->
 
 def _flat(entry: storage.Entry) -> list[Member | RejectedMember]:
     with Window(*entry) as window:
-        found = list(islice(members(window), MOST_FLAT + 1))
-    if len(found) > MOST_FLAT:
+        entries = list(islice(members(window), MOST_FLAT + 1))
+    if len(entries) > MOST_FLAT:
         raise SourceError(f"{entry.uri} has more than {MOST_FLAT} members: for flat archives use WebDataset shards")
-    return found
+    return entries
 
 
 def _cut(
-    entry: storage.Entry, found: list[Member | RejectedMember], labels: dict[str, int], n: int
+    entry: storage.Entry, images: list[Member | RejectedMember], labels: dict[str, int], n: int
 ) -> Iterator[DraftUnit]:
-    for part in batched(found, n):
+    for part in batched(images, n):
         names = tuple(member.name for member in part)
         numbers = tuple(labels.get(name, UNLABELLED) for name in names)
         content = FlatTar(entry.uri, entry.size, part[0].header, names, numbers)
         yield DraftUnit(split_of(storage.name(entry.uri)), len(part), content)
 
 
-def _labels(tar: str, found: list[Member | RejectedMember], entries: list[storage.Entry]) -> dict[str, str]:
-    """Name in a flat archive -> WordNet id. Nothing is known of the test images."""
+def _labels(tar: str, images: list[Member | RejectedMember], entries: list[storage.Entry]) -> dict[str, str]:
+    """Name in a flat archive -> WordNet id; empty for the test images, which have no labels."""
     if split_of(storage.name(tar)) == TEST:
         return {}
     texts = [e.uri for e in entries if re.search(r"val.*(synset|ground_truth|label).*\.txt$", e.uri.lower())]
     if not texts:
-        raise SourceError(f"{tar} needs its labels beside it: ILSVRC2012_validation_synsets.txt, a WordNet id a line")
-    for member in found:
-        if isinstance(
-            member, RejectedMember
-        ):  # and who knows whether its name is: one name more or less shifts all labels
+        raise SourceError(
+            f"{tar} needs a label file next to it: ILSVRC2012_validation_synsets.txt, one WordNet id per line"
+        )
+    for member in images:
+        if isinstance(member, RejectedMember):  # its name may be wrong as well, and one wrong name shifts all labels
             raise SourceError(
-                f"{tar}: {member.name!r} {member.reason}; labels follow the names, so all must be readable"
+                f"{tar}: {member.name!r} {member.reason}; labels follow the order of names, so all must be readable"
             )
     uri = min(texts, key=lambda text: ("synset" not in text.lower(), text))
     lines = storage.read(uri).decode("utf-8", "backslashreplace").split()
-    names = sorted({member.name for member in found})
-    if not len(lines) == len(names) == len(found):
-        raise SourceError(f"{uri} has {len(lines)} labels for {len(names)} images in {tar}: expected one line an image")
+    names = sorted({member.name for member in images})
+    if not len(lines) == len(names) == len(images):
+        raise SourceError(
+            f"{uri} has {len(lines)} labels for {len(names)} images in {tar}: expected one line per image"
+        )
     if lines and all(line.isdigit() for line in lines):
         lines = _numbered_wnids(uri, lines)
     return dict(zip(names, lines, strict=True))
 
 
 def _numbered_wnids(uri: str, lines: list[str]) -> list[str]:
-    """The development kit's numbers are not the order of the WordNet ids (1 is n02119789), so a map is needed."""
-    place = storage.join(uri.rpartition("/")[0], "map_clsloc.txt")
+    """WordNet ids of the development kit's class numbers. Numbers and ids have different orders (1 is n02119789)."""
+    map_uri = storage.join(uri.rpartition("/")[0], "map_clsloc.txt")
     try:
-        rows = [line.split() for line in storage.read(place).decode("utf-8", "backslashreplace").splitlines()]
+        rows = [line.split() for line in storage.read(map_uri).decode("utf-8", "backslashreplace").splitlines()]
     except NotFound as error:
         raise SourceError(
-            f"{uri} tells classes by ILSVRC2012 numbers: put map_clsloc.txt beside it (lines `n02119789 1 kit_fox`),"
+            f"{uri} has ILSVRC2012 class numbers: put map_clsloc.txt next to it (lines `n02119789 1 kit_fox`),"
             " or use ILSVRC2012_validation_synsets.txt"
         ) from error
     wnid_of = {row[1]: row[0] for row in rows if len(row) >= 2}
     if unknown := sorted(set(lines) - wnid_of.keys()):
-        raise SourceError(f"{uri} has the label {unknown[0]}, out of the range of {place}")
+        raise SourceError(f"{uri} has the label {unknown[0]}, which is not in {map_uri}")
     return [wnid_of[line] for line in lines]
 
 
 def _images(
     window: Window,
-    found: Iterator[Member | RejectedMember],
+    entries: Iterator[Member | RejectedMember],
     label_of: Callable[[str], int | None],
-    wanted: KeyFilter | None,
+    key_filter: KeyFilter | None,
 ) -> Iterator[Image | UnreadableImage]:
-    for member in found:
+    for member in entries:
         if isinstance(member, RejectedMember):
             yield UnreadableImage(member.name, member.reason)
             continue
         key, label = key_of(member.name), label_of(member.name)
         if label is None:
-            raise SourceError(f"{window.uri} has changed since it was planned: it did not hold {member.name!r}")
-        if wanted is not None and not wanted(key):
+            raise SourceError(f"{window.uri} has changed since it was planned: the plan does not list {member.name!r}")
+        if key_filter is not None and not key_filter(key):
             continue
         if member.name.lower().endswith(".tar"):
-            yield UnreadableImage(key, "is a tar archive inside that of its class")
+            yield UnreadableImage(key, "is a tar archive inside the archive of its class")
         elif member.size > MOST_BYTES:
             yield UnreadableImage(key, f"has {member.size} bytes, more than {MOST_BYTES}")
         else:

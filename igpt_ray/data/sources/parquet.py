@@ -1,10 +1,10 @@
-"""Parquet as Hugging Face writes images: `image: struct<bytes, path>` and `label: int64`.
+"""Parquet files in Hugging Face's image schema: `image: struct<bytes, path>` and `label: int64`.
 
-A unit is a run of row groups, or a whole file where there are too many files to open each while planning. Rows are
-read in small batches through range reads: a page of the file and a few megabytes are held at a time.
+A unit is a range of row groups, or a whole file if there are too many files to open each of them while planning. Rows
+are read in small batches by range reads: memory use is a page of the file and a few megabytes.
 
-Class names come from the metadata of Hugging Face, from `classes.txt` beside the files, or, if there are few files,
-from the labels themselves.
+Class names come from Hugging Face's metadata, from `classes.txt` in the source, or, if there are few files, from the
+labels themselves.
 """
 
 import json
@@ -41,11 +41,11 @@ from igpt_ray.data.sources.units import (
 from igpt_ray.errors import SourceError
 
 MOST_OPENED = 4096
-"""Files whose indexes are read while planning, to cut them into units of the size asked for."""
+"""Most files whose footers are read while planning, to divide them into units of the requested size."""
 MOST_SURVEYED = 64
-"""Files whose labels are read while planning when nobody names the classes."""
+"""Most files whose labels are read while planning, if the classes are not named."""
 BATCH = 16
-"""Rows decoded at once."""
+"""Rows per batch."""
 THREADS = 16
 BINARY = (pa.binary(), pa.large_binary())
 TEXT = (pa.string(), pa.large_string())
@@ -53,7 +53,7 @@ TEXT = (pa.string(), pa.large_string())
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Row groups `first` to `last` (exclusive) of a file; to the end if `last` is None."""
+    """Row groups `first` to `last` (exclusive) of a file, or up to the end if `last` is None."""
 
     root: str
     path: str
@@ -66,28 +66,28 @@ class Rows:
     def identity(self) -> object:
         return self.path, self.size, self.n_classes, self.first, self.last
 
-    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         uri = storage.join(self.root, self.path)
         with _opened(uri, self.size) as file:
             groups = range(self.first, file.num_row_groups if self.last is None else self.last)
             row = sum(file.metadata.row_group(i).num_rows for i in range(self.first))
             for batch in ahead(file.iter_batches(BATCH, groups, ["image", "label"], use_threads=False)):
                 for image, label in zip(batch["image"], batch["label"], strict=True):
-                    yield from self._image(f"{self.path}/{row}", image, label.as_py(), wanted)
+                    yield from self._image(f"{self.path}/{row}", image, label.as_py(), key_filter)
                     row += 1
 
     def _image(
-        self, place: str, image: Any, label: int | None, wanted: KeyFilter | None
+        self, row: str, image: Any, label: int | None, key_filter: KeyFilter | None
     ) -> Iterator[Image | UnreadableImage]:
         path = image["path"].as_py() if image.is_valid else None
-        key = key_of(path) if path else place
-        if wanted is not None and not wanted(key):
+        key = key_of(path) if path else row
+        if key_filter is not None and not key_filter(key):
             return
-        where = f"{storage.join(self.root, place)} ({key})"
+        where = f"{storage.join(self.root, row)} ({key})"
         label = label_in(UNLABELLED if label is None else label, self.n_classes, self.split, where)
         data = image["bytes"].as_py() if image.is_valid else None
         if data is None:
-            yield UnreadableImage(key, f"has no bytes in row {place}")
+            yield UnreadableImage(key, f"has no bytes in row {row}")
         elif len(data) > MOST_BYTES:
             yield UnreadableImage(key, f"has {len(data)} bytes, more than {MOST_BYTES}")
         else:
@@ -95,15 +95,15 @@ class Rows:
 
 
 class Index(NamedTuple):
-    """What a file says of itself at its end."""
+    """The contents of a file's footer."""
 
     rows: tuple[int, ...]
-    """Of each row group."""
+    """Number of rows of each row group."""
     classes: tuple[str, ...] | None
 
 
 def plan_parquet(source: str, images_per_unit: int) -> Plan:
-    """Raises `SourceError` if a file is damaged or has other columns, or if there is no way to know the classes."""
+    """Raises `SourceError` if a file is damaged or has other columns, or if the classes are unknown."""
     listing = (entry for entry in storage.walk(source) if entry.uri.lower().endswith(".parquet"))
     head = list(islice(listing, MOST_OPENED + 1))
     if not head:
@@ -131,11 +131,11 @@ def plan_parquet(source: str, images_per_unit: int) -> Plan:
 def _runs(
     source: str, entry: storage.Entry, rows: tuple[int, ...], n: int, images_per_unit: int
 ) -> Iterator[DraftUnit]:
-    """Runs of row groups that reach `images_per_unit`, or all that are left."""
+    """Consecutive row groups with at least `images_per_unit` rows; the last unit may be smaller."""
     path = storage.relative_to(source, entry.uri)
     split, first, images = split_of(path), 0, 0
-    for i, of_group in enumerate(rows, 1):
-        images += of_group
+    for i, group_rows in enumerate(rows, 1):
+        images += group_rows
         if images and (images >= images_per_unit or i == len(rows)):
             yield DraftUnit(split, images, Rows(source, path, entry.size, split, n, first, i))
             first, images = i, 0
@@ -153,12 +153,12 @@ def _names(metadata: bytes, uri: str) -> tuple[str, ...] | None:
         label = json.loads(metadata)["info"]["features"]["label"]
         names = label.get("names")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{uri} has metadata of Hugging Face that does not describe its label: {error!r}") from error
+        raise SourceError(f"{uri} has Hugging Face metadata that does not describe its label: {error!r}") from error
     return tuple(map(str, names)) if names else None
 
 
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
-    """The classes, out of all labels; only the columns of labels and paths are fetched."""
+    """The classes, from all labels. Only the columns of labels and paths are fetched."""
     if len(head) > MOST_SURVEYED:
         raise unnamed_classes(source, MOST_SURVEYED, "files")
     seen: dict[int, str] = {}
@@ -174,16 +174,16 @@ def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
 
 @contextmanager
 def _opened(uri: str, size: int) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the one schema we read; whatever pyarrow finds wrong with it becomes a `SourceError`."""
+    """Open a Parquet file and check its schema. Errors of pyarrow are raised as `SourceError`."""
     try:
         source = pa.PythonFile(RangeFile(uri, size), "r")
-        # Without pre_buffer=False pyarrow fetches the whole column of a row group, which may be all of the file.
-        frugal = {"buffer_size": LARGEST, "pre_buffer": False, "arrow_extensions_enabled": False}
-        with pq.ParquetFile(source, page_checksum_verification=True, **frugal) as file:
+        # Without pre_buffer=False, pyarrow fetches the whole column of a row group, which may be the whole file.
+        options = {"buffer_size": LARGEST, "pre_buffer": False, "arrow_extensions_enabled": False}
+        with pq.ParquetFile(source, page_checksum_verification=True, **options) as file:
             _check(file.schema_arrow, uri)
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{uri} is damaged, or no Parquet: {' '.join(str(error).split())}") from error
+        raise SourceError(f"{uri} is damaged or not a Parquet file: {' '.join(str(error).split())}") from error
 
 
 def _check(schema: pa.Schema, uri: str) -> None:

@@ -1,4 +1,4 @@
-"""Reading ahead, to hide an object store's latency: of many small files, and of one large one by range requests."""
+"""Read-ahead that hides the latency of an object store, for many small files and for range requests on a large one."""
 
 import io
 from collections import deque
@@ -10,30 +10,30 @@ from igpt_ray import storage
 from igpt_ray.errors import SourceError
 
 FIRST = 256 << 10
-"""Bytes of the first request, and of the first after a jump."""
+"""Bytes of the first request, and of the first request after a seek."""
 LARGEST = 8 << 20
-"""Requests double up to here while the reader goes straight on. Two of them are held at most."""
+"""Request size doubles up to this limit during sequential reads. At most two blocks are in memory."""
 
 
-class _Coming(NamedTuple):
+class _Prefetch(NamedTuple):
     start: int
     data: "Future[bytes]"
 
 
 class Window:
-    """Reads of `uri`, cheap if they go forward: what lies between them is fetched in blocks, one block ahead.
+    """Buffered reads of `uri`, optimised for forward reads.
 
-    A reader who skips gets small blocks and nothing ahead; one who goes straight on soon gets large ones, fetched by
-    a thread while the last is used, which hides an object store's latency. Use it as a context manager.
+    Seeks use small blocks without read-ahead. Sequential reads use growing blocks, and a thread fetches the next block
+    while the current one is used, which hides the latency of an object store. Use it as a context manager.
     """
 
     def __init__(self, uri: str, size: int):
         self.uri = uri
         self.size = size
-        self._start = size  # nowhere near the first read, which is a jump
+        self._start = size  # so that the first read counts as a seek
         self._block = b""
         self._request = FIRST
-        self._coming: _Coming | None = None
+        self._prefetch: _Prefetch | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Window":
@@ -51,37 +51,37 @@ class Window:
                 self._move(start)
             part = self._block[start - self._start : stop - self._start]
             if not part:
-                break  # shorter than its listing said: the caller sees a short answer
+                break  # the file is shorter than listed: the caller gets fewer bytes
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_all(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, or `SourceError`."""
+        """`length` bytes from `start`. Raises `SourceError` if the file ends before."""
         data = self.read(start, length)
         if len(data) < length:
             raise SourceError(f"{self.uri} has changed since it was listed: it ends before byte {start + length}")
         return data
 
     def _move(self, start: int) -> None:
-        """Make the block that holds `start` the current one."""
-        behind = self._start + len(self._block)
-        straight = behind <= start < behind + self._request
-        self._request = min(2 * self._request, LARGEST) if straight else FIRST
-        coming, self._coming = self._coming, None
-        block = coming.data.result() if coming and straight else b""
-        if coming and coming.start <= start < coming.start + len(block):
-            self._start, self._block = coming.start, block
+        """Load the block that contains `start`."""
+        block_end = self._start + len(self._block)
+        sequential = block_end <= start < block_end + self._request
+        self._request = min(2 * self._request, LARGEST) if sequential else FIRST
+        prefetch, self._prefetch = self._prefetch, None
+        block = prefetch.data.result() if prefetch and sequential else b""
+        if prefetch and prefetch.start <= start < prefetch.start + len(block):
+            self._start, self._block = prefetch.start, block
         else:
             self._start, self._block = start, storage.read(self.uri, start, min(self._request, self.size - start))
         ahead = self._start + len(self._block)
-        if straight and self._block and ahead < self.size:
+        if sequential and self._block and ahead < self.size:
             length = min(self._request, self.size - ahead)
-            self._coming = _Coming(ahead, self._thread.submit(storage.read, self.uri, ahead, length))
+            self._prefetch = _Prefetch(ahead, self._thread.submit(storage.read, self.uri, ahead, length))
 
 
 class RangeFile(io.RawIOBase):
-    """A stored file as a seekable Python file that fetches what is read, and nothing else."""
+    """A stored file as a seekable Python file that fetches only the bytes that are read."""
 
     def __init__(self, uri: str, size: int):
         self.uri = uri
@@ -103,8 +103,8 @@ class RangeFile(io.RawIOBase):
         return self.position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self.position)
-        length = left if size is None or size < 0 else min(size, left)
+        remaining = max(0, self.size - self.position)
+        length = remaining if size is None or size < 0 else min(size, remaining)
         data = storage.read(self.uri, self.position, length) if length else b""
         self.position += len(data)
         return data
@@ -115,7 +115,7 @@ R = TypeVar("R")
 
 
 def fetched(items: Iterable[T], fetch: Callable[[T], R], n: int) -> Iterator[R]:
-    """`fetch(item)` of every item, in order, by n threads that are never more than n results ahead."""
+    """`fetch(item)` of every item, in order, with n threads and at most n results ahead of the consumer."""
     pending: deque[Future[R]] = deque()
     threads = ThreadPoolExecutor(n)
     try:
@@ -126,13 +126,13 @@ def fetched(items: Iterable[T], fetch: Callable[[T], R], n: int) -> Iterator[R]:
         while pending:
             yield pending.popleft().result()
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)  # whoever stops half-way does not wait for the rest
+        threads.shutdown(wait=False, cancel_futures=True)  # a consumer that stops early does not wait
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the one before is used."""
+    """The same items, with the next one computed in a thread while the consumer uses the current one."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
+        prefetch = thread.submit(next, items, None)
+        while (item := prefetch.result()) is not None:
+            prefetch = thread.submit(next, items, None)
             yield item

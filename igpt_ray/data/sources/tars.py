@@ -1,9 +1,9 @@
-"""A tar archive, member by member, out of range reads: nothing is extracted, and nothing it says is trusted.
+"""Iterate over the members of an untrusted tar archive with range reads. Nothing is extracted.
 
-Reads ustar, GNU and PAX archives, long names included. What is no plain file with a harmless name comes back as
-`RejectedMember` with a reason, and the walk goes on behind it. After a damaged header it goes on at the next one, as
-GNU tar does. An archive whose end is missing raises `SourceError`, because nobody can say what has been lost. Memory:
-one header.
+The reader supports ustar, GNU and PAX archives, long names included. A member that is not a plain file with a safe name
+is returned as `RejectedMember` with a reason. After a damaged header, reading continues at the next valid header, as in
+GNU tar. An archive without its end mark raises `SourceError`, because an unknown number of members is lost. Memory use
+is one header.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from igpt_ray.errors import SourceError
 
 BLOCK = 512
 LONGEST_HEADER = 64 << 10
-"""Bytes of a PAX header or long name that we are willing to hold."""
+"""Largest PAX header or long name that is read, in bytes."""
 LONGEST_NAME = 4096
 
 FOLDER, SPARSE, LONG_NAME, LONG_LINK, GLOBAL = b"5", b"S", b"L", b"K", b"g"
@@ -27,15 +27,15 @@ class Member(NamedTuple):
     """A plain file in an archive."""
 
     header: int
-    """Where its first header begins: a walk may start there."""
+    """Offset of its first header, a valid start for `members`."""
     name: str
     start: int
-    """Where its bytes begin."""
+    """Offset of its content."""
     size: int
 
 
 class RejectedMember(NamedTuple):
-    """A member that is none of ours, and why."""
+    """A member that is not read, and the reason."""
 
     header: int
     name: str
@@ -47,32 +47,32 @@ class _Header(NamedTuple):
     type: bytes
     size: int
     more: bool
-    """Old GNU sparse files only: further header blocks follow."""
+    """For old GNU sparse files: more header blocks follow."""
 
 
 class _Step(NamedTuple):
-    found: Member | RejectedMember | None
-    at: int
+    member: Member | RejectedMember | None
+    next_offset: int
     lost: bool = False
-    """Whether the next header must be looked for, from `at` on."""
+    """The next header's offset is unknown: search for it from `next_offset`."""
 
 
 def members(window: Window, start: int = 0, end: int | None = None) -> Iterator[Member | RejectedMember]:
-    """The members of the archive in bytes `start` to `end` of a file, in order; folders are passed over.
+    """The members of the archive in bytes `start` to `end` of a file, in order, without folders.
 
-    What follows the end mark is padding, as it is for tar itself.
+    Bytes after the end mark are ignored, as in tar.
     """
-    at: int | None = start
+    offset: int | None = start
     end = window.size if end is None else end
-    while at is not None and (step := _step(window, at, end)) is not None:
-        if step.found is not None:
-            yield step.found
-        at = _next_header(window, step.at, end) if step.lost else step.at
+    while offset is not None and (step := _step(window, offset, end)) is not None:
+        if step.member is not None:
+            yield step.member
+        offset = _next_header(window, step.next_offset, end) if step.lost else step.next_offset
 
 
 def _step(window: Window, first: int, end: int) -> _Step | None:
     """Read the member whose headers begin at `first`; None at the end mark."""
-    at, said = first, dict[str, str]()
+    at, extended = first, dict[str, str]()
     while True:
         block = window.read(at, min(BLOCK, end - at))
         if len(block) < BLOCK:
@@ -83,18 +83,18 @@ def _step(window: Window, first: int, end: int) -> _Step | None:
         if header is None:
             return _Step(RejectedMember(first, f"byte-{at - BLOCK}", "its tar header is damaged"), at, lost=True)
         if header.type not in BEFORE_A_MEMBER:
-            return _member(window, header, said, first, at, end)
+            return _member(window, header, extended, first, at, end)
         if header.size > end - at:
             return _Step(RejectedMember(first, header.name, _too_large(header.size, end - at)), at, lost=True)
-        said |= _said(window, header, at)
+        extended |= _extended(window, header, at)
         at += _padded(header.size)
 
 
-def _member(window: Window, header: _Header, said: dict[str, str], first: int, at: int, end: int) -> _Step:
-    """The member of a header that ends at `at`, with what PAX or GNU headers `said` of it before."""
-    name = said.get("path", header.name).removeprefix("./")
+def _member(window: Window, header: _Header, extended: dict[str, str], first: int, at: int, end: int) -> _Step:
+    """The member whose header ends at `at`; `extended` holds the fields of the PAX or GNU headers before it."""
+    name = extended.get("path", header.name).removeprefix("./")
     has_data = header.type != FOLDER and header.type not in WITHOUT_DATA
-    size = int(said.get("size", header.size)) if has_data else 0
+    size = int(extended.get("size", header.size)) if has_data else 0
     data, more = at, header.more
     while more:
         block = window.read(data, BLOCK)
@@ -104,17 +104,17 @@ def _member(window: Window, header: _Header, said: dict[str, str], first: int, a
     after = data + _padded(size)
     if header.type == FOLDER:
         return _Step(None, after)
-    if reason := _objection(name, header.type, said):
+    if reason := _objection(name, header.type, extended):
         return _Step(RejectedMember(first, name[:LONGEST_NAME], reason), after)
     return _Step(Member(first, name, data, size), after)
 
 
-def _objection(name: str, kind: bytes, said: dict[str, str]) -> str | None:
-    if "objection" in said:
-        return said["objection"]
+def _objection(name: str, kind: bytes, extended: dict[str, str]) -> str | None:
+    if "objection" in extended:
+        return extended["objection"]
     if kind in WITHOUT_DATA:
         return f"is {WITHOUT_DATA[kind]} in a tar archive"
-    if kind == SPARSE or any(word.startswith("GNU.sparse.") for word in said):
+    if kind == SPARSE or any(word.startswith("GNU.sparse.") for word in extended):
         return "is a sparse file in a tar archive"
     if kind not in PLAIN:
         return f"is of the unknown kind {kind!r} in a tar archive"
@@ -130,7 +130,7 @@ def _too_large(size: int, left: int) -> str:
 
 
 def _next_header(window: Window, at: int, end: int) -> int | None:
-    """The next block that is a header; None if only the end mark is left. Raises `SourceError` if not even that."""
+    """Offset of the next header; None at the end mark. Raises `SourceError` if the end mark is missing."""
     while at + BLOCK <= end:
         block = window.read(at, BLOCK)
         if block[257:262] == b"ustar" and _parse(block) is not None:
@@ -146,26 +146,26 @@ def _padded(size: int) -> int:
 
 
 def _parse(block: bytes) -> _Header | None:
-    """A header block, unless its checksum or its size is none."""
+    """Parse a header block; None if its checksum or its size is invalid."""
     size, kind = _number(block[124:136]), block[156:157]
     if size is None or not _checks(block):
         return None
     name = _text(block[:100])
-    if block[257:263] == b"ustar\0" and (prefix := _text(block[345:500])):  # GNU keeps times there
+    if block[257:263] == b"ustar\0" and (prefix := _text(block[345:500])):  # GNU tar stores times in this field
         name = f"{prefix}/{name}"
-    if kind == b"\0" and name.endswith("/"):  # how archives spelled folders before POSIX
+    if kind == b"\0" and name.endswith("/"):  # folders in archives older than POSIX
         kind = FOLDER
     return _Header(name, kind, size, kind == SPARSE and block[482] != 0)
 
 
 def _checks(block: bytes) -> bool:
     summed = block[:148] + b" " * 8 + block[156:]
-    unsigned, said = sum(summed), _number(block[148:156])
-    return said == unsigned or said == unsigned - 256 * sum(byte > 127 for byte in summed)  # some tars summed chars
+    unsigned, stored = sum(summed), _number(block[148:156])
+    return stored == unsigned or stored == unsigned - 256 * sum(byte > 127 for byte in summed)  # old tars: signed
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or base 256 behind a byte 0x80."""
+    """Parse octal digits, or base 256 after a byte 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
@@ -176,23 +176,23 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
-def _said(window: Window, header: _Header, at: int) -> dict[str, str]:
-    """What a header before a member says of it: its path, its size, that it is sparse; or an objection to it."""
+def _extended(window: Window, header: _Header, at: int) -> dict[str, str]:
+    """The fields of a header that precedes a member (path, size, sparse), or an "objection" to the member."""
     if header.size > LONGEST_HEADER:
-        return {"objection": f"has a header of {header.size} bytes, more than the {LONGEST_HEADER} we read"}
+        return {"objection": f"has a header of {header.size} bytes, more than the limit of {LONGEST_HEADER}"}
     data = window.read(at, header.size)
     if header.type == LONG_LINK:
         return {}
     if header.type == LONG_NAME:
         return {"path": _text(data)}
-    said = _records(data)
-    if header.type == GLOBAL and (said.keys() & {"path", "size", "objection"}):
-        raise SourceError(f"{window.uri} has a global PAX header that sets {', '.join(said)} for all members")
-    return said if header.type != GLOBAL else {}
+    records = _records(data)
+    if header.type == GLOBAL and (records.keys() & {"path", "size", "objection"}):
+        raise SourceError(f"{window.uri} has a global PAX header that sets {', '.join(records)} for all members")
+    return records if header.type != GLOBAL else {}
 
 
 def _records(data: bytes) -> dict[str, str]:
-    """PAX: records of `<length> <key>=<value>\\n`, the length counting the whole record."""
+    """Parse PAX records `<length> <key>=<value>\\n`, where the length counts the whole record."""
     records = {}
     while data.strip(b"\0"):
         digits = data[:20].partition(b" ")[0]

@@ -1,7 +1,7 @@
-"""WebDataset: tar shards whose members belong together by their stems, `000123.jpg` and `000123.cls`.
+"""WebDataset: tar shards whose members with the same stem form a sample, such as `000123.jpg` and `000123.cls`.
 
-A shard is a unit, so that planning needs the listing alone. Labels are numbers, or names out of `classes.txt` beside
-the shards; where that file is missing, a few shards are read for their labels, and many are refused.
+A unit is a shard, so that planning needs only the listing. Labels are numbers, or names from `classes.txt` in the
+source. Without that file, the labels of a few shards are read; a source of many shards raises an error.
 """
 
 import json
@@ -35,11 +35,11 @@ from igpt_ray.errors import SourceError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = {"cls": 1 << 10, "json": 1 << 20}
-"""Extensions that may hold a label, and the bytes we are willing to read for it."""
+"""Extensions of label files, and the largest size in bytes that is read."""
 MOST_SURVEYED = 64
-"""Shards that are read through for their labels when nobody names the classes."""
+"""Most shards whose labels are read while planning, if the classes are not named."""
 TYPICAL = 16
-"""Images of the first shard that tell how many bytes one has."""
+"""Images of the first shard from which the mean size is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,15 @@ class TarShard:
     split: str
     n_classes: int
     names: tuple[str, ...] | None
-    """Class names, where the labels are names."""
+    """Class names, if the labels are names."""
 
     def identity(self) -> object:
         return self.path, self.size, self.n_classes, self.names
 
-    def read(self, wanted: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
         index = {name: i for i, name in enumerate(self.names or ())}
         with Window(storage.join(self.root, self.path), self.size) as window:
-            for sample in _samples(window, wanted):
+            for sample in _samples(window, key_filter):
                 yield from self._image(sample, index)
 
     def _image(self, sample: "Sample | UnreadableImage", index: dict[str, int]) -> Iterator[Image | UnreadableImage]:
@@ -71,7 +71,9 @@ class TarShard:
             label = _label(sample, where)
             if isinstance(label, str):
                 if label not in index:
-                    raise SourceError(f"{where} has the label {label!r}, which is none of the {self.n_classes} classes")
+                    raise SourceError(
+                        f"{where} has the label {label!r}, which is not one of the {self.n_classes} classes"
+                    )
                 label = index[label]
             if sample.image is None:
                 yield UnreadableImage(sample.key, f"has no picture: expected one of {', '.join(IMAGES)}")
@@ -83,7 +85,7 @@ class TarShard:
 
 
 class Sample:
-    """The members of one stem, of those that matter. Only a wanted picture is fetched."""
+    """The image and label members of one stem. The image is fetched only if its key passes the filter."""
 
     def __init__(self, stem: str):
         self.stem = stem
@@ -93,13 +95,13 @@ class Sample:
         self.has_picture = False
         self.image: bytes | None = None
         self.skipped = False
-        """It has a picture that was not wanted, or none that we read."""
+        """Its image was filtered out, or is too large."""
         self.labels: dict[str, bytes] = {}
 
-    def add_picture(self, window: Window, member: Member, wanted: KeyFilter | None) -> Iterator[UnreadableImage]:
+    def add_picture(self, window: Window, member: Member, key_filter: KeyFilter | None) -> Iterator[UnreadableImage]:
         self.has_picture = True
         self.key = key_of(member.name)
-        self.skipped = wanted is not None and not wanted(self.key)
+        self.skipped = key_filter is not None and not key_filter(self.key)
         if not self.skipped and member.size > MOST_BYTES:
             self.skipped = True
             yield UnreadableImage(self.key, f"has {member.size} bytes, more than {MOST_BYTES}")
@@ -108,12 +110,12 @@ class Sample:
 
 
 def plan_webdataset(source: str, images_per_unit: int) -> Plan:
-    """Raises `SourceError` if there are no shards, or no way to know the classes. A shard is a unit of any size."""
+    """Raises `SourceError` if there are no shards, or the classes are unknown. A unit is a shard of any size."""
     listing = (entry for entry in storage.walk(source) if entry.uri.lower().endswith(".tar"))
     head = list(islice(listing, MOST_SURVEYED + 1))
     if not head:
         raise SourceError(f"{source} holds no tar shards")
-    first = _look(head[0])
+    first = _peek(head[0])
     classes = stated_classes(source) or _survey(source, head)
     names = classes if first.named else None
 
@@ -123,22 +125,22 @@ def plan_webdataset(source: str, images_per_unit: int) -> Plan:
     return Plan(classes, numbered(whole_files(source, chain(head, listing), first.bytes_per_image, shard)))
 
 
-class Look(NamedTuple):
-    """What the beginning of a shard tells of all."""
+class ShardHead(NamedTuple):
+    """Properties of all shards, estimated from the beginning of the first."""
 
     bytes_per_image: float
     named: bool
-    """Whether labels are names."""
+    """Whether labels are class names."""
 
 
-def _look(entry: storage.Entry) -> Look:
+def _peek(entry: storage.Entry) -> ShardHead:
     start = list(islice(_labelled(entry), TYPICAL))
     bytes_per_image = sum(sample.size for sample, _ in start) / len(start) if start else entry.size
-    return Look(bytes_per_image or 1, any(isinstance(label, str) for _, label in start))
+    return ShardHead(bytes_per_image or 1, any(isinstance(label, str) for _, label in start))
 
 
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
-    """The classes, out of the labels of all samples."""
+    """The classes, from the labels of all samples."""
     if len(head) > MOST_SURVEYED:
         raise unnamed_classes(source, MOST_SURVEYED, "shards")
     numbers: dict[int, str] = {}
@@ -150,7 +152,7 @@ def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
             else:
                 observe(numbers, label, sample.key)
     if names and numbers:
-        raise SourceError(f"{source} labels images by numbers and by names: put a classes.txt there")
+        raise SourceError(f"{source} has both numbers and names as labels: add a classes.txt")
     return tuple(sorted(names)) or observed_classes(numbers)
 
 
@@ -161,8 +163,8 @@ def _labelled(entry: storage.Entry) -> Iterator[tuple["Sample", int | str | None
                 yield sample, _label(sample, f"{entry.uri}: {sample.key}")
 
 
-def _samples(window: Window, wanted: KeyFilter | None) -> Iterator["Sample | UnreadableImage"]:
-    """Consecutive members of one stem. A second picture under the same stem begins another sample."""
+def _samples(window: Window, key_filter: KeyFilter | None) -> Iterator["Sample | UnreadableImage"]:
+    """Group consecutive members by stem. A second image with the same stem begins another sample."""
     sample: Sample | None = None
     for member in members(window):
         if isinstance(member, RejectedMember):
@@ -179,7 +181,7 @@ def _samples(window: Window, wanted: KeyFilter | None) -> Iterator["Sample | Unr
             sample = Sample(stem)
         sample.size += member.size + 2 * BLOCK
         if extension in IMAGES:
-            yield from sample.add_picture(window, member, wanted)
+            yield from sample.add_picture(window, member, key_filter)
         elif member.size <= LABELS[extension]:
             sample.labels[extension] = window.read_all(member.start, member.size)
     if sample is not None:
@@ -192,10 +194,10 @@ def _label(sample: "Sample", where: str) -> int | str | None:
         text = sample.labels["cls"].decode("utf-8", "backslashreplace").strip()
         return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
     try:
-        said = json.loads(sample.labels.get("json", b"{}"))
+        fields = json.loads(sample.labels.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}.json is no JSON: {error}") from error
-    label = said.get("label") if isinstance(said, dict) else None
+        raise SourceError(f"{where}.json is not valid JSON: {error}") from error
+    label = fields.get("label") if isinstance(fields, dict) else None
     if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
         return label
     raise SourceError(f"{where} has the label {str(label)[:50]}: expected a number or a name")

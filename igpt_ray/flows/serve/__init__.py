@@ -59,7 +59,7 @@ class Replicas:
     def __init__(self, handle: DeploymentHandle):
         self.handle = handle
 
-    async def ask(self, what: str, *words: Any) -> Any:
+    async def call(self, what: str, *words: Any) -> Any:
         for attempt in itertools.count(1):
             answer = getattr(self.handle, what).remote(*words)
             try:

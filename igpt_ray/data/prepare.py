@@ -1,0 +1,176 @@
+"""Images -> a committed token store: plan the source, compute the missing shards with a mapper, write the manifest.
+
+A task is a work unit and a view, see `make_shard`. The manifest is written last and commits the store.
+"""
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+from igpt_ray import storage
+from igpt_ray.data import pixels as images
+from igpt_ray.data import sources, token_store
+from igpt_ray.data.config import OPENAI_PALETTE, PrepareConfig
+from igpt_ray.data.make_shard import MakeShard, Task, TaskResult, path_of, splits_of, tasks_of
+from igpt_ray.data.mapper import Mapper
+from igpt_ray.data.palette import Palette, sidecar
+from igpt_ray.data.token_store import Manifest, Quarantined, Shard, TokenFormat, TokenStore
+from igpt_ray.errors import NotFound, PaletteError, SourceError, TokenStoreError
+from igpt_ray.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+
+def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
+    """Write every missing shard, then the manifest. A repeat after a failure completes the store.
+
+    Raises `TokenStoreError` if another store is committed at the same root, `PaletteError` if the palette was fitted
+    with another pixel pipeline, and `SourceError` if more images than the budget are unreadable.
+    """
+    started = time.perf_counter()
+    pipeline = images.PIPELINES[settings.pixels.pipeline]
+    palette = _load_palette(settings.palette, pipeline)
+    kind = TokenFormat(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
+    plan = sources.plan(settings.source, settings.shard_images, settings.layout)
+    tasks = tasks_of(plan, settings.views)
+    arguments = {
+        "root": settings.tokens,
+        "kind": kind,
+        "pixels": settings.pixels,
+        "holdout": settings.holdout,
+        "committed": _committed(settings, kind, tasks),
+    }
+    palette.save(storage.join(settings.tokens, "palette.npy"))
+    shards: list[Shard] = []
+    quarantined: list[tuple[str, Quarantined]] = []
+    progress = Progress(tasks)
+    for result in mapper(tasks, MakeShard, arguments, settings.pool):
+        for shard, unreadable in result.shards:
+            shards.append(shard)
+            quarantined += [(shard.split, image) for image in unreadable]
+        log.info("%s", progress.update(result))
+    shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
+    n_images = sum(shard.rows for shard in shards)
+    _check_budget(quarantined, n_images + len(quarantined), settings)
+    manifest = Manifest(
+        format=token_store.FORMAT, kind=kind, classes=list(plan.classes), shards=shards, made_by=provenance(settings)
+    )
+    store = token_store.commit(settings.tokens, manifest)
+    _write_contact_sheets(store)
+    seconds = time.perf_counter() - started
+    source_bytes = sum(shard.statistics.source_bytes for shard in shards)
+    return {
+        "tokens": settings.tokens,
+        "manifest_sha256": store.sha256,
+        "splits": {split: sum(s.rows for s in shards if (s.split, s.view) == (split, 0)) for split in manifest.splits},
+        "classes": len(plan.classes),
+        "images": n_images,
+        "token_count": n_images * kind.n_positions,
+        "bytes": sum(shard.bytes for shard in shards),
+        "psnr_db": _psnr_db(shards, kind),
+        "quarantined": len(quarantined),
+        "images_per_second": round(n_images / seconds, 1),
+        "mb_per_second": round(source_bytes / seconds / 1e6, 1),
+        "seconds": round(seconds, 2),
+    }
+
+
+class Progress:
+    """Formats one log line per task: counts, throughput and remaining seconds. Reused shards do not count towards
+    the throughput."""
+
+    def __init__(self, tasks: list[Task]):
+        self.n_tasks, self.tasks_done = len(tasks), 0
+        self.images_left = sum(task.unit.images for task in tasks)  # estimated for archives
+        self.images, self.quarantined = 0, 0
+        self.images_computed, self.bytes_computed = 0, 0
+        self.started = time.perf_counter()
+
+    def update(self, result: TaskResult) -> str:
+        shards = [shard for shard, _ in result.shards]
+        rows, quarantined = sum(s.rows for s in shards), sum(s.statistics.quarantined for s in shards)
+        self.tasks_done += 1
+        self.images_left -= result.n_planned
+        self.images += rows
+        self.quarantined += quarantined
+        if not result.reused:
+            self.images_computed += rows + quarantined
+            self.bytes_computed += sum(shard.statistics.source_bytes for shard in shards)
+        seconds = time.perf_counter() - self.started
+        rate = self.images_computed / seconds
+        line = f"{self.tasks_done} of {self.n_tasks} units, {self.images} images, {self.quarantined} in quarantine"
+        if rate:
+            line += f", {rate:.0f} images/s, {self.bytes_computed / seconds / 1e6:.0f} MB/s"
+            line += f", {max(0, self.images_left) / rate:.0f} s left"
+        return line
+
+
+def _load_palette(uri: str, pipeline: str) -> Palette:
+    """The palette. Raises `PaletteError` if its sidecar names another pixel pipeline."""
+    palette = Palette.load(uri)
+    if uri == OPENAI_PALETTE:
+        return palette  # its pixels cannot be reproduced; the store records the pipeline that it is used with
+    try:
+        fitted_on = json.loads(storage.read(sidecar(uri)))["pipeline"]
+    except NotFound:
+        return palette  # a palette from elsewhere has no sidecar
+    if fitted_on != pipeline:
+        raise PaletteError(f"{uri} was fitted on pixels of {fitted_on!r}, not {pipeline!r}: see --pixels.pipeline")
+    return palette
+
+
+def _committed(settings: PrepareConfig, kind: TokenFormat, tasks: list[Task]) -> dict[str, str]:
+    """Path -> sha256 of the shards of a committed store at this root.
+
+    Raises `TokenStoreError` if that store differs from the requested one.
+    """
+    root = settings.tokens
+    if not storage.exists(storage.join(root, "manifest.json")):
+        return {}
+    manifest = TokenStore.open(root).manifest
+    for field in TokenFormat.model_fields:
+        stored, requested = getattr(manifest.kind, field), getattr(kind, field)
+        if stored != requested:
+            raise TokenStoreError(
+                f"the token store committed at {root} has {field} {stored}, not {requested}: choose another --tokens"
+            )
+    for field, requested in settings.model_dump(mode="json", include={"pixels", "holdout"}).items():
+        stored = manifest.made_by["settings"][field]
+        if stored != requested:
+            raise TokenStoreError(
+                f"the token store committed at {root} was made with {field} {stored}, not {requested}: choose another"
+                " --tokens"
+            )
+    digests = {path_of(split, t): t.unit.digest for t in tasks for split in splits_of(t.unit, settings.holdout)}
+    if {s.path: s.source for s in manifest.shards} != digests:
+        raise TokenStoreError(
+            f"the token store committed at {root} was made from another listing (images, views or shard"
+            " size differ): choose another --tokens"
+        )
+    return {shard.path: shard.sha256 for shard in manifest.shards}
+
+
+def _write_contact_sheets(store: TokenStore) -> None:
+    for split in store.manifest.splits:
+        if any(shard.rows for shard in store.manifest.shards if shard.split == split):
+            sheet = token_store.contact_sheet(store, split)
+            storage.write(storage.join(store.root, f"{split}.png"), images.png(sheet))
+
+
+def _psnr_db(shards: list[Shard], kind: TokenFormat) -> float | None:
+    """PSNR of the quantised pixels; None if quantisation lost nothing."""
+    error = sum(shard.statistics.squared_error for shard in shards)
+    values = 3 * kind.n_positions * sum(shard.rows for shard in shards)
+    return round(10 * math.log10(255**2 * values / error), 2) if error else None
+
+
+def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: PrepareConfig) -> None:
+    if len(quarantined) > settings.budget * n_images:
+        split, first = quarantined[0]
+        raise SourceError(
+            f"{len(quarantined)} of {n_images} images cannot be read, more than the budget of"
+            f" {settings.budget:.2%}; the first is {split}: {first.key}: {first.reason}. All are listed below"
+            f" {settings.tokens}/quarantine: repair or remove them, or raise --budget"
+        )
