@@ -183,8 +183,8 @@ class Few(NamedTuple):
 
 
 class CompleteUnit:
-    """Returns the table of completions of a selected image. For a unit, computes and stores table and figure unless they
-    exist, and returns the numbers of images and of unreadable images."""
+    """Returns the table of completions of a selected image. For a unit, stores table and figure unless they exist, and
+    returns the numbers of readable and unreadable images."""
 
     def __init__(self, settings: CompleteConfig, request: BatchPlan, key: str):
         self.settings, self.request = settings, request

@@ -121,5 +121,5 @@ def test_a_store_of_another_kind_and_a_missing_release_are_refused(
         evaluate.evaluate(EvaluateConfig(release=str(tmp_path), tokens=both["tokens"]))
     with pytest.raises(TokenStoreError, match="no split 'dev'"):
         evaluate.evaluate(EvaluateConfig(**both, split="dev"))
-    with pytest.raises(SettingError, match="9 rows are given; a picture has 8"):
+    with pytest.raises(SettingError, match="--rows is 9, expected at most 8"):
         batch.complete(CompleteConfig(**both, out=str(tmp_path), rows=9))
