@@ -132,10 +132,10 @@ def main() -> None:
     """The console script `igpt`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: igpt COMMAND [--setting VALUE ...]\n\nImage GPT on Ray, from images to an HTTP endpoint.\n")
-        for command, parts in COMMANDS.items():
-            print(f"  {command:10} {parts.summary}")
-        print("\nsettings of a command, with units: igpt COMMAND --help; version: igpt --version")
+        summaries = "\n".join(f"  {command:10} {parts.summary}" for command, parts in COMMANDS.items())
+        usage = "usage: igpt COMMAND [--setting VALUE ...]\n\nImage GPT on Ray, from images to an HTTP endpoint."
+        options = "settings of a command, with units: igpt COMMAND --help; version: igpt --version"
+        sys.stdout.write(f"{usage}\n\n{summaries}\n\n{options}\n")  # one write, so that `| head` does not break it
     elif name == "--version":
         from igpt_ray import __version__
 

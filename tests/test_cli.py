@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from igpt_ray import __version__, cli
+from igpt_ray.errors import SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,3 +72,15 @@ def test_a_command_that_needs_no_cluster_starts_none() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("STARTED False\n")
     assert done.stdout.split("\n")[-3].startswith("{")
+
+
+def test_a_submitted_job_does_not_write_into_the_folder_that_ray_deletes() -> None:
+    """A relative --run.root: the weights would be lost with Ray's session."""
+    from igpt_ray.flows.job import JOB_FOLDER, check_outputs
+
+    folder = f"/tmp/ray/session_1{JOB_FOLDER}_ray_pkg_1"
+    lost = {"run": {"root": f"{folder}/runs"}, "data": {"tokens": "s3://bucket/tokens"}}
+    with pytest.raises(SettingError, match=r"--run\.root is .*/runs, a folder of this job that Ray deletes"):
+        check_outputs(lost, folder)
+    check_outputs(lost, "/home/user/checkout")
+    check_outputs({"run": {"root": "s3://bucket/runs"}, "keys": f"{folder}/keys.txt"}, folder)

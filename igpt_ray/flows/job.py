@@ -1,6 +1,7 @@
-"""What every command does around its flow: join or start Ray, one JSON line on stdout, an exit code.
+"""The frame of every command: join or start Ray, run the flow, print one JSON line, set the exit code.
 
-Exit codes: 0 done; 1 something the user can mend (one line on stderr) or a bug (a traceback); 2 settings refused.
+Exit codes: 0 success; 1 an error for the user (one line on stderr) or a bug (a traceback); 2 invalid settings; 130
+interrupted.
 """
 
 import json
@@ -16,19 +17,28 @@ from typing import Any, TypeVar
 import ray
 from pydantic import BaseModel
 
-from igpt_ray.errors import IgptError
+from igpt_ray.errors import IgptError, SettingError
 from igpt_ray.flows.local_cluster import free_port
 from igpt_ray.progress import LogHandler
 
 S = TypeVar("S", bound=BaseModel)
 
 
+OUTPUTS = ("out", "root", "tokens")
+"""Names of the settings that hold URIs of output folders."""
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Part of the path of a submitted job's working directory, which Ray deletes with its session."""
+
+
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
+    """Run `flow` and print its result as one JSON line. Ends the program with an exit code if the flow fails."""
     try:
+        check_outputs(settings.model_dump(), os.getcwd())
         if cluster:
             connect()
         report = flow(settings)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         known = user_error(error)
@@ -39,31 +49,45 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
     print(json.dumps(report), flush=True)
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one in this process.
+def check_outputs(settings: dict[str, Any], folder: str, prefix: str = "--") -> None:
+    """Raise `SettingError` if a submitted job would write into its working directory, where results would be lost."""
+    if JOB_FOLDER not in folder:
+        return
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_outputs(value, folder, f"{prefix}{name}.")
+        elif name in OUTPUTS and isinstance(value, str) and value.startswith(folder):
+            raise SettingError(
+                f"{prefix}{name} is {value}, a folder of this job that Ray deletes: set it to an s3:// URI or to the"
+                " absolute path of a folder that all nodes share"
+            )
 
-    Never a cluster that merely happens to run on this machine.
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a cluster in this process.
+
+    Never joins another cluster that happens to run on this machine.
     """
     if not ray.is_initialized():
         joined = os.environ.get("RAY_ADDRESS")
         if not joined:
             keep_token_private()
-            _tell_own_processes()
+            _set_own_address()
         ray.init(address=joined or "local", logging_level="warning")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     log_to_stderr()
 
 
-def _tell_own_processes() -> None:
-    """Processes of the cluster that is started next find it by this; without, parts of Ray Train may take another one
-    on the machine for theirs, and stop the workers of a run that is not known there."""
+def _set_own_address() -> None:
+    """Set the address by which the processes of the new cluster find it. Otherwise parts of Ray Train may connect to
+    another cluster on this machine, and stop the workers of runs that are unknown there."""
     port = free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
 
 
 def keep_token_private() -> None:
-    """Ray writes the token of a cluster on this machine for all to read: it shall find one that only we may read."""
+    """Create the authentication token with private permissions, because Ray would create it readable for all users."""
     if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
     path = Path.home() / ".ray" / "auth_token"
@@ -74,9 +98,9 @@ def keep_token_private() -> None:
 
 
 def log_to_stderr() -> None:
-    """Our own lines, `12:34:56 message`; also called on training workers, whose stderr Ray brings to the driver.
+    """Log lines of igpt_ray to stderr, `12:34:56 message`. Workers call it too; Ray sends their stderr to the driver.
 
-    On our logger, not the root's, which Ray configures on workers before we get there.
+    Uses our logger instead of the root logger, which Ray configures on workers.
     """
     ours = logging.getLogger("igpt_ray")
     if not ours.handlers:
@@ -87,14 +111,14 @@ def log_to_stderr() -> None:
 
 
 def user_error(error: BaseException | None) -> IgptError | None:
-    """The error for the user inside what Ray wrapped around it, if there is one."""
+    """The `IgptError` inside Ray's wrappers, or None."""
     seen = set()
     pending = [error]
     while pending:
         e = pending.pop()
         if e is None or id(e) in seen:
             continue
-        if isinstance(e, IgptError) and not hasattr(e, "cause"):  # Ray's wrapper inherits from the cause it wraps
+        if isinstance(e, IgptError) and not hasattr(e, "cause"):  # Ray's wrapper inherits from its cause
             return e
         seen.add(id(e))
         pending += [e.__cause__, e.__context__, getattr(e, "cause", None)]
