@@ -4,9 +4,9 @@
     <run>/checkpoints/step_00001000/metadata           DCP's index (a pickle: its hash is checked before it is read)
     <run>/checkpoints/step_00001000/manifest.json      bytes and sha256 of the others, trainer state; written last
 
-A folder without a manifest is not a checkpoint. One whose files do not match its manifest is passed over for the
-next older one, and said so. What saves and loads is called by all workers together; each stores, and brings back, only
-the files that hold a part of its own.
+A folder without a manifest is not a checkpoint. A checkpoint whose files do not match its manifest is skipped with a
+warning, in favour of the next older one. Every rank calls the functions that save and load, and uploads or downloads
+only the files that hold its shards.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ T = TypeVar("T")
 METADATA = "metadata"
 """Stored without DCP's leading dot, so that listings show it."""
 SET_ASIDE = "manifest.set-aside.json"
-"""What `rewind` calls the manifest of a checkpoint that is none any more."""
+"""Name that `rewind` gives to the manifest of a later checkpoint."""
 ATTEMPTS, PAUSE = 3, 5.0
-"""How often a save tries to store each of its files, and the seconds between, beyond the retries of `storage`."""
+"""Attempts to store each file, and seconds between them, in addition to the retries of `storage`."""
 
 
 class File(Strict):
@@ -65,11 +65,11 @@ def uri_of(run: str, step: int) -> str:
 
 
 class Saver:
-    """Saves beside the training: one checkpoint at a time is copied, written, uploaded and committed by a thread.
+    """Saves checkpoints in the background: a thread writes, uploads and commits one copy of the state at a time.
 
-    A save whose turn comes while another is under way is left out, and said so: a slow store costs checkpoints, not
-    steps. One that fails is said so too, and leaves the run as it was; the next one tries again. Made and called by
-    all workers together, whose threads talk over a process group of their own.
+    A checkpoint that is due while another is uploading is skipped with a warning, so that a slow store does not delay
+    training. A save that fails is logged and does not affect the run. Every rank must create it and call its methods;
+    the threads communicate over their own process group.
     """
 
     def __init__(self, run: str, keep: int = 0, keep_every: int | None = None):
@@ -78,7 +78,7 @@ class Saver:
         self.copy: dict[str, Any] = {}
         self.thread: threading.Thread | None = None
         self.failed: str | None = None
-        """Why the last save did not end in a commit."""
+        """Why the last save was not committed; None if it was."""
 
     def save(
         self,
@@ -89,16 +89,16 @@ class Saver:
         before_commit: Callable[[], None] = lambda: None,
         must: bool = False,
     ) -> bool:
-        """Begin to save the state after `step` steps, or leave it out; True if begun.
+        """Start to save the state after `step` steps. Returns False if the save is skipped.
 
-        Returns as soon as the state is copied. `before_commit` is called once, by rank 0's thread. A save that `must`
-        be waits for the one before.
+        Returns as soon as the state is copied. Rank 0 calls `before_commit` before the commit. With `must`, the
+        call waits for a save in progress instead of being skipped.
         """
         if must:
             self.wait()
-        elif self._under_way():
+        elif self._in_progress():
             if dist.get_rank() == 0:
-                log.warning("no checkpoint at step %d: the one before is still being stored", step)
+                log.warning("no checkpoint at step %d: the previous one is still uploading", step)
             return False
         self.copy = _copied(_state(model, optimizer), self.copy)
         self.failed = "it was never finished"
@@ -107,42 +107,44 @@ class Saver:
         return True
 
     def wait(self) -> None:
-        """Until nothing is under way."""
+        """Wait for a save in progress."""
         if self.thread is not None:
             self.thread.join()
 
     def finish(self) -> None:
-        """Wait for the last save. Raises `StorageError` if it did not end in a commit."""
+        """Wait for the last save. Raises `StorageError` if it was not committed."""
         self.wait()
         if self.failed is not None:
-            raise StorageError(f"the last checkpoint of {self.run} is not stored: {self.failed}; mend that and repeat")
+            raise StorageError(
+                f"the last checkpoint of {self.run} was not stored: {self.failed}; run the command again to repeat it"
+            )
 
-    def _under_way(self) -> bool:
-        """On any worker: all must decide alike."""
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self.thread is not None and self.thread.is_alive())
-        return any(everyone)
+    def _in_progress(self) -> bool:
+        """Whether a save is in progress on any rank, so that all ranks decide alike."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self.thread is not None and self.thread.is_alive())
+        return any(gathered)
 
     def _store(self, step: int, trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         try:
             self._commit(step, self._upload(step), trainer, before_commit)
             self.failed = None
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
             self.failed = " ".join(str(error).split())
             if dist.get_rank() == 0:
-                log.warning("no checkpoint at step %d, training goes on: %s", step, self.failed)
+                log.warning("no checkpoint at step %d, training continues: %s", step, self.failed)
 
     def _upload(self, step: int) -> list[File]:
-        """The files of all workers. Raises on all of them if one has failed."""
+        """Upload this rank's files; returns the files of all ranks. Raises on every rank if one has failed."""
         uri = uri_of(self.run, step)
         with tempfile.TemporaryDirectory() as folder:
             dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
-            mine = _or_error(lambda: [_upload(path, uri) for path in sorted(Path(folder).iterdir())])
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, self.group)
-        if complaints := [each for each in everyone if isinstance(each, str)]:
+            own = _or_error(lambda: [_upload(path, uri) for path in sorted(Path(folder).iterdir())])
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own, self.group)
+        if complaints := [each for each in gathered if isinstance(each, str)]:
             raise StorageError(complaints[0])
-        return [file for files in everyone for file in files]
+        return [file for files in gathered for file in files]
 
     def _commit(self, step: int, files: list[File], trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         def commit() -> None:
@@ -158,11 +160,11 @@ class Saver:
             try:
                 prune(self.run, self.keep, self.keep_every)
             except StorageError as error:
-                log.warning("older checkpoints stay for now: %s", error)
+                log.warning("older checkpoints were not deleted: %s", error)
 
 
 def _copied(state: dict[str, Any], into: dict[str, Any]) -> dict[str, Any]:
-    """The state in the host's memory, where no step changes it; in the memory of the copy before, if it fits."""
+    """A copy of the state in host memory, which reuses the memory of the previous copy if the structure is the same."""
     leaves, shape = tree_flatten(state)
     before, shape_before = tree_flatten(into)
     if shape != shape_before:
@@ -178,7 +180,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class _Planner(DefaultSavePlanner):
-    """Puts what is not sharded, a few bytes that every worker needs, into worker 0's file instead of anybody's."""
+    """Stores unsharded tensors, which are small and needed by every rank, in rank 0's file."""
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
         first, *others = all_plans
@@ -188,9 +190,9 @@ class _Planner(DefaultSavePlanner):
 
 
 def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | None:
-    """Load the newest checkpoint that verifies into model and optimizer; None if the run has committed none.
+    """Load the newest valid checkpoint into model and optimizer; returns None if the run has no checkpoint.
 
-    Raises `CheckpointError` if it has, and all are damaged.
+    Every rank must call it. Raises `CheckpointError` if all checkpoints are damaged.
     """
     committed: list[Any] = [committed_steps(run) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(committed)
@@ -202,16 +204,16 @@ def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | 
             manifest = _load(uri_of(run, step), state)
         except CheckpointError as error:
             if dist.get_rank() == 0:
-                log.warning("passed over: %s", error)
+                log.warning("skipped a damaged checkpoint: %s", error)
             continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         return manifest
-    # Starting again from nothing would overwrite what may yet be mended.
-    raise CheckpointError(f"none of the {len(committed[0])} checkpoints of {run} is whole: choose another --run.name")
+    # A restart from step 0 would overwrite checkpoints that may be repairable.
+    raise CheckpointError(f"all {len(committed[0])} checkpoints of {run} are damaged: choose another --run.name")
 
 
 def _load(uri: str, state: dict[str, Any]) -> Manifest:
-    """Fill `state`. Raises on all workers what one of them has met: `CheckpointError` if a file is not as it was."""
+    """Load into `state`. An error of any rank is raised on every rank: `CheckpointError` if a file is damaged."""
     with tempfile.TemporaryDirectory() as folder:
         reader = _Reader(uri, Path(folder))
         _all_or_error(reader.open)
@@ -224,7 +226,7 @@ def _load(uri: str, state: dict[str, Any]) -> Manifest:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Brings files here as they are read from, and verifies them: a worker has no use for most of a checkpoint."""
+    """Downloads and verifies the files that this rank reads, which are a small part of a checkpoint."""
 
     def __init__(self, uri: str, folder: Path):
         super().__init__(folder)
@@ -257,32 +259,32 @@ def _fetch(uri: str, path: Path, sha256: str) -> None:
         raise CheckpointError(f"{uri} is missing") from error
     with open(path, "rb") as f:
         if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-            raise CheckpointError(f"{uri} is damaged: its sha256 is not the one in the manifest")
+            raise CheckpointError(f"{uri} is damaged: its sha256 differs from the manifest")
 
 
 def _all_or_error(work: Callable[[], None]) -> None:
-    """Do it on every worker; raise on all of them what the first has met that failed."""
-    mine: Exception | None = None
+    """Call `work`; if it fails on any rank, raise the first rank's error on every rank."""
+    own: Exception | None = None
     try:
         work()
     except Exception as error:
-        mine = error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if failed := [each for each in everyone if each is not None]:
+        own = error
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    if failed := [each for each in gathered if each is not None]:
         raise failed[0]
 
 
 def rewind(run: str, step: int) -> None:
-    """Make the checkpoint of `step` the newest. Later ones are set aside: their files stay until newer ones come.
+    """Make the checkpoint of `step` the newest. Later ones are set aside; their files are deleted by a later `prune`.
 
-    Raises `CheckpointError` if none is committed at `step`. One process, before the workers start.
+    Called on the driver before workers start. Raises `CheckpointError` if there is no checkpoint of `step`.
     """
     committed = committed_steps(run)
     if step not in committed:
-        there = ", ".join(map(str, committed)) or "none"
-        raise CheckpointError(f"{run} has no checkpoint of step {step} to resume from: there are {there}")
-    for later in reversed(committed[committed.index(step) + 1 :]):  # killed in between, the newest left is still right
+        available = ", ".join(map(str, committed)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step} to resume from: available: {available}")
+    for later in reversed(committed[committed.index(step) + 1 :]):  # newest first, so that a kill leaves a valid order
         uri = uri_of(run, later)
         log.warning("set aside: %s", uri)
         storage.write(storage.join(uri, SET_ASIDE), storage.read(storage.join(uri, "manifest.json")))
@@ -290,10 +292,10 @@ def rewind(run: str, step: int) -> None:
 
 
 def prune(run: str, keep: int, keep_every: int | None = None) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and what interrupted saves and deletions left behind.
+    """Delete all but the `keep` newest committed checkpoints, and remains of interrupted saves and deletions.
 
-    Those of every `keep_every`-th step stay too, and what is newer than the newest committed one: it may be under
-    way. Rank 0 only.
+    Checkpoints of every `keep_every`-th step are kept, as are files newer than the newest committed checkpoint, which
+    may be in progress. Rank 0 only.
     """
     committed = committed_steps(run)
     kept = [s for i, s in enumerate(committed) if i >= len(committed) - keep or (keep_every and s % keep_every == 0)]
@@ -309,7 +311,7 @@ def committed_steps(run: str) -> list[int]:
 
 
 def _files(run: str) -> list[tuple[int, str]]:
-    """Every file of every checkpoint, whole or not, with its step."""
+    """Step and URI of every file of every checkpoint, committed or not."""
     pattern = re.compile(r"/checkpoints/step_(\d{8})/[^/]+$")
     found = ((pattern.search(entry.uri), entry.uri) for entry in storage.walk(storage.join(run, "checkpoints")))
     return [(int(match[1]), uri) for match, uri in found if match]
@@ -321,18 +323,18 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _persist(store: Callable[[], T]) -> T:
-    """Try again where the store has given up: what was computed is worth more than a minute's wait."""
+    """Repeat a store operation whose own retries failed, because a checkpoint is worth more than a minute's wait."""
     for attempt in range(1, ATTEMPTS):
         try:
             return store()
         except StorageError as error:
-            log.warning("trying again in %g s (attempt %d of %d): %s", PAUSE, attempt + 1, ATTEMPTS, error)
+            log.warning("retrying in %g s (attempt %d of %d): %s", PAUSE, attempt + 1, ATTEMPTS, error)
             time.sleep(PAUSE)
     return store()
 
 
 def _or_error(work: Callable[[], T]) -> T | str:
-    """What `work` returns, or what went wrong, to be told to the others: they would wait for a worker that raised."""
+    """The result of `work` or its error message, which the caller sends to the ranks that would otherwise wait."""
     try:
         return work()
     except Exception as error:

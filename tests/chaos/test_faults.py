@@ -271,6 +271,6 @@ def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_c
     assert begun[-1] - begun[5] < 2 <= seconds <= ended - begun[5]
     assert report["step"] == test_training.STEPS
     assert checkpoint.committed_steps(cfg.run.uri)[-1] == test_training.STEPS
-    assert "no checkpoint at step 8: the one before is still being stored" in caplog.text
+    assert "no checkpoint at step 8: the previous one is still uploading" in caplog.text
     undisturbed = loop.train(test_training.settings_for(store, tmp_path, "undisturbed"), torch.device("cpu"))
     assert test_training.weights_of(report["run"]) == test_training.weights_of(undisturbed["run"])

@@ -174,6 +174,8 @@ def test_a_disk_that_fills_under_a_run_costs_a_checkpoint_and_no_step(
 
     with caplog.at_level(logging.WARNING):
         report = loop.train(cfg, torch.device("cpu"), each_step)
-    assert re.search(r"no checkpoint at step 8, training goes on: .*/step_00000008/\w+: its disk is full", caplog.text)
+    assert re.search(
+        r"no checkpoint at step 8, training continues: .*/step_00000008/\w+: its disk is full", caplog.text
+    )
     assert checkpoint.committed_steps(cfg.run.uri) == [4, 12]
     assert report["step"] == 12

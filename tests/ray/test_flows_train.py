@@ -165,7 +165,7 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for_or_not_at_all(
     )
     with pytest.raises(CheckpointError, match=rf"has checkpoints up to step {STEPS}, .* choose another --run\.name"):
         train.pretrain(never)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 9 to resume from: there are 4, 8, 12"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9 to resume from: available: 4, 8, 12"):
         train.pretrain(from_9)
     storage.delete(storage.join(settings.run.uri, "release", "model.safetensors"))
     report = train.pretrain(from_8)

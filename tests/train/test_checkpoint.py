@@ -192,7 +192,7 @@ def test_a_save_whose_turn_comes_too_early_is_left_out_and_one_that_must_be_wait
     assert trainee.begin(saver, 1, before_commit=stored.wait)
     with caplog.at_level(logging.WARNING):
         assert not trainee.begin(saver, 2)
-    assert "no checkpoint at step 2: the one before is still being stored" in caplog.text
+    assert "no checkpoint at step 2: the previous one is still uploading" in caplog.text
     threading.Timer(0.3, stored.set).start()
     assert trainee.begin(saver, 3, must=True)
     saver.finish()
@@ -211,9 +211,9 @@ def test_a_failed_save_is_tried_again_and_ends_nothing_but_the_last_one(
     with caplog.at_level(logging.WARNING):
         assert trainee.begin(saver, 1)
         saver.wait()
-    assert caplog.text.count("trying again") == checkpoint.ATTEMPTS - 1
-    assert f"no checkpoint at step 1, training goes on: {run}" in caplog.text
-    with pytest.raises(StorageError, match=r"the last checkpoint of .* is not stored: .*; mend that and repeat"):
+    assert caplog.text.count("retrying in") == checkpoint.ATTEMPTS - 1
+    assert f"no checkpoint at step 1, training continues: {run}" in caplog.text
+    with pytest.raises(StorageError, match=r"the last checkpoint of .* was not stored: .*; run the command again"):
         saver.finish()
 
     monkeypatch.setattr(checkpoint, "PAUSE", 0.2)
@@ -232,7 +232,7 @@ def test_a_full_disk_under_the_temporary_folder_is_a_failed_save_too(
         saver = checkpoint.Saver(run)
         assert Trainee(1).train(0).begin(saver, 1)
         saver.wait()
-    assert "no checkpoint at step 1, training goes on" in caplog.text
+    assert "no checkpoint at step 1, training continues" in caplog.text
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(checkpoint.dcp, "save", partial(checkpoint.dcp.save, storage_writer=Full("/nowhere")))
     assert Trainee(1).train(0).begin(saver, 2)
@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(
     assert manifest.step == 1
     assert equal(older, other)
     if (name, harm) != ("manifest.json", Path.unlink):  # without one it never was a checkpoint
-        assert f"passed over: {checkpoint.uri_of(run, 2)}/{name}" in caplog.text
+        assert f"skipped a damaged checkpoint: {checkpoint.uri_of(run, 2)}/{name}" in caplog.text
 
 
 def test_a_torn_checkpoint_is_none(run: str) -> None:
@@ -317,10 +317,10 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(run: str, caplog: pyt
         damage(Path(checkpoint.uri_of(run, step), "metadata"))
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* --run\.name"),
+        pytest.raises(CheckpointError, match=r"all 2 checkpoints .* --run\.name"),
     ):
         Trainee(2).load(run)
-    assert caplog.text.count("passed over") == 2
+    assert caplog.text.count("skipped a damaged checkpoint") == 2
 
 
 class Bomb:
@@ -337,7 +337,7 @@ def test_the_pickled_index_is_not_opened_before_its_hash_is_checked(run: str, tm
     """DCP reads its index with plain pickle."""
     Trainee(1).train(0).save(run, 1)
     Path(checkpoint.uri_of(run, 1), "metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
         Trainee(2).load(run)
     assert not (tmp_path / "ran").exists()
 
@@ -400,7 +400,7 @@ def test_rewinding_sets_later_ones_aside(place: str) -> None:
     """Left as they are, the next resume takes the end that was given up; deleted, a mistyped step costs the run."""
     for step in (5, 10, 15):
         save_fake(place, step)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 to resume from: there are 5, 10, 15"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 to resume from: available: 5, 10, 15"):
         checkpoint.rewind(place, 7)
     checkpoint.rewind(place, 5)
     checkpoint.rewind(place, 5)
