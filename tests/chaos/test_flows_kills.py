@@ -253,7 +253,7 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
         node = run.node_of_a_worker()
         drain(nodes, node, 60)
         losses = run.ended(driver)
-    assert re.search(r"1 node\(s\) will go in \d\d s: saving", run.said())
+    assert re.search(r"1 node\(s\) are preempted in \d\d s: saving", run.said())
     assert LOST not in run.said()
     (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
     assert losses.keys() == undisturbed[1].keys() | {int(resumed)}  # saved where the notice came, which has a line

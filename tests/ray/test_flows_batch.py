@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
     with pytest.raises(EndpointError, match="expected http"):
         batch.score(ScoreConfig(endpoint="ftp://x", tokens=store, **out))
     monkeypatch.setenv(batch_units.KEY, "wrong")
-    with pytest.raises(EndpointError, match="401 this key is not one of ours"):
+    with pytest.raises(EndpointError, match="401 the key is not valid"):
         batch.score(ScoreConfig(endpoint=place.url, tokens=store, **out))
     for wrong in ({}, {"release": "a", "endpoint": "b"}, {"release": "a", "tokens": "b", "source": "c"}):
         with pytest.raises(ValueError, match="one of them"):

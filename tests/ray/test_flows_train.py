@@ -193,7 +193,7 @@ def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_pat
                 "model": fits.model.model_copy(update={"objective": "masked"}),
             },
             SettingError,
-            "--run.sample-every finishes pictures",
+            "--run.sample-every needs --model.objective next",
         ),
         ({"model": fits.model.model_copy(update={"n_px": 16})}, SettingError, r"n_px is 16, but .* n_px 8"),
         ({"model": fits.model.model_copy(update={"n_vocab": 512})}, SettingError, "n_vocab is 512"),

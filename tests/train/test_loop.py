@@ -281,7 +281,7 @@ def test_an_upload_that_fails_on_one_worker_costs_a_checkpoint_and_starts_nobody
     Path(checkpoint.uri_of(cfg.run.uri, 4), "__1_0.distcp").mkdir(parents=True)
     on_workers(2, tmp_path, cache, cfg)
     said = capfd.readouterr().err
-    assert said.count("trying again") == checkpoint.ATTEMPTS - 1
+    assert said.count("retrying in") == checkpoint.ATTEMPTS - 1
     assert re.findall(r"no checkpoint at step (\d+), training continues: .*__1_0.distcp: Is a directory", said) == ["4"]
     assert checkpoint.committed_steps(cfg.run.uri) == [8, 12]
 
