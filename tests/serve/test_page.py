@@ -204,7 +204,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_refused(browser: Any, tmp_path: P
         shot(page, "phone-door")
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        until(lambda: page.evaluate("document.getElementById('about').textContent.includes('not one of ours')"))
+        until(lambda: page.evaluate("document.getElementById('about').textContent.includes('is not valid')"))
         page.fill("#key", KEY)
         page.keyboard.press("Enter")
         page.wait_for_selector("#samples button")
