@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
     with pytest.raises(EndpointError, match="401 the key is not valid"):
         batch.score(ScoreConfig(endpoint=place.url, tokens=store, **out))
     for wrong in ({}, {"release": "a", "endpoint": "b"}, {"release": "a", "tokens": "b", "source": "c"}):
-        with pytest.raises(ValueError, match="one of them"):
+        with pytest.raises(ValueError, match="set exactly one of"):
             ScoreConfig(**wrong, **out)
 
 
