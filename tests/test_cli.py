@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from igpt_ray import __version__, cli
+from igpt_ray.data.config import PrepareConfig
 from igpt_ray.errors import SettingError
+from igpt_ray.train.config import DataConfig, PretrainConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,8 +81,12 @@ def test_a_submitted_job_does_not_write_into_the_folder_that_ray_deletes() -> No
     from igpt_ray.flows.job import JOB_FOLDER, check_outputs
 
     folder = f"/tmp/ray/session_1{JOB_FOLDER}_ray_pkg_1"
-    lost = {"run": {"root": f"{folder}/runs"}, "data": {"tokens": "s3://bucket/tokens"}}
+    run = PretrainConfig(data=DataConfig(tokens=f"{folder}/tokens"), run=RunConfig(root=f"{folder}/runs"))
     with pytest.raises(SettingError, match=r"--run\.root is .*/runs, a folder of this job that Ray deletes"):
-        check_outputs(lost, folder)
-    check_outputs(lost, "/home/user/checkout")
-    check_outputs({"run": {"root": "s3://bucket/runs"}, "keys": f"{folder}/keys.txt"}, folder)
+        check_outputs(run, folder)
+    check_outputs(run, "/home/user/checkout")
+    check_outputs(run.model_copy(update={"run": RunConfig(root="s3://bucket/runs")}), folder)  # tokens are only read
+    prepared = PrepareConfig(source="s3://bucket/images", palette="openai", tokens="s3://bucket/tokens")
+    check_outputs(prepared, folder)
+    with pytest.raises(SettingError, match="--tokens is"):
+        check_outputs(prepared.model_copy(update={"tokens": f"{folder}/tokens"}), folder)

@@ -86,7 +86,7 @@ class File(Strict):
     sha256: str
 
 
-class WorkUnit(Strict):
+class FeatureUnit(Strict):
     """The features of a shard of tokens."""
 
     source: str
@@ -98,7 +98,7 @@ class WorkUnit(Strict):
 class Manifest(Strict):
     about: About
     split: str
-    units: list[WorkUnit]
+    units: list[FeatureUnit]
     """In the order of the token store's rows."""
     made_by: dict[str, Any]
 
@@ -178,7 +178,7 @@ def about_of(root: str) -> About:
         raise FeatureError(f"{root}/features.json is damaged or of another version: remove {root}") from error
 
 
-def finished(root: str, listed: list[Shard]) -> dict[str, WorkUnit]:
+def finished(root: str, listed: list[Shard]) -> dict[str, FeatureUnit]:
     """Path of a shard -> the unit that is there, its files in their full size. Reading compares their sha256 too."""
     places = {storage.join(root, shard.split) for shard in listed}
     sizes = {entry.uri: entry.size for place in places for entry in storage.walk(place)}
@@ -188,7 +188,7 @@ def finished(root: str, listed: list[Shard]) -> dict[str, WorkUnit]:
         if uri not in sizes:
             continue
         try:
-            unit = WorkUnit.model_validate_json(storage.read(uri))
+            unit = FeatureUnit.model_validate_json(storage.read(uri))
         except ValidationError:
             continue  # damaged: it is made again
         whole = all(sizes.get(storage.join(root, file.path)) == file.bytes for file in unit.files)
@@ -197,7 +197,9 @@ def finished(root: str, listed: list[Shard]) -> dict[str, WorkUnit]:
     return found
 
 
-def make_unit(root: str, store: TokenStore, shard: Shard, about: About, model: ImageGPT, batch_size: int) -> WorkUnit:
+def make_unit(
+    root: str, store: TokenStore, shard: Shard, about: About, model: ImageGPT, batch_size: int
+) -> FeatureUnit:
     """Compute the features of a shard and store them, a file a layer, then the line that says so.
 
     Raises `FeatureError` if they are not finite, naming the image.
@@ -218,7 +220,7 @@ def make_unit(root: str, store: TokenStore, shard: Shard, about: About, model: I
                     column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(found[..., i, :]))
                     writers[layer].write_table(part.append_column("features", column).cast(schema))
         files = [_store(root, shard, layer, path) for layer, path in paths.items()]
-    unit = WorkUnit(source=shard.sha256, rows=len(tokens), files=files)
+    unit = FeatureUnit(source=shard.sha256, rows=len(tokens), files=files)
     storage.write(_line_uri(root, shard), (unit.model_dump_json(indent=1) + "\n").encode())
     return unit
 

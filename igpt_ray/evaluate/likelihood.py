@@ -126,20 +126,20 @@ HEAT = ((0, 0, 0), (150, 20, 60), (250, 140, 20), (255, 255, 220))
 
 
 @dataclass(frozen=True)
-class ClassificationSums:
-    """Images of a split and what each costs."""
+class Evaluation:
+    """Likelihood of the images of a split or shard, and its classification if the model has a head."""
 
     keys: list[str]
     labels: NDArray[np.int64]
     nats: Nats
-    """(N,)"""
+    """(N,) nats per image."""
     by_position: Nats
-    """(T,), summed over images."""
+    """(T,) nats per position, summed over images."""
     classified: Judgement | None = None
-    """Of those with labels, by a network that tells their classes apart."""
+    """Classification of the labelled images; None without a head."""
 
     @classmethod
-    def joined(cls, parts: list["ClassificationSums"]) -> "ClassificationSums":
+    def joined(cls, parts: list["Evaluation"]) -> "Evaluation":
         classified = [part.classified for part in parts if part.classified is not None]
         return cls(
             [key for part in parts for key in part.keys],
@@ -216,9 +216,9 @@ def _mixture(
     backoff: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best strength s."""
-    forward_with_classifier = _counts(fit_context << 17 | fit_token, context << 17 | token)
+    joint_counts = _counts(fit_context << 17 | fit_token, context << 17 | token)
     total = _counts(fit_context, context)
-    candidates = ((forward_with_classifier + s * backoff) / (total + s) for s in STRENGTHS)
+    candidates = ((joint_counts + s * backoff) / (total + s) for s in STRENGTHS)
     return max(candidates, key=lambda p: float(np.log(p).sum()))
 
 

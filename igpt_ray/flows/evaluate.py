@@ -14,7 +14,7 @@ from igpt_ray.errors import SettingError
 from igpt_ray.evaluate.config import EvaluateConfig
 from igpt_ray.evaluate.features import Labels
 from igpt_ray.evaluate.likelihood import (
-    ClassificationSums,
+    Evaluation,
     Likelihood,
     auroc,
     class_logits,
@@ -91,19 +91,17 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _judged(settings: EvaluateConfig, store: TokenStore) -> ClassificationSums:
+def _judged(settings: EvaluateConfig, store: TokenStore) -> Evaluation:
     arguments = {"release": settings.release, "tokens": store.root, "batch_size": settings.batch_size}
     progress = Progress("evaluate", store.manifest.rows(settings.split), "images")
-    parts: list[ClassificationSums] = []
+    parts: list[Evaluation] = []
     for part in actor_map(store.manifest.select(settings.split), ShardNats, arguments, settings.pool):
         parts.append(part)
         progress.add(len(part.nats))
-    return ClassificationSums.joined(parts)
+    return Evaluation.joined(parts)
 
 
-def _write_report(
-    settings: EvaluateConfig, store: TokenStore, report: dict[str, Any], judged: ClassificationSums
-) -> None:
+def _write_report(settings: EvaluateConfig, store: TokenStore, report: dict[str, Any], judged: Evaluation) -> None:
     """likelihood.json and surprise.png: bright is where an image costs most."""
     n_px = store.kind.n_px
     by_position = (judged.by_position / len(judged.nats)).reshape(n_px, n_px)
@@ -129,7 +127,7 @@ class ShardNats:
         self.batch_size = batch_size
         self.knows = self.model.config.n_class > 0 and loaded.config.classes == self.store.manifest.classes
 
-    def __call__(self, shard: Shard) -> ClassificationSums:
+    def __call__(self, shard: Shard) -> Evaluation:
         table = self.store.read(shard)
         keys, tokens = table["key"].to_pylist(), tokens_of(table)
         if self.model.causal:
@@ -138,7 +136,7 @@ class ShardNats:
             nats = masked_nats(self.model, tokens, keys, self.batch_size)
             by_position = np.zeros(tokens.shape[1])  # masks differ, so positions cannot be compared
         labels = table["label"].to_numpy().astype(np.int64)
-        return ClassificationSums(keys, labels, nats, by_position, self.classified(tokens, keys, labels))
+        return Evaluation(keys, labels, nats, by_position, self.classified(tokens, keys, labels))
 
     def classified(self, tokens: Tokens, keys: list[str], labels: Labels) -> Judgement | None:
         """None if the network has no head for the store's classes, or no image a label."""

@@ -8,7 +8,7 @@ from igpt_ray import weights
 from igpt_ray.data.token_store import Shard, TokenStore
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig
-from igpt_ray.evaluate.features import About, Manifest, WorkUnit
+from igpt_ray.evaluate.features import About, FeatureUnit, Manifest
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.model import losses
@@ -82,5 +82,5 @@ class MakeUnit:
         self.about = about
         self.batch_size = settings.batch_size
 
-    def __call__(self, shard: Shard) -> WorkUnit:
+    def __call__(self, shard: Shard) -> FeatureUnit:
         return self.make(shard, self.about, self.model, self.batch_size)

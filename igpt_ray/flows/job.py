@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 from pydantic import BaseModel
 
+from igpt_ray.data.config import PrepareConfig
 from igpt_ray.errors import IgptError, SettingError
 from igpt_ray.flows.local_cluster import free_port
 from igpt_ray.progress import LogHandler
@@ -24,8 +25,8 @@ from igpt_ray.progress import LogHandler
 S = TypeVar("S", bound=BaseModel)
 
 
-OUTPUTS = ("out", "root", "tokens")
-"""Names of the settings that hold URIs of output folders."""
+OUTPUTS = {"out", "root"}
+"""Names of the settings that hold URIs of output folders; `tokens` is one in preparation only."""
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of a submitted job's working directory, which Ray deletes with its session."""
 
@@ -33,7 +34,7 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
     """Run `flow` and print its result as one JSON line. Ends the program with an exit code if the flow fails."""
     try:
-        check_outputs(settings.model_dump(), os.getcwd())
+        check_outputs(settings, os.getcwd())
         if cluster:
             connect()
         report = flow(settings)
@@ -49,14 +50,16 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
     print(json.dumps(report), flush=True)
 
 
-def check_outputs(settings: dict[str, Any], folder: str, prefix: str = "--") -> None:
+def check_outputs(settings: BaseModel, folder: str, prefix: str = "--") -> None:
     """Raise `SettingError` if a submitted job would write into its working directory, where results would be lost."""
     if JOB_FOLDER not in folder:
         return
-    for name, value in settings.items():
-        if isinstance(value, dict):
+    outputs = OUTPUTS | ({"tokens"} if isinstance(settings, PrepareConfig) else set())
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
             check_outputs(value, folder, f"{prefix}{name}.")
-        elif name in OUTPUTS and isinstance(value, str) and value.startswith(folder):
+        elif name in outputs and isinstance(value, str) and JOB_FOLDER in os.path.normpath(value):
             raise SettingError(
                 f"{prefix}{name} is {value}, a folder of this job that Ray deletes: set it to an s3:// URI or to the"
                 " absolute path of a folder that all nodes share"

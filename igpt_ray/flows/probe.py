@@ -148,14 +148,14 @@ def _labels(store: TokenStore, split: str) -> Labels:
 # ------------------------------------------------------------------------------------------------ on an actor
 
 
-class ClassificationSums(NamedTuple):
+class ProbeResult(NamedTuple):
     report: dict[str, float]
     confusion: np.ndarray
     linear: Any
 
 
 class Prober:
-    """Choose -> Choice, Judge -> Judged, Few -> accuracies by classifier."""
+    """Choose -> Choice, Judge -> ProbeResult, Few -> accuracies by classifier."""
 
     def __init__(self, settings: ProbeConfig, roots: dict[str, str]):
         self.settings = settings
@@ -173,7 +173,7 @@ class Prober:
             if isinstance(task, Few):
                 return few_shot.few_labels(fit, test, task.k, classes, seed)
             linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
-            return ClassificationSums(*linear_probe.summary(linear, test, len(classes)), linear)
+            return ProbeResult(*linear_probe.summary(linear, test, len(classes)), linear)
 
     def labelled(self, source: str, layers: tuple[int, ...], split: str, folder: str) -> Labelled:
         """Features of some layers side by side; for SGD in a file on this node's disk, whatever their size."""
@@ -251,7 +251,7 @@ def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     }
 
 
-def _write(settings: ProbeConfig, store: TokenStore, report: Report, judged: ClassificationSums) -> None:
+def _write(settings: ProbeConfig, store: TokenStore, report: Report, judged: ProbeResult) -> None:
     about = {"protocol": _protocol(settings, store), "made_by": provenance(settings)}
     storage.write(storage.join(settings.out, "probe.json"), json.dumps({**report, **about}, indent=1).encode())
     classes = store.manifest.classes

@@ -202,6 +202,7 @@ def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: di
     if storage.write_new(uri, data):
         return
     existing = json.loads(storage.read(uri))["identity"]
+    existing["optim"] = _with_schedule(existing["optim"])
     for name, section in (("model", ModelConfig()), ("optim", OptimConfig())):
         existing[name] = section.model_dump(mode="json") | existing[name]  # defaults of newer settings
     differing = sorted(_differences(existing, identity))
@@ -212,6 +213,17 @@ def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: di
             f"the run at {settings.run.uri} was started with other settings ({'; '.join(differing)}):"
             " use those to resume it, or choose another --run.name"
         )
+
+
+def _with_schedule(optim: dict[str, Any]) -> dict[str, Any]:
+    """The optimiser's settings of a run before version 0.2, whose `cooldown` is now `schedule` and `decay_fraction`."""
+    cooldown = optim.get("cooldown")
+    rest = {name: value for name, value in optim.items() if name != "cooldown"}
+    if cooldown is None:
+        return rest
+    if cooldown == 0:
+        return rest | {"schedule": "constant"}
+    return rest | {"schedule": "warmup_stable_decay", "decay_fraction": cooldown}
 
 
 def _differences(existing: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

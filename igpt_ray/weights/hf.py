@@ -130,8 +130,8 @@ def palette_of(folder: str) -> Palette | None:
 def _ours(found: dict[str, Tensor], model: ImageGPT) -> dict[str, Tensor]:
     wte, sos = found[EMBEDDING].split([model.config.n_vocab, 1])
     rows = _rows(model)
-    apply_rope = {ours: found[row.name].T if row.conv1d else found[row.name] for ours, row in rows.items()}
-    return apply_rope | {"wte.weight": wte, "sos": sos[0]}
+    converted = {ours: found[row.name].T if row.conv1d else found[row.name] for ours, row in rows.items()}
+    return converted | {"wte.weight": wte, "sos": sos[0]}
 
 
 def _rows(model: ImageGPT) -> dict[str, TensorMapping]:

@@ -55,9 +55,9 @@ def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
     plain = encoded(smooth, "JPEG", quality=95)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    apply_rope = encoded(smooth, "JPEG", quality=95, exif=exif)
+    rotated = encoded(smooth, "JPEG", quality=95, exif=exif)
     broken = encoded(smooth, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
-    for data in (apply_rope, broken):
+    for data in (rotated, broken):
         np.testing.assert_array_equal(image_files.decode(data), image_files.decode(plain))
 
 

@@ -114,12 +114,12 @@ def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: To
 
     uri = released(tmp_path / "tuned", kind, palette, n_class=2)
     tokens = np.random.default_rng(0).integers(0, 16, (7, 16)).astype(np.uint16)
-    evaluate_classifier = bias.classifier(uri, kind, "cpu", batch_size=3)
+    classifier = bias.classifier(uri, kind, "cpu", batch_size=3)
     direct = (
         weights.load_release(uri).model.forward_with_classifier(torch.from_numpy(tokens.astype(np.int64)))[1].argmax(1)
     )
-    assert evaluate_classifier.select(tokens, [""] * 7).tolist() == direct.tolist()
-    assert evaluate_classifier.classes == ["cat", "dog"]
+    assert classifier.select(tokens, [""] * 7).tolist() == direct.tolist()
+    assert classifier.classes == ["cat", "dog"]
 
 
 def test_what_names_no_classes_is_refused(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import HF_SHAPES, ROOT, listing_of, manifest_of, random_hf, random_model, random_tokens, shifted
-from faults import one_by_one
 
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, SettingError
@@ -45,7 +45,7 @@ def release_of(model: ImageGPT, store: TokenStore, uri: str) -> str:
 @pytest.fixture
 def extract(store: TokenStore, release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extract:
     """The flow in this process; what Ray adds is in test_flows_features.py."""
-    monkeypatch.setattr(flow, "actor_map", one_by_one)
+    monkeypatch.setattr(flow, "actor_map", serial_map)
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 4)
 
     def extracted(**settings: object) -> dict[str, object]:
@@ -97,8 +97,8 @@ def test_other_poolings_are_what_they_say() -> None:
     np.testing.assert_allclose(highest[:, 0], normed.max(1), atol=1e-6)
     scores = np.einsum("btc,bc->bt", normed, normed[:, -1]) / np.sqrt(normed.shape[2])
     shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    sdpa = features.pooled(model, tokens, keys, [1], "attention", 3)
-    np.testing.assert_allclose(sdpa[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
+    pooled = features.pooled(model, tokens, keys, [1], "attention", 3)
+    np.testing.assert_allclose(pooled[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
 
 
 def test_nothing_behind_the_last_layer_wanted_is_run() -> None:
@@ -252,7 +252,7 @@ def wide_unit(root: str, rows: int) -> None:
     store = token_store.commit(root, manifest_of(kind, [listing_of("train/0-v0.parquet", "train", 0, rows, data)]))
     model = random_model(n_layer=62, n_embd=32, n_head=1, n_px=2)
     uri = release_of(model, store, f"{root}/release")
-    flow.actor_map = one_by_one
+    flow.actor_map = serial_map
     flow.extract(FeaturesConfig(release=uri, tokens=root, out=f"{root}/features"))
 
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from igpt_ray.data.token_store import Tokens
 from igpt_ray.evaluate.likelihood import (
-    ClassificationSums,
+    Evaluation,
     Likelihood,
     auroc,
     count_models,
@@ -110,10 +110,10 @@ def test_classes_and_ranks_are_of_their_own_images() -> None:
     labels = np.arange(100) % 3
     keys = [f"{i}.png" for i in range(100)]
     parts = [
-        ClassificationSums(keys[:30], labels[:30], nats[:30], np.ones(16)),
-        ClassificationSums(keys[30:], labels[30:], nats[30:], np.ones(16)),
+        Evaluation(keys[:30], labels[:30], nats[:30], np.ones(16)),
+        Evaluation(keys[30:], labels[30:], nats[30:], np.ones(16)),
     ]
-    whole = ClassificationSums.joined(parts)
+    whole = Evaluation.joined(parts)
     by_class = whole.by_class(["a", "b", "c", "nobody"])
     assert list(by_class) == ["a", "b", "c"]
     assert by_class["b"]["nats_per_token"] == pytest.approx(nats[labels == 1].mean() / 16)

@@ -139,6 +139,19 @@ def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str,
     path.write_text(whole)
 
 
+@pytest.mark.parametrize(
+    ("cooldown", "schedule"),
+    [
+        (None, {}),
+        (0, {"schedule": "constant"}),
+        (0.8, {"schedule": "warmup_stable_decay", "decay_fraction": 0.8}),
+    ],
+)
+def test_the_cooldown_of_older_runs_is_read_as_a_schedule(cooldown: float | None, schedule: dict[str, Any]) -> None:
+    """A modern or fine-tuning run of version 0.1 could not be resumed."""
+    assert train._with_schedule({"lr": 0.1, "cooldown": cooldown}) == {"lr": 0.1, **schedule}
+
+
 def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     undisturbed: dict[str, Any], prepared: str
 ) -> None:

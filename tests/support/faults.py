@@ -8,9 +8,8 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 ANYTHING = ("503", "reset", "cut 0", "cut 100", "cut 300", "cut 900", "cut 5000", "lost", "drop")
@@ -122,11 +121,3 @@ async def _end(proxy: FaultProxy, server: asyncio.Server) -> None:
     proxy.ended.set()
     if hanging := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(hanging, timeout=5)
-
-
-def one_by_one(
-    tasks: Sequence[Any], worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], pool: object
-) -> Iterator[Any]:
-    """What `flows.pool.actor_map` promises, in this process: a preparation that can be driven step by step."""
-    work = worker(**arguments)
-    yield from map(work, tasks)

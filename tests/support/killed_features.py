@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults import one_by_one
 from killed import Killer, files_below, in_child
 
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.evaluate.config import FeaturesConfig
 from igpt_ray.flows import features
 
 
 def main(settings: dict[str, Any], root: Path) -> None:
-    features.actor_map = one_by_one
+    features.actor_map = serial_map
     n, killed = 0, True
     while killed:
         made = FeaturesConfig.model_validate({**settings, "out": str(root / str(n))})
