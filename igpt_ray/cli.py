@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from igpt_ray.interrupt import exits_on_interrupt
+
 
 class Command(NamedTuple):
     """Where a command's parts are; `module:name`, imported when the command runs."""
@@ -151,13 +153,14 @@ def main() -> None:
 def run(name: str, words: list[str] | None = None, prog: str | None = None) -> None:
     """Run a command with `words` as its settings (by default those of the program), and print its JSON line.
 
-    Ends the program with exit code 2 if the settings are refused, and as `flows.job.finish` if the flow fails.
+    Ends the program with exit code 2 if the settings are refused, 1 if the flow fails, 130 or 143 after an interrupt.
     """
     command = COMMANDS[name]
-    settings = parse(name, sys.argv[1:] if words is None else words, prog or f"python jobs/{name}.py")
-    job = import_module("igpt_ray.flows.job")
-    cluster = command.cluster and not (name == "serve" and settings.check)
-    job.finish(_load(command.flow), settings, cluster)
+    with exits_on_interrupt():
+        settings = parse(name, sys.argv[1:] if words is None else words, prog or f"python jobs/{name}.py")
+        job = import_module("igpt_ray.flows.job")
+        cluster = command.cluster and not (name == "serve" and settings.check)
+        job.finish(_load(command.flow), settings, cluster)
 
 
 def parse(name: str, words: list[str], prog: str) -> Any:

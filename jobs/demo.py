@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 import urllib.request
@@ -26,6 +25,7 @@ from igpt_ray.errors import IgptError, SettingError
 from igpt_ray.flows import local_cluster
 from igpt_ray.flows.config import DemoConfig
 from igpt_ray.flows.serve import curl_line
+from igpt_ray.interrupt import exits_on_interrupt
 from igpt_ray.provenance import provenance
 
 MARK = ".igpt_ray-demo"
@@ -174,18 +174,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def stop(*_: Any) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that what was started is stopped."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     settings = tyro.cli(DemoConfig)
-    signal.signal(signal.SIGTERM, stop)
     try:
-        report = demo(settings)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with exits_on_interrupt():
+            report = demo(settings)
     except IgptError as error:
         say(f"error: {error}")
         sys.exit(1)

@@ -1,7 +1,7 @@
 """The frame of every command: join or start Ray, run the flow, print one JSON line, set the exit code.
 
 Exit codes: 0 success; 1 an error for the user (one line on stderr) or a bug (a traceback); 2 invalid settings; 130
-interrupted.
+after Ctrl-C; 143 after SIGTERM.
 """
 
 import json
@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from igpt_ray.data.config import PrepareConfig
 from igpt_ray.errors import IgptError, SettingError
 from igpt_ray.flows.local_cluster import free_port
+from igpt_ray.interrupt import catch_sigterm
 from igpt_ray.progress import LogHandler
 
 S = TypeVar("S", bound=BaseModel)
@@ -38,9 +39,6 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
         if cluster:
             connect()
         report = flow(settings)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         known = user_error(error)
         if known is None:
@@ -77,6 +75,7 @@ def connect() -> None:
             keep_token_private()
             _set_own_address()
         ray.init(address=joined or "local", logging_level="warning")
+        catch_sigterm()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     log_to_stderr()
 

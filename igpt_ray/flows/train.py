@@ -7,12 +7,14 @@ start. The training loop is `train/loop.py`. All state is in the run's folder; R
 
 import json
 import logging
+import math
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,17 +22,19 @@ import ray._private.state
 import ray.train
 from ray import PlacementGroupID
 from ray.core.generated import gcs_pb2
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from igpt_ray import storage
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.flows.job import log_to_stderr, user_error
+from igpt_ray.interrupt import run_interruptible
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, loop, metrics
@@ -40,6 +44,8 @@ log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
 """Seconds between polls of the cluster's state."""
+INTERRUPT_TIMEOUT_S = 1.0
+"""Seconds in which an interrupted driver expects to learn whether workers will save."""
 STABLE_POLLS = 5
 """Polls without a change after which the number of available workers counts as stable."""
 
@@ -56,11 +62,18 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _warn_if_short(settings.workers)
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    stop = StopRequest.options(scheduling_strategy=node).remote()
     failures, report = 0, {"left": 0}
     while "left" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
-            report = _trainer(settings, _available_workers(settings.workers)).fit().return_value
+            trainer = _trainer(settings, _available_workers(settings.workers), stop)
+            result, interrupt = run_interruptible(trainer.fit, partial(_request_stop, stop))
+            report = result.return_value
+            if interrupt is not None and "left" in report:
+                saved = f"step {report['left']} is saved, the same command resumes the run"
+                raise type(interrupt)(saved) from None
         except (TrainingFailedError, RayActorError) as error:  # lost workers or controller
             if known := user_error(error):
                 raise known from error
@@ -72,13 +85,41 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _trainer(settings: PretrainConfig, n: int) -> TorchTrainer:
+@ray.remote(num_cpus=0)
+class StopRequest:
+    """Whether the driver was interrupted. The workers poll it, save a checkpoint and end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.polled_at = -math.inf
+
+    def poll(self) -> bool:
+        self.polled_at = time.monotonic()
+        return self.requested
+
+    def request(self) -> bool:
+        """Returns whether workers poll, i.e. whether a checkpoint can be expected."""
+        self.requested = True
+        return time.monotonic() - self.polled_at < 10 * POLL_INTERVAL_S
+
+
+def _request_stop(stop: Any) -> bool:
+    try:
+        polled: bool = ray.get(stop.request.remote(), timeout=INTERRUPT_TIMEOUT_S)
+    except RayError:
+        return False
+    if polled:
+        log.warning("interrupted: saving a checkpoint; a second interrupt ends the run without it")
+    return polled
+
+
+def _trainer(settings: PretrainConfig, n: int, stop: Any) -> TorchTrainer:
     w = settings.workers
     # -1: Ray waits without limit for workers that cannot start. 0: it fails, and we start with fewer workers.
     limit = -1 if w.min_workers == w.n else 0
     return TorchTrainer(
         train_worker,
-        train_loop_config=settings.model_dump(mode="json"),
+        train_loop_config={"settings": settings.model_dump(mode="json"), "stop": stop},
         torch_config=TorchConfig(timeout_s=w.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A unique name in a temporary folder, because nothing is reported to Ray Train.
@@ -237,14 +278,15 @@ def _differences(existing: dict[str, Any], here: dict[str, Any], prefix: str = "
     return differences
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The function that Ray Train calls on every worker."""
+    settings = config["settings"]
     log_to_stderr()
     logging.getLogger("igpt_ray").propagate = False  # Ray Train's handler would print every line a second time
     kind = FinetuneRunConfig if "tune" in settings else PretrainConfig
     cfg = kind.model_validate(settings)
     should_stop = threading.Event()
-    threading.Thread(target=_watch, args=(cfg.workers, should_stop), daemon=True).start()
+    threading.Thread(target=_watch, args=(cfg.workers, config["stop"], should_stop), daemon=True).start()
     return loop.train(cfg, ray.train.torch.get_device(), should_stop.is_set, _gauges(cfg.run.name))
 
 
@@ -261,8 +303,9 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     return on_metrics
 
 
-def _watch(workers: WorkersConfig, should_stop: threading.Event) -> None:
-    """Set `should_stop` when a node of the group is being preempted and, on rank 0, when more workers can start.
+def _watch(workers: WorkersConfig, stop: Any, should_stop: threading.Event) -> None:
+    """Set `should_stop` when a node of the group is being preempted and, on rank 0, when the driver is interrupted or
+    more workers can start.
 
     Runs in a thread, because get_preemption_info() is a collective call. Ray Train's own resize would kill the workers
     without saving. Resources for more workers are reserved only after the current workers have theirs.
@@ -279,8 +322,18 @@ def _watch(workers: WorkersConfig, should_stop: threading.Event) -> None:
                     "%d node(s) are preempted %s: saving, then restarting", len(notice.preempted_node_ids), when
                 )
             should_stop.set()
+        elif first and _stop_requested(stop):
+            should_stop.set()
         elif first and time.monotonic() - started > workers.grow_after:
             reservations = reservations or [_reserve(workers, i) for i in range(workers.n - n)]
             if free := sum(map(_is_available, reservations)):
                 log.info("resources for %d more worker(s): saving, then restarting with %d", free, n + free)
                 should_stop.set()
+
+
+def _stop_requested(stop: Any) -> bool:
+    try:
+        requested: bool = ray.get(stop.poll.remote())
+    except RayError:  # the driver's node is lost, and the run with it
+        return False
+    return requested

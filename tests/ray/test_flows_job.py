@@ -141,6 +141,6 @@ def test_an_interrupted_demo_stops_what_it_started(ending: signal.Signals, tmp_p
     assert "rclone" in names, seen
     assert "raylet" in names
     demo.send_signal(ending)
-    assert demo.wait(60) == 130
+    assert demo.wait(60) == 128 + ending
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, [child.cmdline() for child in alive]
