@@ -37,8 +37,12 @@ def exits_on_interrupt() -> Iterator[None]:
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
 
 
-def run_interruptible(task: Callable[[], T], request_stop: Callable[[], bool]) -> tuple[T, KeyboardInterrupt | None]:
+def run_interruptible(
+    task: Callable[[], T], request_stop: Callable[[], bool], every_second: Callable[[], None] = lambda: None
+) -> tuple[T, KeyboardInterrupt | None]:
     """Run `task` in a thread. Ctrl-C or SIGTERM calls `request_stop`; if that returns True, wait for the task to end.
+
+    Meanwhile the main thread calls `every_second`, for example to draw a progress bar.
 
     Returns the task's result, and the interrupt if there was one. A second interrupt, or the first one when
     `request_stop` returns False, is raised at once. The thread is a daemon, so that it does not delay the exit.
@@ -58,7 +62,8 @@ def run_interruptible(task: Callable[[], T], request_stop: Callable[[], bool]) -
     threading.Thread(target=run, daemon=True).start()
     interrupt = None
     try:
-        finished.wait()
+        while not finished.wait(1):
+            every_second()
     except KeyboardInterrupt as first:
         if not request_stop():
             raise

@@ -24,9 +24,13 @@ class Progress:
         self.started = self.reported = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=task, unit=f" {unit}", disable=not sys.stderr.isatty())
 
-    def add(self, n: int, note: str = "") -> None:
-        """Record `n` more finished units. `note` follows the counts, for example the number of problems."""
+    def add(self, n: int, note: str = "", reused: bool = False) -> None:
+        """Record `n` more finished units. `note` follows the counts, for example the number of problems.
+
+        `reused` units were finished by an earlier run and do not count towards the rate.
+        """
         self.done += n
+        self.resumed += n if reused else 0
         if not self.bar.disable:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    ("errors", "storage", "settings", "provenance", "rng", "progress"),
+    ("errors", "storage", "settings", "provenance", "rng", "interrupt", "progress"),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),

@@ -5,7 +5,6 @@ The mapper runs `CountColours` on every work unit. The caller's process adds up 
 
 import functools
 import json
-import logging
 import time
 from typing import Any, NamedTuple
 
@@ -20,9 +19,8 @@ from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.palette import COLOURS, Palette, pack, quality, sidecar, swatches
 from igpt_ray.data.sources import TRAIN, UnreadableImage, WorkUnit
 from igpt_ray.errors import ImageError, SourceError
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
-
-log = logging.getLogger(__name__)
 
 PALETTE_UNIT = 1000
 """Images per task while sampling pixels."""
@@ -42,11 +40,12 @@ def fit_palette(settings: PaletteConfig, mapper: Mapper) -> dict[str, Any]:
     arguments = {"pixels": settings.pixels, "fraction": settings.images / total, "seed": settings.seed}
     histogram = np.zeros(COLOURS, np.int64)
     n_sampled = n_unreadable = 0
+    progress = Progress("palette", len(units), "units")
     for counts in mapper(units, CountColours, arguments, settings.pool):
         histogram[counts.colours] += counts.counts
         n_sampled += counts.images
         n_unreadable += counts.unreadable
-        log.info("%d images sampled", n_sampled)
+        progress.add(1, f"{n_sampled:,} images sampled")
     palette = Palette.fit(histogram, settings.k, settings.seed, settings.gpu)
     report = {
         "palette": settings.out,

@@ -13,11 +13,12 @@ from igpt_ray import storage
 from igpt_ray.data import pixels as images
 from igpt_ray.data import sources, token_store
 from igpt_ray.data.config import OPENAI_PALETTE, PrepareConfig
-from igpt_ray.data.make_shard import MakeShard, Task, TaskResult, path_of, splits_of, tasks_of
+from igpt_ray.data.make_shard import MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.palette import Palette, sidecar
 from igpt_ray.data.token_store import Manifest, Quarantined, Shard, TokenFormat, TokenStore
 from igpt_ray.errors import NotFound, PaletteError, SourceError, TokenStoreError
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,12 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     palette.save(storage.join(settings.tokens, "palette.npy"))
     shards: list[Shard] = []
     quarantined: list[tuple[str, Quarantined]] = []
-    progress = Progress(tasks)
+    progress = Progress("prepare", sum(task.unit.images for task in tasks), "images")  # estimated for archives
     for result in mapper(tasks, MakeShard, arguments, settings.pool):
         for shard, unreadable in result.shards:
             shards.append(shard)
             quarantined += [(shard.split, image) for image in unreadable]
-        log.info("%s", progress.update(result))
+        progress.add(result.n_planned, f"{len(quarantined)} quarantined", result.reused)
     shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
     n_images = sum(shard.rows for shard in shards)
     _check_budget(quarantined, n_images + len(quarantined), settings)
@@ -75,36 +76,6 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
         "mb_per_second": round(source_bytes / seconds / 1e6, 1),
         "seconds": round(seconds, 2),
     }
-
-
-class Progress:
-    """Formats one log line per task: counts, throughput and remaining seconds. Reused shards do not count towards
-    the throughput."""
-
-    def __init__(self, tasks: list[Task]):
-        self.n_tasks, self.tasks_done = len(tasks), 0
-        self.images_left = sum(task.unit.images for task in tasks)  # estimated for archives
-        self.images, self.quarantined = 0, 0
-        self.images_computed, self.bytes_computed = 0, 0
-        self.started = time.perf_counter()
-
-    def update(self, result: TaskResult) -> str:
-        shards = [shard for shard, _ in result.shards]
-        rows, quarantined = sum(s.rows for s in shards), sum(s.statistics.quarantined for s in shards)
-        self.tasks_done += 1
-        self.images_left -= result.n_planned
-        self.images += rows
-        self.quarantined += quarantined
-        if not result.reused:
-            self.images_computed += rows + quarantined
-            self.bytes_computed += sum(shard.statistics.source_bytes for shard in shards)
-        seconds = time.perf_counter() - self.started
-        rate = self.images_computed / seconds
-        line = f"{self.tasks_done} of {self.n_tasks} units, {self.images} images, {self.quarantined} in quarantine"
-        if rate:
-            line += f", {rate:.0f} images/s, {self.bytes_computed / seconds / 1e6:.0f} MB/s"
-            line += f", {max(0, self.images_left) / rate:.0f} s left"
-        return line
 
 
 def _load_palette(uri: str, pipeline: str) -> Palette:

@@ -17,6 +17,7 @@ from igpt_ray.data.make_shard import MakeShard, Task, path_of, splits_of, tasks_
 from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.token_store import Shard, TokenStore, evenly, metadata, parse, tokens_of
 from igpt_ray.errors import StorageError, TokenStoreError
+from igpt_ray.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,10 @@ def verify(settings: VerifyConfig, mapper: Mapper) -> dict[str, Any]:
     store.palette()
     problems: list[str] = []
     checks = mapper(store.manifest.shards, CheckShard, {"tokens": settings.tokens}, settings.pool)
-    for n, shard_problems in enumerate(checks, 1):
+    progress = Progress("verify", len(store.manifest.shards), "shards")
+    for shard_problems in checks:
         problems += shard_problems
-        log.info("%d of %d shards, %d problems", n, len(store.manifest.shards), len(problems))
+        progress.add(1, f"{len(problems)} problems")
     problems += _check_against_source(store, settings, mapper)
     for problem in problems:
         log.error("%s", problem)

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from igpt_ray.data.config import PrepareConfig
 from igpt_ray.errors import IgptError, SettingError
 from igpt_ray.flows.local_cluster import free_port
+from igpt_ray.flows.ray_log import RayLog
 from igpt_ray.interrupt import catch_sigterm
 from igpt_ray.progress import LogHandler
 
@@ -34,17 +35,23 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
     """Run `flow` and print its result as one JSON line. Ends the program with an exit code if the flow fails."""
+    ray_log = RayLog() if cluster else None
+    failed = True
     try:
         check_outputs(settings, os.getcwd())
-        if cluster:
-            connect()
+        if ray_log is not None:
+            connect(ray_log)
         report = flow(settings)
+        failed = False
     except Exception as error:
         known = user_error(error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if ray_log is not None:
+            ray_log.close(failed)
     print(json.dumps(report), flush=True)
 
 
@@ -64,18 +71,20 @@ def check_outputs(settings: BaseModel, folder: str, prefix: str = "--") -> None:
             )
 
 
-def connect() -> None:
+def connect(ray_log: RayLog | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a cluster in this process.
 
-    Never joins another cluster that happens to run on this machine.
+    Never joins another cluster that happens to run on this machine. With `ray_log`, Ray's own messages go to its file.
     """
     if not ray.is_initialized():
         joined = os.environ.get("RAY_ADDRESS")
         if not joined:
             keep_token_private()
             _set_own_address()
-        ray.init(address=joined or "local", logging_level="warning")
+        ray.init(address=joined or "local", logging_level="warning", configure_logging=ray_log is None)
         catch_sigterm()
+        if ray_log is not None:
+            ray_log.attach()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     log_to_stderr()
 

@@ -7,7 +7,6 @@ start. The training loop is `train/loop.py`. All state is in the run's folder; R
 
 import json
 import logging
-import math
 import tempfile
 import threading
 import time
@@ -22,30 +21,28 @@ import ray._private.state
 import ray.train
 from ray import PlacementGroupID
 from ray.core.generated import gcs_pb2
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from igpt_ray import storage
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError
+from igpt_ray.flows import run_status
 from igpt_ray.flows.job import log_to_stderr, user_error
 from igpt_ray.interrupt import run_interruptible
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.provenance import provenance
-from igpt_ray.train import checkpoint, loop, metrics
+from igpt_ray.train import checkpoint, loop, metrics, monitor
 from igpt_ray.train.config import FinetuneRunConfig, OptimConfig, PretrainConfig, WorkersConfig
 
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
 """Seconds between polls of the cluster's state."""
-INTERRUPT_TIMEOUT_S = 1.0
-"""Seconds in which an interrupted driver expects to learn whether workers will save."""
 STABLE_POLLS = 5
 """Polls without a change after which the number of available workers counts as stable."""
 
@@ -62,14 +59,14 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _warn_if_short(settings.workers)
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    stop = StopRequest.options(scheduling_strategy=node).remote()
+    status = run_status.create()
+    bar = run_status.Bar(settings.run.name, settings.optim.steps, status)
     failures, report = 0, {"left": 0}
     while "left" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
-            trainer = _trainer(settings, _available_workers(settings.workers), stop)
-            result, interrupt = run_interruptible(trainer.fit, partial(_request_stop, stop))
+            trainer = _trainer(settings, _available_workers(settings.workers), status, bar.shown)
+            result, interrupt = run_interruptible(trainer.fit, partial(run_status.request_stop, status), bar.update)
             report = result.return_value
             if interrupt is not None and "left" in report:
                 saved = f"step {report['left']} is saved, the same command resumes the run"
@@ -82,44 +79,17 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
                 raise
             log.warning("lost workers or controller, resuming from the last checkpoint: %s", error)
             _remove_orphaned_placement_groups()
+    bar.close()
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-@ray.remote(num_cpus=0)
-class StopRequest:
-    """Whether the driver was interrupted. The workers poll it, save a checkpoint and end."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.polled_at = -math.inf
-
-    def poll(self) -> bool:
-        self.polled_at = time.monotonic()
-        return self.requested
-
-    def request(self) -> bool:
-        """Returns whether workers poll, i.e. whether a checkpoint can be expected."""
-        self.requested = True
-        return time.monotonic() - self.polled_at < 10 * POLL_INTERVAL_S
-
-
-def _request_stop(stop: Any) -> bool:
-    try:
-        polled: bool = ray.get(stop.request.remote(), timeout=INTERRUPT_TIMEOUT_S)
-    except RayError:
-        return False
-    if polled:
-        log.warning("interrupted: saving a checkpoint; a second interrupt ends the run without it")
-    return polled
-
-
-def _trainer(settings: PretrainConfig, n: int, stop: Any) -> TorchTrainer:
+def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchTrainer:
     w = settings.workers
     # -1: Ray waits without limit for workers that cannot start. 0: it fails, and we start with fewer workers.
     limit = -1 if w.min_workers == w.n else 0
     return TorchTrainer(
         train_worker,
-        train_loop_config={"settings": settings.model_dump(mode="json"), "stop": stop},
+        train_loop_config={"settings": settings.model_dump(mode="json"), "status": status, "bar": bar},
         torch_config=TorchConfig(timeout_s=w.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A unique name in a temporary folder, because nothing is reported to Ray Train.
@@ -286,8 +256,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     kind = FinetuneRunConfig if "tune" in settings else PretrainConfig
     cfg = kind.model_validate(settings)
     should_stop = threading.Event()
-    threading.Thread(target=_watch, args=(cfg.workers, config["stop"], should_stop), daemon=True).start()
-    return loop.train(cfg, ray.train.torch.get_device(), should_stop.is_set, _gauges(cfg.run.name))
+    threading.Thread(target=_watch, args=(cfg.workers, config["status"], should_stop), daemon=True).start()
+    export = _gauges(cfg.run.name)
+
+    def on_metrics(line: metrics.Line) -> None:
+        export(line)
+        config["status"].report.remote(line)
+
+    if config["bar"]:
+        logging.getLogger(monitor.__name__).setLevel(logging.WARNING)
+    return loop.train(cfg, ray.train.torch.get_device(), should_stop.is_set, on_metrics)
 
 
 def _gauges(run: str) -> Callable[[metrics.Line], None]:
@@ -303,7 +281,7 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     return on_metrics
 
 
-def _watch(workers: WorkersConfig, stop: Any, should_stop: threading.Event) -> None:
+def _watch(workers: WorkersConfig, status: Any, should_stop: threading.Event) -> None:
     """Set `should_stop` when a node of the group is being preempted and, on rank 0, when the driver is interrupted or
     more workers can start.
 
@@ -322,18 +300,10 @@ def _watch(workers: WorkersConfig, stop: Any, should_stop: threading.Event) -> N
                     "%d node(s) are preempted %s: saving, then restarting", len(notice.preempted_node_ids), when
                 )
             should_stop.set()
-        elif first and _stop_requested(stop):
+        elif first and run_status.stop_requested(status):
             should_stop.set()
         elif first and time.monotonic() - started > workers.grow_after:
             reservations = reservations or [_reserve(workers, i) for i in range(workers.n - n)]
             if free := sum(map(_is_available, reservations)):
                 log.info("resources for %d more worker(s): saving, then restarting with %d", free, n + free)
                 should_stop.set()
-
-
-def _stop_requested(stop: Any) -> bool:
-    try:
-        requested: bool = ray.get(stop.poll.remote())
-    except RayError:  # the driver's node is lost, and the run with it
-        return False
-    return requested

@@ -3,9 +3,12 @@
 What kills it is in test_flows_kills.py.
 """
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +241,25 @@ def test_settings_may_be_mended_until_the_first_checkpoint(prepared: str, cluste
     train._write_or_check_config(settings.model_copy(update={"seed": 1}), store)
     identity = json.loads(storage.read(storage.join(settings.run.uri, "config.json")))["identity"]
     assert identity["seed"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_an_interrupted_run_saves_first(signum: int, code: int, word: str, prepared: str, tmp_path: Path) -> None:
+    """Neither the last steps before Ctrl-C are lost, nor the reason hidden behind messages of Ray."""
+    settings = settings_for(prepared, "interrupted", optim=OptimConfig(batch_size=9, steps=100_000, warmup_steps=4))
+    run = settings.run.model_copy(update={"root": str(tmp_path), "checkpoint_every": 50_000, "keep_every": None})
+    settings = settings.model_copy(update={"run": run})
+    command = [sys.executable, "jobs/pretrain.py", *words_of(settings)]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    program = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert program.stderr is not None
+    before = list(itertools.takewhile(lambda line: "nats per token" not in line, program.stderr))
+    program.send_signal(signum)
+    _, after = program.communicate(timeout=120)
+    assert program.returncode == code, after
+    last = after.splitlines()[-1]
+    steps = checkpoint.committed_steps(settings.run.uri)
+    assert len(steps) == 1
+    assert last == f"{word}: step {steps[0]} is saved, the same command resumes the run", after
+    assert not [line for line in before + after.splitlines() if "pid=" in line]
