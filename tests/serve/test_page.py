@@ -128,7 +128,7 @@ def test_only_the_brushed_pixels_are_generated(page: Any, tmp_path: Path) -> Non
         """() => {
         const data = (canvas) => canvas.getContext('2d').getImageData(0, 0, 16, 16).data;
         const [a, b] = state.canvases.map(data), same = (i) => a[4*i] === b[4*i] && a[4*i+1] === b[4*i+1];
-        return [state.mask.every((known, i) => !known || same(i)), state.mask.some((known, i) => !known && !same(i))]; }"""
+        return [state.mask.every((on, i) => !on || same(i)), state.mask.some((on, i) => !on && !same(i))]; }"""
     )
     assert unchanged
     assert changed
