@@ -191,7 +191,7 @@ def test_an_animation_decodes_to_its_first_image(smooth: RGB) -> None:
         np.testing.assert_array_equal(image_files.decode(data), smooth)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def both_refuse(data: bytes, reason: str) -> None:

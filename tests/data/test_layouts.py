@@ -264,7 +264,7 @@ def test_names_stay_in_order_when_a_split_has_more_units_than_five_digits() -> N
     assert named[-1] == "100000"
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def test_kaggle_s_csv_must_list_every_validation_image(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_row_is_computed_independently_of_others(n: int, seed: int, epoch: int
     np.testing.assert_array_equal(permute(asked, n, seed, epoch), permute(np.arange(n), n, seed, epoch)[asked])
 
 
-def test_epochs_and_seeds_differ_and_look_random() -> None:
+def test_epochs_and_seeds_have_different_random_orders() -> None:
     """Orders must not repeat, and adjacent rows must be separated, or batches would have a single class."""
     n = 3000
     orders = [permute(np.arange(n), n, seed, epoch) for seed in range(4) for epoch in range(4)]

@@ -256,7 +256,7 @@ def test_a_queued_job_is_admitted_as_a_whole(crds: Path) -> None:
     job = queued()
     assert errors_of(job, crds) == []
     assert job["spec"]["suspend"] is True
-    assert job["spec"]["shutdownAfterJobFinishes"] is True  # which KubeRay wants of a job that may be suspended
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # required by KubeRay for a job that may be suspended
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
     queue = {d["kind"]: d for d in rendered("kuberay/kueue.yaml")}
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["LocalQueue"]["metadata"]["name"]

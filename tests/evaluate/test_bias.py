@@ -26,7 +26,7 @@ def pictures(root: Path, **sizes: int) -> str:
     return str(root)
 
 
-# ------------------------------------------------------------------------------------------------ which pictures
+# ------------------------------------------------------------------------------------------------ sets and groups
 
 
 def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_error_names_an_unreadable_image(tmp_path: Path, kind: TokenFormat, 
         bias.read(str(path), kind, palette)
 
 
-# ------------------------------------------------------------------------------------------------ who names classes
+# ------------------------------------------------------------------------------------------------ classifiers
 
 
 def released(folder: Path, kind: TokenFormat, palette: Palette, n_class: int = 0) -> str:
@@ -146,7 +146,7 @@ def test_an_unusable_classifier_is_an_error(tmp_path: Path, kind: TokenFormat, p
         bias.classifier(str(probe), kind, "cpu", 8)
 
 
-# ------------------------------------------------------------------------------------------------ what can be said
+# ------------------------------------------------------------------------------------------------ significance
 
 
 def test_holm_s_correction_equals_a_worked_example() -> None:

@@ -256,7 +256,7 @@ def wide_unit(root: str, rows: int) -> None:
     flow.extract(FeaturesConfig(release=uri, tokens=root, out=f"{root}/features"))
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_requests_may_be_submitted_from_any_thread_during_steps() -> None:
         assert (ticket.tokens == alone(ticket.request)).all()
 
 
-# ------------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(

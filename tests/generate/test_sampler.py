@@ -24,7 +24,7 @@ def given(model: ImageGPT) -> Tensor:
     return random_tokens(model, 3)[:, :6]
 
 
-# ------------------------------------------------------------------------------------------------ whole pictures
+# ------------------------------------------------------------------------------------------------ completions
 
 
 def test_the_prompt_is_unchanged_and_the_rest_is_generated(model: ImageGPT, given: Tensor) -> None:
@@ -208,5 +208,5 @@ def test_each_seed_has_a_stream_of_its_own() -> None:
     assert abs(np.corrcoef(u[1, 1:], u[2, :-1])[0, 1]) < 0.06
     assert u.min() >= 0
     assert u.max() < 1
-    # Philox is a published algorithm: these numbers hold on every machine, and so do the pictures of a seed.
+    # Philox is a published algorithm: these numbers, and the samples of a seed, are the same on every machine.
     np.testing.assert_allclose(u[0, :3], np.random.Generator(np.random.Philox(key=0)).random(3), rtol=0)

@@ -82,7 +82,7 @@ def test_the_masked_objective_equals_a_numpy_implementation() -> None:
     model = random_model(std=0.15, objective="masked")
     x = random_tokens(model, 5)
     keep = objectives.sample_masks([0, 1, 2, 3, 4], 16)
-    keep[0], keep[1] = False, True  # all masked, and all but one kept
+    keep[0], keep[1] = False, True  # all masked, and one masked
     keep[1, 7] = False
     expected = numpy_masked_loss(model, x.numpy(), keep.numpy())
     per_image = objectives.masked_pixel(model(x, keep), x, keep)

@@ -222,7 +222,7 @@ def test_the_page_the_schema_and_the_health_checks_need_no_key_and_no_other_host
     assert place.ask("/docs").status == 200
 
 
-# ------------------------------------------------------------------------------------------------ what it refuses
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def png_of(width: int, height: int, body: bytes = b"") -> bytes:
@@ -334,7 +334,7 @@ def raw(place: Place, head: str, *parts: bytes, pause: float = 0) -> bytes:
                 s.sendall(part)
                 time.sleep(pause)
         except OSError:
-            pass  # it has hung up, having said enough
+            pass  # the server has closed the connection after its response
         return s.recv(65536)
 
 
@@ -360,11 +360,11 @@ def test_a_slow_body_times_out(release: str, monkeypatch: pytest.MonkeyPatch) ->
         assert answered.startswith(b"HTTP/1.1 408")
         assert b'"slow_body"' in answered
         assert time.perf_counter() - started < 4
-        short = raw(place, f"{POST}Content-Length: 1000\n\n", b"{}", pause=0.1)  # shorter than it said
+        short = raw(place, f"{POST}Content-Length: 1000\n\n", b"{}", pause=0.1)  # shorter than its Content-Length
         assert short.startswith(b"HTTP/1.1 408")
 
 
-# ------------------------------------------------------------------------------------------------ who, and how many
+# ------------------------------------------------------------------------------------------------ access and limits
 
 
 def test_every_route_behaves_with_and_without_a_key(keyed: Place) -> None:
@@ -465,7 +465,7 @@ def test_a_disconnect_frees_the_slots_within_a_step(release: str, tmp_path: Path
             before = engine.generated
             clients[0].close()
             until(lambda: engine.slots_in_use == 0)
-            assert engine.generated - before < 200  # of 2048: it was not painted to its end
+            assert engine.generated - before < 200  # of 2048: generation has stopped
 
 
 def test_a_failed_engine_returns_500_and_fails_the_health_check(release: str, monkeypatch: pytest.MonkeyPatch) -> None:

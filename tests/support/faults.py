@@ -69,7 +69,7 @@ class FaultProxy:
                 if kind == "stall":
                     await self.ended.wait()
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client went away
+            pass  # the client disconnected
         finally:
             writer.close()
 

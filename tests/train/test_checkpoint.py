@@ -160,7 +160,7 @@ def test_a_step_saved_again_replaces_the_first(run: str) -> None:
     assert equal(again, other)
 
 
-# ------------------------------------------------------------------------------------------------ beside the steps
+# ------------------------------------------------------------------------------------------------ asynchronous saves
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -100,7 +100,7 @@ def test_activation_memory_equals_autograd_s_saved_tensors(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses.next_pixel(network(tokens), tokens).sum()
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    # The estimate also has logits and their gradient, which the loss does not keep.
+    # The estimate also has logits and their gradient, which autograd does not save.
     expected = (
         estimate.activation_bytes(model, images, dtype.itemsize) - 2 * dtype.itemsize * tokens.numel() * model.n_vocab
     )
@@ -183,9 +183,7 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpoin
     n = estimate.images_that_fit(model, OptimConfig(), workers, share=10**6, memory=memory)
     assert needed(n) <= 0.9 * memory < needed(n + 1)
     assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=memory) == 3
-    assert (
-        estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1
-    )  # which is refused by the device, if so
+    assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1  # out of memory otherwise
     found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": "auto"})))
     assert (found["images_per_pass"], found["passes_per_step"]) == (
         (16, 2) if activation_checkpointing == "none" else (32, 1)

@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
     named = rf"step {step + 1}, images {5 * step} to {5 * step + 4} .* the loss .* epoch 0: .*cat/7\.png \(row 7\)"
     with pytest.raises(TrainingError, match=named) as refused:
         loop.train(cfg, CPU)
-    assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the pass that went wrong, not the batch
+    assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the micro-batch with the NaN, not the batch
     assert step > 0
     assert checkpoint.committed_steps(cfg.run.uri) == list(range(1, step + 1))
 
@@ -369,7 +369,7 @@ def test_a_line_of_metrics_is_consistent(process_group: None, store: TokenStore,
         assert line["epoch"] == pytest.approx(line["step"] * 5 / 12, abs=1e-4)
         assert 0 <= sum(line[name] for name in monitor.TIMED) < 1
         assert 0.05 < line["memory_gb"] < 20
-        assert "mfu" not in line  # no sheet says what this processor can
+        assert "mfu" not in line  # the peak FLOPs of this processor are unknown
     assert events_of(cfg.run.uri) == {
         (line["step"], name): pytest.approx(value, rel=1e-6)
         for line in lines

@@ -34,7 +34,7 @@ def test_a_single_worker_only_computes(preset: str, activation_checkpointing: st
     found = simulate.step(of(preset, n=1, activation_checkpointing=activation_checkpointing))
     expected = of(preset, n=1, activation_checkpointing=activation_checkpointing)
     again = estimate(expected)["step_seconds"]
-    if activation_checkpointing == "full":  # blocks alone are computed again; the totals say a third of everything
+    if activation_checkpointing == "full":  # only blocks are recomputed; the totals count a third of everything
         assert 0.97 * again < found["step_seconds"] <= again
     else:
         assert found["step_seconds"] == pytest.approx(again)

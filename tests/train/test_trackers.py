@@ -109,7 +109,7 @@ def test_a_tracker_that_fails_costs_a_warning(
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     plain = loop.train(settings_for(store, tmp_path, "plain"), CPU)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port, without a server
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with caplog.at_level(logging.WARNING, "igpt_ray.train.trackers"):
         report = loop.train(settings_for(store, tmp_path, run={"track": "mlflow"}), CPU)

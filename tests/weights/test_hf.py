@@ -140,7 +140,7 @@ def test_the_number_of_heads_of_a_state_dict_must_be_known_or_given() -> None:
     assert "n_embd 32 is not a multiple of n_head 5" in refusal(own, n_head=5)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_an_invalid_safetensors_file_is_an_error(release: str, data: bytes) -> N
     assert "not a safetensors file" in refusal(release)
 
 
-# ------------------------------------------------------------------------------------------------ what lies around it
+# ------------------------------------------------------------------------------------------------ other files
 
 
 def change_config(uri: str, change: Callable[[dict[str, Any]], object]) -> None:
