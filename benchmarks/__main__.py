@@ -1,4 +1,4 @@
-"""How fast, how good, and beside what.
+"""Speed and quality, measured next to the alternatives.
 
 python -m benchmarks palette --images FOLDER
 python -m benchmarks data --images FOLDER
@@ -12,8 +12,6 @@ python -m benchmarks serve
 """
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import tyro
 
@@ -27,18 +25,9 @@ from benchmarks.probe import probe
 from benchmarks.serve import serve
 from benchmarks.train import train
 
+SUBJECTS = (palette, data, checkpoints, overheads, modern, train, probe, features, serve)
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
-    benches: dict[str, Callable[..., Any]] = {
-        "palette": palette,
-        "data": data,
-        "checkpoints": checkpoints,
-        "overheads": overheads,
-        "modern": modern,
-        "train": train,
-        "probe": probe,
-        "features": features,
-        "serve": serve,
-    }
-    print(json.dumps(tyro.extras.subcommand_cli_from_dict(benches, config=FLAT)))
+    subjects = {subject.__name__: subject for subject in SUBJECTS}
+    print(json.dumps(tyro.extras.subcommand_cli_from_dict(subjects, config=FLAT)))

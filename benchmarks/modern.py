@@ -1,7 +1,8 @@
-"""The modern recipe and each of its switches beside the paper's, on the same tokens in the same order.
+"""The paper's recipe, the modern recipe, and each switch between them, on the same tokens in the same order.
 
-Network, optimiser, schedule, order and loss are the functions of training; only the loop is plain. No Ray. Every run
-is judged on the same held-out images. FLOPs are those of `estimate.py`, attention in full, Muon's own included.
+Network, optimiser, schedule, order and loss are the functions of training; only the loop is simpler. Every run is
+evaluated on the same held-out images. FLOPs are those of `igpt_ray.train.estimate`, with full attention and including
+Muon's own.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from igpt_ray.train.config import OptimConfig
 log = logging.getLogger(__name__)
 Report = dict[str, Any]
 Curve = list[tuple[int, float]]
-"""Steps done, and nats per held-out token after them."""
+"""Pairs of steps done and nats per held-out token."""
 
 SWITCHES: dict[str, Report] = {
     "Muon": {"optim": {"muon_lr": 0.02}},
@@ -40,22 +41,22 @@ SWITCHES: dict[str, Report] = {
 
 
 class BenchModernConfig(Section):
-    """Train the paper's recipe, the modern one, and each switch between them, on the same tokens."""
+    """Train with the paper's recipe, the modern one, and each switch between them, on the same tokens."""
 
     tokens: Uri
-    """URI of a token store; `make demo` leaves one of digits in demo-out/data/tokens."""
+    """URI of a token store; `make demo` writes one of digits to demo-out/data/tokens."""
     out: Uri
-    """File for the curves of all runs; those already in it are not run again."""
+    """JSON file of all runs' curves. Runs that the file already has are not repeated."""
     split: str = "train"
     """Split to train on."""
     held_out: str = "test"
-    """Split to judge by."""
+    """Split to evaluate on."""
     n_layer: Count = 4
-    """Blocks."""
+    """Blocks of the network."""
     n_embd: Count = 64
-    """Width."""
+    """Width of the network."""
     n_head: Count = 2
-    """Attention heads."""
+    """Attention heads of the network."""
     batch_size: Count = 32
     """Images per step."""
     steps: Count = 300
@@ -63,13 +64,13 @@ class BenchModernConfig(Section):
     warmup_steps: Count = 30
     """Steps of linear warm-up."""
     evaluate_every: Count = 20
-    """Steps between looks at the held-out split."""
+    """Steps between evaluations."""
     seeds: Count = 2
-    """How often each run is repeated, with other weights and another order."""
+    """Repetitions of each run, with other initial weights and another order of the images."""
 
 
 def modern(settings: BenchModernConfig) -> Report:
-    """Tune the learning rates of both recipes on the first seed, run every row on every seed, print the table."""
+    """Tune the learning rates of both recipes on the first seed, run every row on every seed, and print the table."""
     log_to_stderr()
     bench = Bench(settings)
     rows = recipes(bench)
@@ -77,47 +78,47 @@ def modern(settings: BenchModernConfig) -> Report:
         for name, changes in rows.items():
             bench.run(f"{name}, seed {seed}", changes, seed)
     runs = {name: [bench.run(name, changes, seed) for seed in range(settings.seeds)] for name, changes in rows.items()}
-    found = {name: summary(of, runs["paper"]) for name, of in runs.items()}
-    print("\n".join(table(found)))
+    summaries = {name: summary(of_name, runs["paper"]) for name, of_name in runs.items()}
+    print("\n".join(table(summaries)))
     return {
         "settings": settings.model_dump(),
         "rates": {name: rows[name]["optim"] for name in ("paper", "modern")},
-        **found,
+        **summaries,
     }
 
 
 def recipes(bench: "Bench") -> dict[str, Report]:
-    """Name -> settings that differ from a network of the bench's size and the paper's recipe."""
+    """For each row of the table, the settings that differ from the paper's recipe with default rates."""
     s = bench.settings
     lr = bench.tuned("paper, lr", lambda lr: {"optim": {"lr": lr}}, 3e-3)
-    full = together(*SWITCHES.values(), {"optim": {"lr": lr}})
-    muon_lr = bench.tuned("modern, muon_lr", lambda x: together(full, {"optim": {"muon_lr": x}}), 0.04)
-    full = together(full, {"optim": {"muon_lr": muon_lr}})
-    adam_lr = bench.tuned("modern, lr", lambda x: together(full, {"optim": {"lr": x}}), lr)
-    full = together(full, {"optim": {"lr": adam_lr}})
+    full = merged(*SWITCHES.values(), {"optim": {"lr": lr}})
+    muon_lr = bench.tuned("modern, muon_lr", lambda x: merged(full, {"optim": {"muon_lr": x}}), 0.04)
+    full = merged(full, {"optim": {"muon_lr": muon_lr}})
+    adam_lr = bench.tuned("modern, lr", lambda x: merged(full, {"optim": {"lr": x}}), lr)
+    full = merged(full, {"optim": {"lr": adam_lr}})
     paper: Report = {"optim": {"lr": lr}}
     rows = {
         "paper": paper,
         "modern": full,
-        "modern, half the steps": together(full, {"optim": {"steps": s.steps // 2}}),
+        "modern, half the steps": merged(full, {"optim": {"steps": s.steps // 2}}),
     }
     for name in SWITCHES:
         rest = [switch for other, switch in SWITCHES.items() if other != name]
         rates: Report = {"lr": lr} if name == "Muon" else {"lr": adam_lr, "muon_lr": muon_lr}
-        rows[f"modern - {name}"] = together(*rest, {"optim": rates})
+        rows[f"modern - {name}"] = merged(*rest, {"optim": rates})
     for name, switch in SWITCHES.items():
         tuned = {"optim": {"muon_lr": muon_lr, "lr": adam_lr}} if name == "Muon" else {}
-        rows[f"paper + {name}"] = together(paper, switch, tuned)
+        rows[f"paper + {name}"] = merged(paper, switch, tuned)
     return rows
 
 
-def together(*changes: Report) -> Report:
-    """Later changes win."""
+def merged(*changes: Report) -> Report:
+    """All changes; where they conflict, the last one applies."""
     return {section: {k: v for c in changes for k, v in c.get(section, {}).items()} for section in ("model", "optim")}
 
 
 class Bench:
-    """What all runs have in common. Runs that `out` holds are not repeated."""
+    """Data and network size that all runs share, and the results of runs so far."""
 
     def __init__(self, settings: BenchModernConfig):
         torch.set_num_threads(1)
@@ -128,21 +129,22 @@ class Bench:
         sizes = {name: getattr(settings, name) for name in ("n_layer", "n_embd", "n_head")}
         self.model = ModelConfig(n_px=store.kind.n_px, n_vocab=store.kind.n_vocab, **sizes)
         self.out = Path(settings.out)
-        self.found: dict[str, Report] = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.results: dict[str, Report] = json.loads(self.out.read_text()) if self.out.exists() else {}
 
     def run(self, name: str, changes: Report, seed: int = 0) -> Report:
+        """Train with `changes`, or return the stored result of the same run."""
         key = json.dumps({"seed": seed, **changes}, sort_keys=True)
-        if key not in self.found:
-            self.found[key] = self.trained(changes, seed)
-            self.out.write_text(json.dumps(self.found, indent=0))
-            log.info("%s: %.4f nats per token, %.0f s", name, self.found[key]["nats"], self.found[key]["seconds"])
-        return self.found[key]
+        if key not in self.results:
+            self.results[key] = self._train(changes, seed)
+            self.out.write_text(json.dumps(self.results, indent=0))
+            log.info("%s: %.4f nats per token, %.0f s", name, self.results[key]["nats"], self.results[key]["seconds"])
+        return self.results[key]
 
     def tuned(self, name: str, changes: Callable[[float], Report], start: float) -> float:
         """The rate with the lowest held-out loss on the first seed."""
         return lowest(lambda rate: self.run(f"{name} {rate:g}", changes(rate))["nats"], start)
 
-    def trained(self, changes: Report, seed: int) -> Report:
+    def _train(self, changes: Report, seed: int) -> Report:
         s = self.settings
         model = ModelConfig.model_validate(self.model.model_dump() | changes.get("model", {}))
         recipe = {"batch_size": s.batch_size, "steps": s.steps, "warmup_steps": s.warmup_steps}
@@ -172,7 +174,7 @@ class Bench:
 
 
 def lowest(nats: Callable[[float], float], start: float) -> float:
-    """Of start, its doubles and its halves the one with the fewest nats, going on as long as they fall."""
+    """Double and halve `start` for as long as `nats` falls, and return the rate with the fewest nats."""
     best = start
     for factor in (2.0, 0.5):
         while nats(best * factor) < nats(best):
@@ -181,7 +183,7 @@ def lowest(nats: Callable[[float], float], start: float) -> float:
 
 
 def reached(curve: Curve, nats: float) -> float | None:
-    """The step at which a curve first falls to `nats`, on a line between two looks; None if it never does."""
+    """First step at which a curve reaches `nats`, interpolated linearly between evaluations; None if it never does."""
     for (s0, n0), (s1, n1) in itertools.pairwise(curve):
         if n1 <= nats:
             return s0 + (s1 - s0) * (n0 - nats) / (n0 - n1)
@@ -189,27 +191,28 @@ def reached(curve: Curve, nats: float) -> float | None:
 
 
 def summary(runs: list[Report], paper: list[Report]) -> Report:
-    """Means over seeds; steps and FLOPs to the final loss of the paper's run of the same seed."""
+    """Means over seeds, with the steps and FLOPs to the final loss of the paper's recipe with the same seed."""
     steps = [reached(run["curve"], base["nats"]) for run, base in zip(runs, paper, strict=True)]
     known = [step for step in steps if step is not None]
-    whole = len(known) == len(runs)
-    flops = float(np.mean(known)) * runs[0]["flops_per_step"] if whole else None
+    always = len(known) == len(runs)
+    flops = float(np.mean(known)) * runs[0]["flops_per_step"] if always else None
     return {
         "nats": round(float(np.mean([run["nats"] for run in runs])), 4),
         "gain": round(float(np.mean([b["nats"] - r["nats"] for r, b in zip(runs, paper, strict=True)])), 4),
         "flops": runs[0]["steps"] * runs[0]["flops_per_step"],
-        "steps_to_paper": round(float(np.mean(known)), 1) if whole else None,
+        "steps_to_paper": round(float(np.mean(known)), 1) if always else None,
         "flops_to_paper": flops,
         "times_fewer_flops": round(paper[0]["steps"] * paper[0]["flops_per_step"] / flops, 2) if flops else None,
     }
 
 
-def table(found: dict[str, Report]) -> list[str]:
+def table(summaries: dict[str, Report]) -> list[str]:
+    """Lines of a Markdown table."""
     lines = [
         "| recipe | nats at the end | gain on the paper | FLOPs | steps to the paper's loss | FLOPs to it | fewer |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, f in found.items():
+    for name, f in summaries.items():
         reach = "never | | "
         if f["flops_to_paper"] is not None:
             reach = f"{f['steps_to_paper']:.0f} | {f['flops_to_paper']:.2e} | {f['times_fewer_flops']:.2f}x"

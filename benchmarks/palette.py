@@ -1,11 +1,10 @@
-"""Ways to fit a palette, judged on held-out images; and how fast colours are looked up.
+"""Palette fits compared on held-out images, and the speed of colour look-up.
 
-Alternatives take turns in one process, each on one thread; the figures are medians over the rounds. No Ray. Seconds are
-by the wall, and of the processor, which neighbours on the machine disturb less.
+Every alternative runs on one thread; results are medians over the rounds.
 """
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import faiss
@@ -15,6 +14,7 @@ from pydantic import Field
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
+from benchmarks.timing import in_turn
 from igpt_ray.data import pixels as images
 from igpt_ray.data import sources
 from igpt_ray.data.palette import COLOURS, Palette, pack, scale
@@ -25,42 +25,46 @@ Pixels = NDArray[np.uint8]
 
 
 class BenchPaletteConfig(Section):
-    """Compare ways to fit a palette, and time the look-up of colours."""
+    """Compare palette fits, and time the look-up of colours."""
 
     images: Uri
-    """URI of images; a fifth of them is held out, another in each round."""
+    """URI of images. A fifth of them is held out, a different one in each round."""
     n_px: Annotated[int, Field(gt=0, le=224)] = 128
-    """Pixels a side; more than in training, so that few images give many pixels."""
+    """Side in pixels; larger than in training, so that few images have many pixels."""
     pixels: Count = 1_000_000
-    """Pixels to fit to."""
+    """Pixels to fit."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
     """Colours."""
     rounds: Count = 5
-    """How often each way is tried."""
+    """Repetitions of each fit."""
     encode_pixels: Count = 10_000_000
-    """Pixels to look up."""
+    """Pixels to encode."""
+
+
+Fit = Callable[[Pixels, int, int], Palette]
+"""Pixels (N, 3), number of colours and seed -> palette."""
 
 
 def palette(settings: BenchPaletteConfig) -> Report:
-    """Fit palettes to the same pixels in several ways, and judge them on held-out images; then look colours up.
+    """Return times and squared errors of each fit, and the rate of `Palette.encode`.
 
-    Each round holds out another fifth of the images: with few images, which ones matters more than the way.
+    Each round holds out another fifth of the images, because with few images the choice of images changes the error
+    more than the algorithm does.
     """
     faiss.omp_set_num_threads(1)
     views = read_views(settings)
-    found: list[Report] = []
+    rounds: list[dict[str, Report]] = []
     with threadpool_limits(1):
         for seed in range(settings.rounds):
-            fit, held_out = divided(views, settings.pixels, seed)
-            found.append({name: judged(way, fit, held_out, settings.k, seed) for name, way in WAYS.items()})
-    ways = {name: medians([ways[name] for ways in found]) for name in WAYS}
-    against = [ways["ours"]["held_out_mse"] / ways["sklearn_lloyd_25"]["held_out_mse"] for ways in found]
+            pixels, held_out = split(views, settings.pixels, seed)
+            rounds.append(compare(pixels, held_out, settings.k, seed))
+    ratios = [fits["ours"]["held_out_mse"] / fits["sklearn_lloyd_25"]["held_out_mse"] for fits in rounds]
     return {
-        "pixels": len(fit),
+        "pixels": len(pixels),
         "rounds": settings.rounds,
-        "ways": ways,
-        "held_out_mse_of_sklearns": [round(ratio, 4) for ratio in against],
-        **encoding(fit, settings.encode_pixels),
+        "fits": {name: medians([fits[name] for fits in rounds]) for name in FITS},
+        "held_out_mse_ratio_to_sklearn": [round(ratio, 4) for ratio in ratios],
+        **encode_rates(pixels, settings.encode_pixels),
     }
 
 
@@ -75,7 +79,7 @@ def faiss_defaults(pixels: Pixels, k: int, seed: int) -> Palette:
 
 
 def sklearn_lloyd_25(pixels: Pixels, k: int, seed: int) -> Palette:
-    """tol=0, or it would stop before the 25 iterations are over."""
+    """tol=0 disables early stopping, so that all 25 iterations run."""
     kmeans = KMeans(k, n_init=1, max_iter=25, tol=0, algorithm="lloyd", random_state=seed)
     return Palette(kmeans.fit(scale(pixels)).cluster_centers_.astype(np.float32))
 
@@ -85,38 +89,39 @@ def sklearn_minibatch(pixels: Pixels, k: int, seed: int) -> Palette:
     return Palette(kmeans.fit(scale(pixels)).cluster_centers_.astype(np.float32))
 
 
-WAYS: dict[str, Callable[[Pixels, int, int], Palette]] = {
-    way.__name__: way for way in (ours, faiss_defaults, sklearn_lloyd_25, sklearn_minibatch)
-}
+FITS: dict[str, Fit] = {fit.__name__: fit for fit in (ours, faiss_defaults, sklearn_lloyd_25, sklearn_minibatch)}
 
 
-def read_views(settings: BenchPaletteConfig) -> NDArray[np.uint8]:
+def read_views(settings: BenchPaletteConfig) -> Pixels:
+    """Centre views of all readable images (N, n_px, n_px, 3)."""
     units = sources.plan(settings.images, 1000).units
-    found = [image for unit in units for image in sources.read(unit) if isinstance(image, sources.Image)]
-    return np.stack([images.centre_view(image.data, settings.n_px) for image in found])
+    readable = [image for unit in units for image in sources.read(unit) if isinstance(image, sources.Image)]
+    return np.stack([images.centre_view(image.data, settings.n_px) for image in readable])
 
 
-def divided(views: NDArray[np.uint8], n: int, seed: int) -> tuple[Pixels, Pixels]:
-    """n pixels to fit to, drawn from four fifths of the images, and all pixels of the last fifth."""
+def split(views: Pixels, n: int, seed: int) -> tuple[Pixels, Pixels]:
+    """n random pixels of four fifths of the images, and all pixels of the last fifth."""
     held_out = np.arange(len(views)) % 5 == seed % 5
     pixels = views[~held_out].reshape(-1, 3)
     return pixels[np.random.default_rng(seed).permutation(len(pixels))[:n]], views[held_out].reshape(-1, 3)
 
 
-def judged(way: Callable[[Pixels, int, int], Palette], fit: Pixels, held_out: Pixels, k: int, seed: int) -> Report:
-    wall, processor, fitted = timed(lambda: way(fit, k, seed))
-    return {"seconds": wall, "cpu_seconds": processor, "mse": mse(fitted, fit), "held_out_mse": mse(fitted, held_out)}
+def compare(pixels: Pixels, held_out: Pixels, k: int, seed: int) -> dict[str, Report]:
+    """Times and squared errors of each fit to the same pixels."""
+    runs = in_turn({name: partial(fit, pixels, k, seed) for name, fit in FITS.items()}, 1)
+    return {
+        name: {
+            "seconds": runs.wall[name][0],
+            "cpu_seconds": runs.cpu[name][0],
+            "mse": mse(fitted, pixels),
+            "held_out_mse": mse(fitted, held_out),
+        }
+        for name, fitted in runs.results.items()
+    }
 
 
 def medians(rounds: list[Report]) -> Report:
-    return {name: round(float(np.median([found[name] for found in rounds])), 2) for name in rounds[0]}
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Seconds by the wall, seconds of the processor, the result."""
-    wall, processor = time.perf_counter(), time.process_time()
-    result = work()
-    return time.perf_counter() - wall, time.process_time() - processor, result
+    return {name: round(float(np.median([report[name] for report in rounds])), 2) for name in rounds[0]}
 
 
 def mse(palette: Palette, pixels: Pixels) -> float:
@@ -124,24 +129,23 @@ def mse(palette: Palette, pixels: Pixels) -> float:
     index = faiss.IndexFlatL2(3)
     index.add(np.ascontiguousarray(palette.colours))
     nearest = index.search(scale(pixels), 1)[1][:, 0]
-    away = (scale(pixels).astype(np.float64) - palette.colours[nearest]) * 127.5
-    return float((away**2).sum(1).mean())
+    error = (scale(pixels).astype(np.float64) - palette.colours[nearest]) * 127.5
+    return float((error**2).sum(1).mean())
 
 
-def encoding(pixels: Pixels, n: int) -> Report:
-    """Millions of pixels a second on one core, beside a bare gather from the same table with ready-made indices."""
+def encode_rates(pixels: Pixels, n: int) -> Report:
+    """Megapixels per second on one core of `Palette.encode`, and of a bare gather with precomputed indices."""
     openai = Palette.load("openai")
-    many = np.resize(pixels, (n, 3))
-    tokens, table = openai.encode(many), openai._table
-    order = pack(many[:, ::-1]).astype(np.intp)
-    ways: dict[str, Callable[[], Any]] = {
-        "encode": lambda: openai.encode(many),
+    repeated = np.resize(pixels, (n, 3))
+    tokens, table = openai.encode(repeated), openai._table
+    order = pack(repeated[:, ::-1]).astype(np.intp)
+    alternatives: dict[str, Callable[[], Any]] = {
+        "encode": lambda: openai.encode(repeated),
         "gather": lambda: np.take(table, order, out=tokens, mode="clip"),
     }
-    runs = [{name: timed(way) for name, way in ways.items()} for _ in range(9)]
-    rate = {
-        f"{name}_mpx_per_{unit}": n / 1e6 / float(np.median([run[name][clock] for run in runs]))
-        for name in ways
-        for clock, unit in enumerate(("second", "cpu_second"))
+    runs = in_turn(alternatives, rounds=9)
+    return {
+        f"{name}_mpx_per_{unit}": round(n / 1e6 / float(np.median(seconds[name])), 1)
+        for name in alternatives
+        for unit, seconds in (("second", runs.wall), ("cpu_second", runs.cpu))
     }
-    return {name: round(value, 1) for name, value in rate.items()}

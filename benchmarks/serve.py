@@ -1,25 +1,26 @@
-"""Pictures finished by the engine beside transformers' `generate` and a loop without a cache; the engine under load.
+"""Completions by the engine, by transformers' `generate` and by a loop without a cache; and the engine under load.
 
-All have the same random weights, are given the same upper halves, draw the likeliest colours, so that tokens can be
-compared, and take turns in every round. The floor is the time to read what a step cannot do without, weights and the
-keys and values of the positions so far, at the bandwidth that the same run measures.
+All have the same random weights and the same prompts (upper halves of images), and sample greedily, so that their
+tokens can be compared. The floor is the time to read the data that a step needs, weights and the keys and values of the
+previous positions, at the memory bandwidth that the same run measures.
 
-Under load, requests come at random times whoever is being served (an open loop). Continuous batching lets them in
-between two positions; fixed batches are the same engine, which takes in who waits once it has finished all it had.
+Under load, requests arrive at random times regardless of progress (an open loop). With continuous batching, a request
+may start at any step. With fixed batches, the same engine admits waiting requests only when it is idle.
 """
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
+from benchmarks.timing import in_turn, timed
 from igpt_ray import weights
 from igpt_ray.generate.engine import Engine, Generation, Request
 from igpt_ray.generate.kv_cache import KVCache
@@ -28,65 +29,66 @@ from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.settings import Count, Section
 
-Way = Callable[[NDArray[np.int64], int], NDArray[np.integer]]
-"""Pictures (B, T), and how many pixels to draw behind the upper half -> those pixels, (B, pixels)."""
+Completer = Callable[[NDArray[np.int64], int], NDArray[np.integer]]
+"""Images (B, T) and the number of pixels to generate after the upper half -> those pixels (B, pixels)."""
 
-Taken = NDArray[np.float64]
-"""Seconds on the wall's clock and on the processor's."""
+Times = dict[str, NDArray[np.float64]]
+"""Median elapsed and processor seconds (2,) of each completer."""
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 UNCACHED_PIXELS = 2
-"""That the loop without a cache draws: all are alike."""
+"""Pixels that the loop without a cache generates. Each of its pixels costs about the same."""
 
 
 class BenchServeConfig(Section):
-    """Finish pictures beside transformers and without a cache, and under load with continuous and fixed batches."""
+    """Compare completions with transformers and with no cache, and continuous with fixed batches under load."""
 
     n_layer: Count = 24
     """Blocks of the network."""
     n_embd: Count = 512
-    """Its width."""
+    """Width of the network."""
     n_head: Count = 8
-    """Its attention heads."""
+    """Attention heads of the network."""
     n_px: Count = 32
-    """Pixels a side; the upper half of a picture is given."""
+    """Side of an image in pixels; the upper half is the prompt."""
     pixels: Annotated[int, Field(ge=2)] = 512
-    """Of the lower half, the first so many are drawn. All of them, unless time is short."""
+    """Pixels of the lower half to generate; fewer than all of them take less time."""
     batches: tuple[Count, ...] = (1, 8, 32)
-    """Pictures at once."""
+    """Images per batch."""
     rounds: Count = 1
-    """How often each way takes its turn; figures are medians."""
+    """Repetitions; results are medians over them."""
     threads: Count = 2
-    """Of torch, on the CPU."""
+    """Threads of torch on the CPU."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """Device to run on."""
     slots: Count = 8
-    """Of the engine under load."""
+    """Slots of the engine under load."""
     precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """Of the engine under load."""
+    """Precision of the engine under load."""
     requests: Count = 40
-    """That come under load, of one sample each."""
+    """Requests under load, of one sample each."""
     load: Annotated[float, Field(gt=0)] = 0.6
-    """How fast they come, as a share of what the engine finishes with all slots in use."""
+    """Arrival rate under load, as a share of the engine's throughput with all slots in use."""
 
 
 def serve(settings: BenchServeConfig) -> dict[str, Any]:
+    """Return the cost of each precision, the speed at each batch size, and latencies under load."""
     torch.set_num_threads(settings.threads)
-    shape = ModelConfig(n_layer=settings.n_layer, n_embd=settings.n_embd, n_head=settings.n_head, n_px=settings.n_px)
+    config = ModelConfig(n_layer=settings.n_layer, n_embd=settings.n_embd, n_head=settings.n_head, n_px=settings.n_px)
     torch.manual_seed(0)
-    model = ImageGPT(shape).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.wtet.weight, std=0.05)  # or all colours would be equally likely
+    model = ImageGPT(config).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.wtet.weight, std=0.05)  # the initial zeros would make all colours equally likely
     model.to(settings.device)
     return {
         "settings": settings.model_dump(),
         "torch": torch.__version__,
         "quality": quality(model),
-        "batches": {str(n): compared(model, n, settings) for n in settings.batches},
+        "batches": {str(n): compare(model, n, settings) for n in settings.batches},
         "load": under_load(model, settings),
     }
 
 
-def pictures(model: ImageGPT, n: int) -> NDArray[np.int64]:
+def random_images(model: ImageGPT, n: int) -> NDArray[np.int64]:
     rng = np.random.default_rng(0)
     return rng.integers(0, model.config.n_vocab, (n, model.config.n_positions))
 
@@ -94,105 +96,117 @@ def pictures(model: ImageGPT, n: int) -> NDArray[np.int64]:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def compared(model: ImageGPT, batch: int, settings: BenchServeConfig) -> dict[str, Any]:
-    ways: dict[str, Way] = {f"ours {precision}": ours(model, batch, precision) for precision in PRECISIONS}
-    ways |= {f"transformers {dtype}": transformers(model, dtype) for dtype in ("float32", "bfloat16")}
+def compare(model: ImageGPT, batch: int, settings: BenchServeConfig) -> dict[str, Any]:
+    """Speeds at one batch size; `over_transformers` is the ratio to the faster of transformers' precisions."""
+    completers: dict[str, Completer] = {f"ours {precision}": ours(model, batch, precision) for precision in PRECISIONS}
+    completers |= {f"transformers {dtype}": transformers(model, dtype) for dtype in ("float32", "bfloat16")}
     if batch == 1:
-        ways["without a cache, bfloat16"] = uncached(model)
-    x = pictures(model, batch)
-    found = {}
-    first, rest = ({name: list[Taken]() for name in ways} for _ in range(2))
-    bandwidth = []
-    for way in ways.values():
-        way(x[:1], 2)  # once before the clock: whatever is made on the first call
-    for _ in range(settings.rounds):
-        for name, way in ways.items():
-            pixels = UNCACHED_PIXELS if name.startswith("without") else settings.pixels
-            _, once = timed(way, x, 1)
-            found[name], taken = timed(way, x, pixels)
-            first[name].append(once)
-            rest[name].append((taken - once).clip(1e-9) / (pixels - 1))
-        bandwidth.append(read_bandwidth(model))
-    begin = {name: np.median(taken, axis=0) for name, taken in first.items()}
-    step = {name: np.median(taken, axis=0) for name, taken in rest.items()}
-    whole = {name: begin[name] + (settings.pixels - 1) * step[name] for name in ways}
-    theirs = np.min([taken for name, taken in whole.items() if name.startswith("transformers")], axis=0)
+        completers["without a cache, bfloat16"] = uncached(model)
+    first, step, tokens, bandwidth = measure(completers, model, batch, settings)
+    total = {name: first[name] + (settings.pixels - 1) * step[name] for name in completers}
+    transformers_total = np.min([total[name] for name in total if name.startswith("transformers")], axis=0)
     position = model.config.n_positions // 2 + settings.pixels // 2
-    floor = {p: bytes_of_step(model, batch, position, p) / statistics.median(bandwidth) for p in PRECISIONS}
+    floor = {p: bytes_of_step(model, batch, position, p) / bandwidth for p in PRECISIONS}
     report: dict[str, Any] = {
         clock: {
-            "tokens_per_second": {name: round(batch * settings.pixels / taken[i], 2) for name, taken in whole.items()},
-            "after_the_first": {name: round(batch / taken[i], 2) for name, taken in step.items()},
-            "seconds_to_the_first": {name: round(taken[i], 3) for name, taken in begin.items()},
-            "over_transformers": {f"ours {p}": round(theirs[i] / whole[f"ours {p}"][i], 2) for p in PRECISIONS},
+            "tokens_per_second": {name: round(batch * settings.pixels / s[i], 2) for name, s in total.items()},
+            "after_the_first": {name: round(batch / s[i], 2) for name, s in step.items()},
+            "seconds_to_the_first": {name: round(s[i], 3) for name, s in first.items()},
+            "over_transformers": {
+                f"ours {p}": round(transformers_total[i] / total[f"ours {p}"][i], 2) for p in PRECISIONS
+            },
         }
         for i, clock in enumerate(("wall", "cpu"))
     }
+    expected = tokens["transformers float32"]
     return report | {
         "of_floor": {f"ours {p}": round(floor[p] / step[f"ours {p}"][0], 3) for p in PRECISIONS},
-        "read_gb_per_second": round(statistics.median(bandwidth) / 1e9, 1),
+        "read_gb_per_second": round(bandwidth / 1e9, 1),
         "same_tokens_as_transformers_float32": {
-            name: round(float((tokens == found["transformers float32"]).mean()), 4)
-            for name, tokens in found.items()
+            name: round(float((found == expected).mean()), 4)
+            for name, found in tokens.items()
             if not name.startswith("without")
         },
     }
 
 
-def timed(way: Way, x: NDArray[np.int64], pixels: int) -> tuple[NDArray[np.integer], Taken]:
-    """With others at work on the machine the processor's clock is the fairer one, of one thread: two spin."""
-    started, cpu_started = time.perf_counter(), time.process_time()
-    found = way(x, pixels)
-    return found, np.array([time.perf_counter() - started, time.process_time() - cpu_started])
+def measure(
+    completers: dict[str, Completer], model: ImageGPT, batch: int, settings: BenchServeConfig
+) -> tuple[Times, Times, dict[str, NDArray[np.integer]], float]:
+    """Seconds to the first token, seconds per later token, tokens, and bytes read per second.
+
+    Each round runs a completer for one token and for `settings.pixels`; the difference is the time of later tokens.
+    """
+    x = random_images(model, batch)
+    for complete in completers.values():
+        complete(x[:1], 2)  # allocates and compiles
+    first: dict[str, list[NDArray[np.float64]]] = {name: [] for name in completers}
+    step: dict[str, list[NDArray[np.float64]]] = {name: [] for name in completers}
+    tokens, bandwidth = {}, []
+    for _ in range(settings.rounds):
+        for name, complete in completers.items():
+            pixels = UNCACHED_PIXELS if name.startswith("without") else settings.pixels
+            one = np.array(timed(partial(complete, x, 1))[0])
+            seconds, tokens[name] = timed(partial(complete, x, pixels))
+            first[name].append(one)
+            step[name].append((np.array(seconds) - one).clip(1e-9) / (pixels - 1))
+        bandwidth.append(read_bandwidth(model))
+    medians = [{name: np.median(values, axis=0) for name, values in times.items()} for times in (first, step)]
+    return medians[0], medians[1], tokens, statistics.median(bandwidth)
 
 
-def ours(model: ImageGPT, batch: int, precision: Precision) -> Way:
+def ours(model: ImageGPT, batch: int, precision: Precision) -> Completer:
     engine = Engine(model, batch, precision)
 
-    def way(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
+    def complete(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
         half = x.shape[1] // 2
-        tickets = [engine.submit(request(tokens, half, pixels, temperature=0)) for tokens in x]
-        while engine.slots_in_use or engine.waiting:
-            engine.step()
-        return np.concatenate([ticket.tokens[:, half : half + pixels] for ticket in tickets])
+        generations = [engine.submit(request(tokens, half, pixels, temperature=0)) for tokens in x]
+        drain(engine)
+        return np.concatenate([generation.tokens[:, half : half + pixels] for generation in generations])
 
-    return way
+    return complete
+
+
+def drain(engine: Engine) -> None:
+    """Step until every submitted request is finished."""
+    while engine.slots_in_use or engine.waiting:
+        engine.step()
 
 
 def request(tokens: NDArray[np.int64], half: int, pixels: int, temperature: float = 1, seed: int = 0) -> Request:
-    """To draw so many pixels behind the upper half. Those behind them are given, so that the request ends there."""
-    at = np.arange(len(tokens))
-    return Request(tokens, (at < half) | (at >= half + pixels), (seed,), temperature)
+    """Request to generate `pixels` pixels after the upper half; later pixels are prompt, so that it ends there."""
+    positions = np.arange(len(tokens))
+    return Request(tokens, (positions < half) | (positions >= half + pixels), (seed,), temperature)
 
 
-def transformers(model: ImageGPT, dtype: str) -> Way:
+def transformers(model: ImageGPT, dtype: str) -> Completer:
     from transformers import GenerationConfig, ImageGPTForCausalImageModeling
 
     with tempfile.TemporaryDirectory() as folder:
         weights.save_hf(model, folder)
-        theirs = ImageGPTForCausalImageModeling.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    theirs.to(model.wpe.device)
+        reference = ImageGPTForCausalImageModeling.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    reference.to(model.wpe.device)
     start = model.config.n_vocab
 
     @torch.inference_mode()
-    def way(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
+    def complete(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
         half = x.shape[1] // 2
-        given = torch.from_numpy(np.pad(x[:, :half], ((0, 0), (1, 0)), constant_values=start)).to(model.wpe.device)
+        prompt = torch.from_numpy(np.pad(x[:, :half], ((0, 0), (1, 0)), constant_values=start)).to(model.wpe.device)
         greedy = GenerationConfig(max_new_tokens=pixels, do_sample=False, use_cache=True, pad_token_id=start)
-        done = theirs.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
-        return done[:, half + 1 :].cpu().numpy()
+        output = reference.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy)
+        return output[:, half + 1 :].cpu().numpy()
 
-    return way
+    return complete
 
 
-def uncached(model: ImageGPT) -> Way:
-    """Every pixel a pass over all before it, as OpenAI's released sampler does."""
+def uncached(model: ImageGPT) -> Completer:
+    """One forward pass over all previous pixels per new pixel, as in OpenAI's released sampler."""
     network = ImageGPT(model.config).eval().requires_grad_(False)
     network.load_state_dict(model.state_dict())
     network.to(device=model.wpe.device, dtype=torch.bfloat16)
 
     @torch.inference_mode()
-    def way(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
+    def complete(x: NDArray[np.int64], pixels: int) -> NDArray[np.integer]:
         half = x.shape[1] // 2
         tokens = torch.from_numpy(x[:, : half + 1]).to(model.wpe.device)
         for _ in range(pixels):
@@ -200,64 +214,57 @@ def uncached(model: ImageGPT) -> Way:
             tokens = torch.nn.functional.pad(tokens, (0, 1))
         return tokens[:, half:-1].cpu().numpy()
 
-    return way
+    return complete
 
 
 def read_bandwidth(model: ImageGPT) -> float:
-    """Bytes a second that all threads together read of memory that no cache holds."""
+    """Bytes per second that all threads together read from an array larger than the processor's caches."""
     memory = torch.ones(1 << 28, device=model.wpe.device)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        memory.amax().item()
-        seconds.append(time.perf_counter() - started)
-    return memory.numel() * memory.element_size() / min(seconds)
+    runs = in_turn({"read": lambda: memory.amax().item()}, rounds=4)
+    return memory.numel() * memory.element_size() / min(runs.wall["read"])
 
 
 def bytes_of_step(model: ImageGPT, batch: int, position: int, precision: Precision) -> int:
-    """Weights of all products once, and the keys and values of every slot."""
-    c, wide = model.config, 4 if precision == "float32" else 2
+    """Bytes that a step reads: all weight matrices once, and the keys and values of every slot."""
+    c, width = model.config, 4 if precision == "float32" else 2
     products = 12 * c.n_layer * c.n_embd**2 + c.n_vocab * c.n_embd
-    return products * (1 if precision == "int8" else wide) + batch * 2 * c.n_layer * position * c.n_embd * wide
+    return products * (1 if precision == "int8" else width) + batch * 2 * c.n_layer * position * c.n_embd * width
 
 
 def quality(model: ImageGPT) -> dict[str, Any]:
-    """What fewer bits do to predictions: nats lost a pixel (the mean divergence from the float32 network), how often
-    the likeliest colour is the same; over two random pictures."""
-    x = torch.from_numpy(pictures(model, 2)).to(model.wpe.device)
+    """Loss of quality at lower precision, over two random images.
+
+    `nats_lost` is the mean divergence per pixel from the float32 predictions, and `same_likeliest` the share of pixels
+    with the same likeliest colour.
+    """
+    x = torch.from_numpy(random_images(model, 2)).to(model.wpe.device)
+    report = {}
     with torch.inference_mode():
         exact = model(x).double().log_softmax(-1)
-        found = {p: KVCache(model, 1, p).network(x).double().log_softmax(-1) for p in ("bfloat16", "int8")}
-    return {
-        p: {
-            "nats_lost": _nats_lost(exact, lp),
-            "same_likeliest": float((exact.argmax(-1) == lp.argmax(-1)).float().mean()),
-        }
-        for p, lp in found.items()
-    }
-
-
-def _nats_lost(exact: Tensor, other: Tensor) -> float:
-    return float((exact.exp() * (exact - other)).sum(-1).mean())
+        for precision in ("bfloat16", "int8"):
+            log_probs = KVCache(model, 1, precision).network(x).double().log_softmax(-1)
+            report[precision] = {
+                "nats_lost": float((exact.exp() * (exact - log_probs)).sum(-1).mean()),
+                "same_likeliest": float((exact.argmax(-1) == log_probs.argmax(-1)).float().mean()),
+            }
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ load
 
 
 def under_load(model: ImageGPT, settings: BenchServeConfig) -> dict[str, Any]:
-    """The rate is a share of what the engine does with all slots in use, measured first."""
+    """Throughput and latencies of continuous and of fixed batches, for the same requests at the same times."""
     engine = Engine(model, settings.slots, settings.precision)
-    x, half = pictures(model, settings.requests), model.config.n_positions // 2
-    asked = [request(tokens, half, settings.pixels, seed=i) for i, tokens in enumerate(x)]
-    started = time.perf_counter()
-    for one in asked[: settings.slots]:
-        engine.submit(one)
-    while engine.slots_in_use or engine.waiting:
-        engine.step()
-    rate = settings.load * min(settings.slots, len(asked)) / (time.perf_counter() - started)  # requests a second
-    arrivals = np.random.default_rng(1).exponential(1 / rate, len(asked)).cumsum()
-    continuous, a = attended_to(engine, asked, arrivals, continuous=True)
-    fixed, b = attended_to(engine, asked, arrivals, continuous=False)
+    x, half = random_images(model, settings.requests), model.config.n_positions // 2
+    requests = [request(tokens, half, settings.pixels, seed=i) for i, tokens in enumerate(x)]
+    for first in requests[: settings.slots]:
+        engine.submit(first)
+    seconds = timed(lambda: drain(engine))[0].wall
+    rate = settings.load * min(settings.slots, len(requests)) / seconds
+    arrivals = np.random.default_rng(1).exponential(1 / rate, len(requests)).cumsum()
+    continuous, a = serve_arrivals(engine, requests, arrivals, continuous=True)
+    fixed, b = serve_arrivals(engine, requests, arrivals, continuous=False)
     return {
         "requests_per_second": round(rate, 3),
         "continuous": continuous,
@@ -267,35 +274,38 @@ def under_load(model: ImageGPT, settings: BenchServeConfig) -> dict[str, Any]:
     }
 
 
-def attended_to(
-    engine: Engine, asked: list[Request], arrivals: NDArray[np.float64], continuous: bool
+def serve_arrivals(
+    engine: Engine, requests: list[Request], arrivals: NDArray[np.float64], continuous: bool
 ) -> tuple[dict[str, float], list[Generation]]:
-    """Seconds from the arrival of each request to its first row and to its end."""
-    n_px = int(len(asked[0].tokens) ** 0.5)
-    tickets: list[Generation] = []
-    row, end = np.full(len(asked), np.nan), np.full(len(asked), np.nan)
-    begun = [int(np.flatnonzero(~one.given)[0]) for one in asked]
-    pixels = sum(int((~one.given).sum()) for one in asked)
+    """Submit each request at its arrival time.
+
+    Returns throughput, percentiles of the seconds from arrival to the first row and to the end, and the generations.
+    """
+    n, n_px = len(requests), int(len(requests[0].tokens) ** 0.5)
+    generations: list[Generation] = []
+    row, end = np.full(n, np.nan), np.full(n, np.nan)
+    starts = [int(np.flatnonzero(~request.given)[0]) for request in requests]
+    pixels = sum(int((~request.given).sum()) for request in requests)
     started = time.perf_counter()
     while np.isnan(end).any():
         now = time.perf_counter() - started
         idle = not (engine.slots_in_use or engine.waiting)
-        arrived = int((arrivals <= now).sum())
+        arrived, submitted = int((arrivals <= now).sum()), len(generations)
         if continuous or idle:
-            room = len(asked) if continuous else engine.slots
-            tickets += [engine.submit(one) for one in asked[len(tickets) : min(arrived, len(tickets) + room)]]
-        if idle and len(tickets) == arrived < len(asked) and not engine.waiting:
+            limit = n if continuous else submitted + engine.slots
+            generations += [engine.submit(request) for request in requests[submitted : min(arrived, limit)]]
+        if idle and len(generations) == arrived < n and not engine.waiting:
             time.sleep(max(0.0, arrivals[arrived] - now))
             continue
         engine.step()
         now = time.perf_counter() - started
-        for i, ticket in enumerate(tickets):
-            if np.isnan(row[i]) and (ticket.position >= begun[i] + n_px or ticket.finished):
+        for i, generation in enumerate(generations):
+            if np.isnan(row[i]) and (generation.position >= starts[i] + n_px or generation.finished):
                 row[i] = now - arrivals[i]
-            if np.isnan(end[i]) and ticket.finished:
+            if np.isnan(end[i]) and generation.finished:
                 end[i] = now - arrivals[i]
     return {
         "tokens_per_second": round(pixels / (time.perf_counter() - started), 1),
         **{f"first_row_p{p}": round(float(np.percentile(row, p)), 3) for p in (50, 99)},
         **{f"end_p{p}": round(float(np.percentile(end, p)), 3) for p in (50, 99)},
-    }, tickets
+    }, generations

@@ -1,13 +1,12 @@
-"""A training step, forward, backward and Adam, of our network and of others of the same shape, taking turns.
+"""One training step (forward, backward, Adam) of our network and of other implementations of the same architecture.
 
-All see the same tokens, in the same type, with torch's fused Adam; none has dropout. Compiled means torch.compile
-around network and loss, with fixed shapes. `of_matmul` is the share of what torch's own matrix product reaches at the
-shape of the MLP, with attention counted causally as `estimate` does. transformers and minGPT attend explicitly, the
-plain network and ours by `scaled_dot_product_attention`.
+All read the same tokens in the same precision with torch's fused Adam, and none uses dropout. "Compiled" means
+torch.compile around network and loss with static shapes. `of_matmul` is the share of the FLOPs per second of torch's
+matrix product at the shape of the MLP, with attention counted causally as in `igpt_ray.train.estimate`. transformers
+and minGPT compute attention explicitly; the plain network and ours use `scaled_dot_product_attention`.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import in_turn, timed
 from igpt_ray.errors import SettingError
 from igpt_ray.model import losses
 from igpt_ray.model.config import ModelConfig
@@ -27,7 +27,7 @@ from igpt_ray.train.presets import PRESETS
 Report = dict[str, Any]
 Loss = Callable[[Tensor], Tensor]
 """Tokens (B, T) -> mean nats per token."""
-Step = Callable[[], None]
+Build = Callable[[ModelConfig], tuple[nn.Module, Loss]]
 
 SHAPES: dict[str, tuple[ModelConfig, int]] = {
     "small": (ModelConfig(n_layer=4, n_embd=128, n_head=4, n_px=16), 16),
@@ -36,75 +36,74 @@ SHAPES: dict[str, tuple[ModelConfig, int]] = {
     "igpt-m": (PRESETS["igpt-m"][1].model, 8),
     "igpt-l": (PRESETS["igpt-l"][1].model, 4),
 }
-"""The network, and images per step."""
+"""Network, and images per step."""
+PRODUCTS = 10
+"""Matrix products per measurement of the reachable FLOPs."""
 
 
 class BenchTrainConfig(Section):
-    """A training step beside other networks of the same shape."""
+    """Compare a training step with other implementations of the same architecture."""
 
     shapes: tuple[str, ...] = ("small", "layer")
-    """Of small (4 layers x 128, 256 tokens), layer (one of iGPT-S's), igpt-s, igpt-m, igpt-l."""
+    """Any of small (4 layers of width 128, 256 tokens), layer (one layer of iGPT-S), igpt-s, igpt-m and igpt-l."""
     rounds: Count = 15
-    """How often each network takes its turn; figures are medians."""
+    """Repetitions of each implementation; results are medians over them."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """Device to run on."""
     threads: Count = 2
-    """Of torch, on the CPU."""
+    """Threads of torch on the CPU."""
     mingpt: OptionalUri = ""
-    """A checkout of karpathy/minGPT, to have it take part."""
+    """Folder with a checkout of karpathy/minGPT; empty leaves minGPT out."""
 
 
 def train(settings: BenchTrainConfig) -> Report:
-    """Raises `SettingError` for a shape that is not known."""
+    """Return the speeds for each shape and precision.
+
+    Raises `SettingError` for an unknown shape.
+    """
     if unknown := set(settings.shapes) - SHAPES.keys():
-        raise SettingError(f"no shape {unknown.pop()!r}: there are {', '.join(SHAPES)}")
+        raise SettingError(f"unknown shape {unknown.pop()!r}: expected one of {', '.join(SHAPES)}")
     torch.set_num_threads(settings.threads)
-    found = {
-        f"{shape} {precision}": compared(shape, getattr(torch, precision), settings)
+    shapes = {
+        f"{shape} {precision}": compare(shape, getattr(torch, precision), settings)
         for shape in settings.shapes
         for precision in ("float32", "bfloat16")
     }
-    return {"device": settings.device, "threads": settings.threads, "torch": torch.__version__, "shapes": found}
+    return {"device": settings.device, "threads": settings.threads, "torch": torch.__version__, "shapes": shapes}
 
 
-def compared(shape: str, dtype: torch.dtype, settings: BenchTrainConfig) -> Report:
+def compare(shape: str, dtype: torch.dtype, settings: BenchTrainConfig) -> Report:
+    """Speeds of all implementations at one shape and precision."""
     model, batch_size = SHAPES[shape]
-    torch.compiler.reset()  # or it would give up on functions that it has compiled for too many shapes
+    torch.compiler.reset()  # the compiler otherwise reaches its limit of recompilations per function
     torch.manual_seed(0)
     tokens = torch.randint(0, model.n_vocab, (batch_size, model.n_positions), device=settings.device)
-    steps: dict[str, Step] = {}
+    alternatives: dict[str, Callable[[], None]] = {}
     for name, build in networks(settings.mingpt).items():
-        for compiled in (False, True):
-            steps[f"{name}{' compiled' if compiled else ''}"] = step_of(build, model, tokens, dtype, compiled, settings)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    ceiling: list[float] = []
-    for _ in range(settings.rounds):
-        for name, step in steps.items():
-            seconds[name].append(timed(step, settings.device))
-        ceiling.append(matmul_flops(model, tokens, dtype))
+        alternatives[name] = step_of(build, model, tokens, dtype, compiled=False)
+        alternatives[f"{name} compiled"] = step_of(build, model, tokens, dtype, compiled=True)
+    alternatives["matmul"] = products(model, tokens, dtype)
+    medians = {
+        name: float(np.median(seconds))
+        for name, seconds in in_turn(alternatives, settings.rounds, settings.device).wall.items()
+    }
+    matmul_flops = PRODUCTS * 2 * tokens.numel() * 4 * model.n_embd**2 / medians.pop("matmul")
     flops = flops_per_token(model, causal=model.objective == "next")
-    rates = {name: tokens.numel() / float(np.median(found)) for name, found in seconds.items()}
-    others = max(rate for name, rate in rates.items() if not name.startswith("ours"))
+    rates = {name: tokens.numel() / seconds for name, seconds in medians.items()}
+    fastest_other = max(rate for name, rate in rates.items() if not name.startswith("ours"))
     return {
         "flops_per_token": flops,
-        "matmul_tflops": round(float(np.median(ceiling)) / 1e12, 3),
+        "matmul_tflops": round(matmul_flops / 1e12, 3),
         "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
-        "of_matmul": {name: round(rate * flops / float(np.median(ceiling)), 3) for name, rate in rates.items()},
-        "ours_to_fastest_other": round(max(rates["ours"], rates["ours compiled"]) / others, 3),
+        "of_matmul": {name: round(rate * flops / matmul_flops, 3) for name, rate in rates.items()},
+        "ours_to_fastest_other": round(max(rates["ours"], rates["ours compiled"]) / fastest_other, 3),
     }
 
 
-def step_of(
-    build: Callable[[ModelConfig], tuple[nn.Module, Loss]],
-    model: ModelConfig,
-    tokens: Tensor,
-    dtype: torch.dtype,
-    compiled: bool,
-    settings: BenchTrainConfig,
-) -> Step:
-    """A whole step, run twice so that all that is compiled or allocated once is there."""
+def step_of(build: Build, model: ModelConfig, tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+    """A training step, run twice here so that compilation and first allocations are done."""
     network, loss = build(model)
-    network.to(device=settings.device, dtype=dtype)
+    network.to(device=tokens.device, dtype=dtype)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
     run = torch.compile(loss) if compiled else loss
 
@@ -113,43 +112,31 @@ def step_of(
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    step()
+    for _ in range(2):
+        timed(step, tokens.device.type)
     return step
 
 
-def timed(step: Step, device: str) -> float:
-    started = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def matmul_flops(model: ModelConfig, tokens: Tensor, dtype: torch.dtype) -> float:
-    """FLOPs per second of the MLP's first product, alone."""
+def products(model: ModelConfig, tokens: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """The first matrix product of the MLP, `PRODUCTS` times."""
     x = torch.randn(tokens.numel(), model.n_embd, dtype=dtype, device=tokens.device)
     weight = torch.randn(4 * model.n_embd, model.n_embd, dtype=dtype, device=tokens.device)
 
-    def products() -> None:
-        for _ in range(10):
+    def multiply() -> None:
+        for _ in range(PRODUCTS):
             F.linear(x, weight)
 
-    return 10 * 2 * x.numel() * 4 * model.n_embd / timed(products, tokens.device.type)
+    return multiply
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
 
-Build = Callable[[ModelConfig], tuple[nn.Module, Loss]]
-
-
 def networks(mingpt: str) -> dict[str, Build]:
-    found: dict[str, Build] = {"ours": ours, "plain": plain, "transformers": transformers}
-    if mingpt:
-        sys.path.insert(0, mingpt)
-        found["minGPT"] = min_gpt
-    return found
+    if not mingpt:
+        return {"ours": ours, "plain": plain, "transformers": transformers}
+    sys.path.insert(0, mingpt)
+    return {"ours": ours, "plain": plain, "transformers": transformers, "minGPT": min_gpt}
 
 
 def ours(model: ModelConfig) -> tuple[nn.Module, Loss]:
@@ -158,7 +145,7 @@ def ours(model: ModelConfig) -> tuple[nn.Module, Loss]:
 
 
 def plain(model: ModelConfig) -> tuple[nn.Module, Loss]:
-    """The GPT-2 that anyone would write today: layer norms, biases, torch's attention and GELU."""
+    """GPT-2 with torch's layers: layer norms, biases, scaled_dot_product_attention and GELU."""
     network = Plain(model)
     return network, lambda tokens: mean_nats(network(shifted(tokens, model)), tokens)
 
@@ -204,7 +191,7 @@ def min_gpt(model: ModelConfig) -> tuple[nn.Module, Loss]:
 
 
 def shifted(tokens: Tensor, model: ModelConfig) -> Tensor:
-    """Behind a start token, the row after the colours; ours does this inside."""
+    """Tokens shifted right behind a start token, whose index follows the colours'. `ImageGPT` does this itself."""
     return torch.cat([torch.full_like(tokens[:, :1], model.n_vocab), tokens[:, :-1]], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Bias: are groups of pictures associated with attributes (iEAT), and are they finished differently?
+"""Bias audit of a release: association tests (iEAT), and how completions differ between groups of images.
 
 python jobs/audit.py --release s3://bucket/runs/s1/release --ieat s3://bucket/stimuli/tests.json --out s3://bucket/audit
 python jobs/audit.py --release s3://bucket/runs/s1/release --groups s3://bucket/faces --classifier s3://bucket/probe \

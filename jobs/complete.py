@@ -1,7 +1,7 @@
-"""Finish the lower half of pictures, and draw them.
+"""Complete the lower half of images, and write the results as figures.
 
 python jobs/complete.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/completions
-python jobs/complete.py --release runs/s1/release --source pictures --split train --rows 20 --out done
+python jobs/complete.py --release runs/s1/release --source images --split train --rows 20 --out completions
 """
 
 from igpt_ray.cli import run

@@ -1,4 +1,4 @@
-"""Carry weights from one format to another: OpenAI's, transformers', and our releases.
+"""Convert weights between formats: OpenAI checkpoints, transformers checkpoints and releases.
 
 python jobs/convert.py --source s3://bucket/igpt-s/model.ckpt-1000000 --palette openai --out s3://bucket/igpt-s/release
 """

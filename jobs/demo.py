@@ -1,4 +1,4 @@
-"""The whole path on handwritten digits, on this machine: every stage submitted as a job to a local Ray cluster.
+"""Demo on handwritten digits on one machine: every stage is a job on a local Ray cluster.
 
 python jobs/demo.py --store s3
 """
@@ -28,13 +28,16 @@ from igpt_ray.flows.serve import curl_line
 from igpt_ray.interrupt import exits_on_interrupt
 from igpt_ray.provenance import provenance
 
-MARK = ".igpt_ray-demo"
+MARKER = ".igpt_ray-demo"
 PIXELS = ["--pixels.n-px", str(N_PX), "--pixels.crop", "centre"]
 Report = dict[str, Any]
 
 
 def demo(settings: DemoConfig) -> Report:
-    """Run every stage, copy what is worth keeping to `out`, return the report."""
+    """Run every stage, copy the results to `out`, and return the report.
+
+    Raises `SettingError` if `out` has files that are not the demo's.
+    """
     started = time.perf_counter()
     out = fresh_folder(Path(settings.out))
     logs = out / "logs"
@@ -44,58 +47,58 @@ def demo(settings: DemoConfig) -> Report:
             data = "s3://demo"
         else:
             data = str(out / "data")
-        say(f"starting Ray; all logs go to {logs}")
+        log(f"starting Ray; all logs go to {logs}")
         client = stack.enter_context(
             local_cluster.ray_cluster(logs, n_cpus=max(4, settings.workers + 1), env=os.environ)
         )
 
         stages = {"digits": timed("digits", lambda: write_digits(data))}
-        for name, words in jobs(settings, data).items():
-            stages[name] = timed(name, partial(local_cluster.submit, words, client, logs / f"{name}.log", say))
+        for name, arguments in jobs(settings, data).items():
+            stages[name] = timed(name, partial(local_cluster.submit, arguments, client, logs / f"{name}.log", log))
         stages["serve"] = timed("serve", lambda: serve_once(data, client, logs / "serve.log"))
-        keep(data, out)
+        copy_results(data, out)
     report = {"seconds": round(time.perf_counter() - started, 1), "stages": stages, "made_by": provenance(settings)}
     (out / "report.json").write_text(json.dumps(report, indent=1))
     return report
 
 
 def jobs(settings: DemoConfig, data: str) -> dict[str, list[str]]:
-    """Stage -> the words after `ray job submit -- python`."""
+    """For each stage, the arguments after `ray job submit -- python`."""
     source, palette, tokens = f"{data}/images", f"{data}/palette.npy", f"{data}/tokens"
     store = ["--source", source, *PIXELS]
     run = ["--data.tokens", tokens, "--run.root", f"{data}/runs", "--run.name", "demo"]
     steps = ["--optim.steps", str(settings.steps), "--run.checkpoint-every", str(max(1, settings.steps // 3))]
-    on = ["--release", f"{data}/runs/demo/release", "--tokens", tokens]
+    inputs = ["--release", f"{data}/runs/demo/release", "--tokens", tokens]
     return {
         "palette": ["jobs/palette.py", *store, "--out", palette, "--k", "64"],
         "prepare": ["jobs/prepare.py", *store, "--palette", palette, "--tokens", tokens, "--shard-images", "400"],
         "pretrain": ["jobs/pretrain.py", "tiny", *run, *steps, "--workers.n", str(settings.workers)],
-        "evaluate": ["jobs/evaluate.py", *on, "--baselines", "train"],
-        "probe": ["jobs/probe.py", *on, "--out", f"{data}/probe", "--baselines", "--low-data", "25"],
-        "complete": ["jobs/complete.py", *on, "--out", f"{data}/completions"],
-        "score": ["jobs/score.py", *on, "--out", f"{data}/scores"],
+        "evaluate": ["jobs/evaluate.py", *inputs, "--baselines", "train"],
+        "probe": ["jobs/probe.py", *inputs, "--out", f"{data}/probe", "--baselines", "--low-data", "25"],
+        "complete": ["jobs/complete.py", *inputs, "--out", f"{data}/completions"],
+        "score": ["jobs/score.py", *inputs, "--out", f"{data}/scores"],
     }
 
 
 def write_digits(data: str) -> Report:
-    """Class folders of PNG files, `<data>/images/<split>/<digit>/<number>.png`."""
-    pictures = list(digits(seed=0))
+    """Write PNG files to class folders, `<data>/images/<split>/<digit>/<number>.png`."""
+    images = list(digits(seed=0))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda p: storage.write(f"{data}/images/{p.key}", p.png), pictures))
-    return {"images": len(pictures)}
+        list(pool.map(lambda image: storage.write(f"{data}/images/{image.key}", image.png), images))
+    return {"images": len(images)}
 
 
 def serve_once(data: str, client: dict[str, str], log: Path) -> Report:
-    """Serve the release and the probe's head; have a test picture finished, scored and classified over HTTP."""
+    """Serve the release and the probe's head; complete, score and classify a test image over HTTP."""
     port = local_cluster.free_port()
     address = f"http://127.0.0.1:{port}"
-    words = ["jobs/serve.py", "--release", f"digits={data}/runs/demo/release", "--heads", f"digit={data}/probe"]
-    words += ["--open", "--port", str(port)]
-    with local_cluster.submitted(words, client, log, ready=f"{address}/readyz"):
-        picture = base64.b64encode(storage.read(sample_picture(data))).decode()
-        completed = post(f"{address}/v1/completions", {"image": picture, "n": 4, "seed": 1})
-        scored = post(f"{address}/v1/score", {"image": picture})
-        classified = post(f"{address}/v1/classify", {"image": picture})
+    arguments = ["jobs/serve.py", "--release", f"digits={data}/runs/demo/release", "--heads", f"digit={data}/probe"]
+    arguments += ["--open", "--port", str(port)]
+    with local_cluster.submitted(arguments, client, log, ready=f"{address}/readyz"):
+        image = base64.b64encode(storage.read(sample_image(data))).decode()
+        completed = post(f"{address}/v1/completions", {"image": image, "n": 4, "seed": 1})
+        scored = post(f"{address}/v1/score", {"image": image})
+        classified = post(f"{address}/v1/classify", {"image": image})
     return {
         "completions": len(completed["data"]),
         "nats_per_pixel": scored["data"][0]["nats_per_pixel"],
@@ -105,63 +108,63 @@ def serve_once(data: str, client: dict[str, str], log: Path) -> Report:
 
 def post(url: str, body: Report) -> Report:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        found: Report = json.loads(answer.read())
-        return found
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer: Report = json.loads(response.read())
+        return answer
 
 
-def sample_picture(data: str) -> str:
+def sample_image(data: str) -> str:
     return next(entry.uri for entry in storage.walk(f"{data}/images/test/3"))
 
 
-def keep(data: str, out: Path) -> None:
-    """What outlives the S3 server: the figure, the release with the probe's head, and a picture to try it on."""
+def copy_results(data: str, out: Path) -> None:
+    """Copy the figure, the release, the probe's head and a test image to `out`, because the S3 server stops."""
     storage.download(f"{data}/probe/classifier.npz", out / "probe" / "classifier.npz")
     storage.download(f"{data}/completions/completions.png", out / "completions.png")
-    storage.download(sample_picture(data), out / "picture.png")
+    storage.download(sample_image(data), out / "picture.png")
     release = f"{data}/runs/demo/release"
     for entry in storage.walk(release):
         storage.download(entry.uri, out / "release" / entry.uri[len(release) + 1 :])
 
 
 def fresh_folder(out: Path) -> Path:
-    """An empty `out`, marked as the demo's; a folder that holds anything else is never touched."""
-    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
-        raise SettingError(f"{out} holds files that are not the demo's: choose another --out")
+    """Empty `out` and mark it as the demo's. Raises `SettingError` if it has files but no mark."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise SettingError(f"{out} has files that are not the demo's: choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     (out / "logs").mkdir(parents=True)
-    (out / MARK).touch()
+    (out / MARKER).touch()
     return out
 
 
 def timed(name: str, stage: Callable[[], Report]) -> Report:
-    say(f"--- {name}")
+    log(f"--- {name}")
     started = time.perf_counter()
     return {**stage(), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def table(report: Report) -> str:
-    """One line a stage: seconds, and what came of it."""
+    """One line per stage: seconds and result."""
     s = report["stages"]
-    tokens, bases, test = s["prepare"]["token_count"], s["evaluate"]["baselines"], s["probe"]
-    said = {
+    tokens, baselines, probe = s["prepare"]["token_count"], s["evaluate"]["baselines"], s["probe"]
+    results = {
         "digits": f"{s['digits']['images']} images",
         "palette": f"{s['palette']['k']} colours, {s['palette']['psnr_db']} dB",
         "prepare": f"{s['prepare']['images']} images -> {tokens:,} tokens, {s['prepare']['bytes']:,} bytes",
         "pretrain": f"{s['pretrain']['step']} steps, {s['pretrain']['tokens_per_second']:,.0f} tokens/s",
         "evaluate": f"{s['evaluate']['nats_per_token']:.3f} nats per token on held-out digits"
-        f" (unigram by position {bases['unigram_by_position']:.3f}, previous pixel"
-        f" {bases['bigram_previous_pixel']:.3f}, 2-D context {bases['context_2d']:.3f})",
-        "probe": f"{test['accuracy']:.1%} at layer {test['best_layer']} (untrained"
-        f" {test['untrained']['accuracy']:.1%}, raw pixels {test['raw_pixels']['accuracy']:.1%});"
-        f" with 25 labels a class {few(test):.1%} ({few(test['untrained']):.1%}, {few(test['raw_pixels']):.1%})",
+        f" (unigram by position {baselines['unigram_by_position']:.3f}, previous pixel"
+        f" {baselines['bigram_previous_pixel']:.3f}, 2-D context {baselines['context_2d']:.3f})",
+        "probe": f"{probe['accuracy']:.1%} at layer {probe['best_layer']} (untrained"
+        f" {probe['untrained']['accuracy']:.1%}, raw pixels {probe['raw_pixels']['accuracy']:.1%});"
+        f" with 25 labels per class {few(probe):.1%} ({few(probe['untrained']):.1%}, {few(probe['raw_pixels']):.1%})",
         "complete": f"{s['complete']['completions']} completions, {s['complete']['tokens_per_second']:,.0f} tokens/s",
         "score": f"{s['score']['images']} images scored",
-        "serve": f"{s['serve']['completions']} completions over HTTP; a 3 is taken for a"
+        "serve": f"{s['serve']['completions']} completions over HTTP; a 3 is classified as a"
         f" {s['serve']['likeliest']['class']} with {s['serve']['likeliest']['probability']:.0%}",
     }
     lines = [f"{'stage':<10}{'seconds':>8}  result"]
-    lines += [f"{name:<10}{s[name]['seconds']:>8.1f}  {text}" for name, text in said.items()]
+    lines += [f"{name:<10}{s[name]['seconds']:>8.1f}  {text}" for name, text in results.items()]
     return "\n".join([*lines, f"{'total':<10}{report['seconds']:>8.1f}"])
 
 
@@ -170,7 +173,7 @@ def few(probed: Report) -> float:
     return float(probed["low_data"]["25"]["linear"]["mean"])
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -180,9 +183,9 @@ if __name__ == "__main__":
         with exits_on_interrupt():
             report = demo(settings)
     except IgptError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         sys.exit(1)
-    say(f"\n{table(report)}\n\nthe figure: {settings.out}/completions.png    the report: {settings.out}/report.json")
-    say("next: make serve, and open http://127.0.0.1:8000/ in a browser")
-    say(f"or: {curl_line('http://127.0.0.1:8000', settings.out + '/picture.png')}")
+    log(f"\n{table(report)}\n\nfigure: {settings.out}/completions.png    report: {settings.out}/report.json")
+    log("next: make serve, and open http://127.0.0.1:8000/ in a browser")
+    log(f"or: {curl_line('http://127.0.0.1:8000', settings.out + '/picture.png')}")
     print(json.dumps({"seconds": report["seconds"], "report": f"{settings.out}/report.json"}))

@@ -1,5 +1,5 @@
-"""What a run will take on a cluster: parameters, FLOPs, memory, traffic, hours, money; and what a larger one would wait
-for. Starts nothing.
+"""Estimate a training run without starting it: parameters, FLOPs, memory, traffic, hours, cost and the bottlenecks
+of a larger cluster.
 
 python jobs/estimate.py igpt-l --workers.n 64 --workers.precision bfloat16 --cluster.device h200 --cluster.price 4
 """

@@ -1,4 +1,4 @@
-"""Nats per token of a release on a split; of a fine-tuned one its accuracy too.
+"""Evaluate the nats per token of a release on a split, and the accuracy of a fine-tuned one.
 
 python jobs/evaluate.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --split test
 """

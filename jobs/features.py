@@ -1,4 +1,4 @@
-"""Features of every layer of a release, to Parquet.
+"""Write the features of every layer of a release to Parquet.
 
 python jobs/features.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/features
 """

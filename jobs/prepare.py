@@ -1,4 +1,4 @@
-"""Turn a folder of images into a committed token store.
+"""Convert a folder of images to a token store.
 
 python jobs/prepare.py --source s3://bucket/imagenet --palette s3://bucket/palette.npy --tokens s3://bucket/tokens
 """

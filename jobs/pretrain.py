@@ -1,4 +1,4 @@
-"""Pretrain ImageGPT on a token store. The first word is a preset; the same name and settings resume a run.
+"""Pretrain ImageGPT on a token store. The first argument is a preset; the same name and settings resume a run.
 
 python jobs/pretrain.py igpt-s --data.tokens s3://bucket/tokens --run.root s3://bucket/runs --run.name s1
 """

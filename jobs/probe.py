@@ -1,4 +1,4 @@
-"""Linear probe of every layer of a release.
+"""Fit linear probes to every layer of a release.
 
 python jobs/probe.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/probe
 """

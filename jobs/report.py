@@ -1,4 +1,4 @@
-"""All that can be said of a release, on one page that opens without a network.
+"""Write a report on a release: one self-contained HTML page.
 
 python jobs/report.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/report
 """

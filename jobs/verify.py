@@ -1,4 +1,4 @@
-"""Check every byte of a token store, and that its shards are what the source gives.
+"""Verify every byte of a token store, and compare its shards with the source.
 
 python jobs/verify.py --tokens s3://bucket/tokens
 """

@@ -1,4 +1,5 @@
-"""Watch for the cloud calling this node back, and drain it. Runs on every worker node: cluster/aws.yaml, gcp.yaml.
+"""Watch for the cloud's notice that it will reclaim this node, and drain the node. Runs on every worker node
+(cluster/aws.yaml, cluster/gcp.yaml).
 
 python jobs/watch.py --cloud aws --address 10.0.0.1:6379
 """

@@ -30,6 +30,16 @@ def test_a_pipe_gets_a_line_at_an_interval_and_one_at_the_end(
     ]
 
 
+def test_reused_units_do_not_count_towards_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    counted = progress.Progress("prepare", 200, "images")
+    counted.add(100, reused=True)
+    now[0] = 5.0
+    counted.add(50)
+    assert counted.line() == "prepare: 150 of 200 images, 10.0 images/s, 00:05 left"
+
+
 def test_a_terminal_gets_one_line_that_is_rewritten_and_log_lines_above_it() -> None:
     program = """
 import logging

@@ -1,6 +1,6 @@
-"""Every kind of damage to a token store is found and named, by `verify`, by the loader, by a preparation that goes on.
+"""Every kind of damage to a token store is detected and named by `verify`, by the loader and by a repeated preparation.
 
-The store is a real one, made and checked by the flows in one process.
+The store is prepared and verified by the flows in one process.
 """
 
 import io
@@ -28,7 +28,7 @@ VICTIM = "train/00001-v0.parquet"
 
 @pytest.fixture
 def settings(pictures: str, palette: Palette, tmp_path: Path) -> PrepareConfig:
-    """Of a store of four shards, two of them with an image in quarantine."""
+    """Settings of a store of four shards, two of which have an image in quarantine."""
     palette.save(str(tmp_path / "palette.npy"))
     return PrepareConfig(
         source=pictures,
@@ -55,7 +55,7 @@ def flip(data: bytes, at: int, bit: int = 0) -> bytes:
 
 
 def pages(data: bytes) -> Iterator[tuple[range, range, range]]:
-    """Header, checksum (within it) and content of the single page of each column that has one."""
+    """Header, checksum (inside the header) and content of each column's single page."""
     with pq.ParquetFile(io.BytesIO(data)) as file:
         columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
     for column in columns:
@@ -70,7 +70,7 @@ def pages(data: bytes) -> Iterator[tuple[range, range, range]]:
 
 
 def _varint(crc: int) -> bytes:
-    """A 32-bit number as thrift's compact protocol writes it: zigzag, seven bits a byte."""
+    """A 32-bit number in thrift's compact protocol: zigzag, seven bits per byte."""
     signed = crc - (1 << 32) if crc >> 31 else crc
     value = (signed << 1) ^ (signed >> 31)
     out = []
@@ -112,10 +112,10 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
-def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
+def test_verify_and_the_loader_detect_every_kind_of_damage_to_a_shard(
     damage: str, tokens: Path, tmp_path: Path
 ) -> None:
-    """Parquet's own checks see the half of it."""
+    """Parquet's own checks detect only half of the cases."""
     victim = tokens / VICTIM
     whole = victim.read_bytes()
     if damage == "missing":
@@ -132,10 +132,10 @@ def test_every_kind_of_damage_to_a_shard_is_found_by_verify_and_by_the_loader(
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
-def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
+def test_a_repeated_preparation_repairs_every_kind_of_damage(
     damage: str, tokens: Path, settings: PrepareConfig
 ) -> None:
-    """Killed before the commit, damaged, repeated: nobody holds a hash of a shard that no manifest names."""
+    """The store is damaged before its commit, when no manifest has a hash of the shard."""
     before = {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()}
     victim = tokens / VICTIM
     for committed in (True, False):
@@ -151,8 +151,8 @@ def test_a_preparation_that_goes_on_mends_every_kind_of_damage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["train", "quarantine"])
-def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, settings: PrepareConfig) -> None:
-    """Anywhere in a shard or its list, whether or not the reader would stumble over it."""
+def test_no_flipped_bit_is_committed(folder: str, tokens: Path, settings: PrepareConfig) -> None:
+    """A bit anywhere in a shard or its quarantine list, whether or not a reader would fail on it."""
     store = TokenStore.open(str(tokens))
     plan = sources.plan(settings.source, settings.shard_images)
     task = next(t for t in tasks_of(plan, 1) if t.unit.split == "train" and t.unit.name == "00001")
@@ -168,8 +168,8 @@ def test_no_flipped_bit_survives_until_the_commit(folder: str, tokens: Path, set
 # ------------------------------------------------------------------------------------------------ manifest and palette
 
 
-def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
-    """A class that is spelt another way, a shard that moves to another split, a view that is another epoch's."""
+def test_every_flipped_bit_of_the_manifest_is_detected(tokens: Path) -> None:
+    """A bit may change the name of a class, the split of a shard, or its view."""
     path = tokens / "manifest.json"
     whole = path.read_bytes()
     assert all(token_store.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
@@ -184,7 +184,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(tokens: Path) -> None:
 
 
 def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings: PrepareConfig) -> None:
-    """As its error says: delete it, and the shards are kept."""
+    """The error advises to delete the manifest; a repeat then reuses the shards."""
     path = tokens / "manifest.json"
     whole = path.read_bytes()
     written = (tokens / VICTIM).stat().st_mtime_ns
@@ -197,8 +197,8 @@ def test_a_damaged_manifest_is_written_again_by_a_repeat(tokens: Path, settings:
     assert (tokens / VICTIM).stat().st_mtime_ns == written
 
 
-def test_every_flipped_bit_of_the_palette_that_matters_is_found(tokens: Path) -> None:
-    """What the header pads with does not matter; a shade of one colour does."""
+def test_every_flipped_bit_of_the_palette_s_colours_is_detected(tokens: Path) -> None:
+    """The padding of the header is not significant; the last bit of a colour is."""
     path = tokens / "palette.npy"
     whole = path.read_bytes()
     colours = TokenStore.open(str(tokens)).palette().colours
@@ -219,10 +219,10 @@ def test_every_flipped_bit_of_the_palette_that_matters_is_found(tokens: Path) ->
             verify(VerifyConfig(tokens=str(tokens)), serial_map)
 
 
-def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_shard_again(
+def test_remaking_a_shard_detects_an_image_replaced_by_another_of_the_same_size(
     tokens: Path, settings: PrepareConfig
 ) -> None:
-    """A unit is known by names and sizes, which are the same for every copy of the data, wherever it lies."""
+    """A unit is identified by names and sizes, which are equal for all copies of the data."""
     picture = next(Path(settings.source, "train").rglob("0.png"))
     data = picture.read_bytes()
     other = pixels.png(np.zeros((9, 8, 3), np.uint8))
@@ -232,8 +232,8 @@ def test_a_picture_replaced_by_another_of_the_same_size_is_found_by_making_its_s
         verify(VerifyConfig(tokens=str(tokens), remake=9), serial_map)
 
 
-def test_a_picture_that_is_mended_at_its_size_leaves_the_quarantine(settings: PrepareConfig) -> None:
-    """The error of the budget says to mend it: a flipped bit that is put right changes no name and no size."""
+def test_an_image_repaired_without_a_change_of_size_leaves_the_quarantine(settings: PrepareConfig) -> None:
+    """The repair of a flipped bit changes neither name nor size."""
     strict = settings.model_copy(update={"budget": 0.0})
     (Path(settings.source) / "test/dog/1.png").unlink()
     bad = Path(settings.source) / "train/dog/1.png"

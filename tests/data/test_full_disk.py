@@ -1,4 +1,4 @@
-"""Disks that are full, for real: small file systems in memory, mounted for a test. Needs the right to mount."""
+"""Full disks: small tmpfs file systems, mounted for a test. Needs the permission to mount."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ from tests.train import test_loop as test_training
 
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A disk of 256 KiB, or what the test asks for."""
+    """A disk of 256 KiB, or of the size in the test's parameter."""
     size = getattr(request, "param", "256k")
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -39,7 +39,7 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def leave(disk: Path, n_bytes: int) -> Path:
-    """Fill the disk but for about so many bytes."""
+    """Fill the disk up to about this many free bytes."""
     ballast = disk / ".ballast"
     free = storage.shutil.disk_usage(disk).free
     ballast.write_bytes(bytes(max(0, free - n_bytes)))
@@ -48,7 +48,7 @@ def leave(disk: Path, n_bytes: int) -> Path:
 
 @pytest.fixture
 def many_pictures(tmp_path: Path) -> str:
-    """120 noisy pictures of 32 pixels, whose tokens do not compress: 2 KiB each."""
+    """120 noisy 32x32 images, whose tokens do not compress: 2 KiB each."""
     rng = np.random.default_rng(6)
     for i in range(120):
         data = pixels.png(rng.integers(0, 256, (32, 32, 3), np.uint8))
@@ -56,10 +56,10 @@ def many_pictures(tmp_path: Path) -> str:
     return str(tmp_path / "pictures")
 
 
-def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
+def test_a_preparation_on_a_full_disk_is_an_error_and_a_repeat_completes(
     many_pictures: str, disk: Path, tmp_path: Path
 ) -> None:
-    """The file, what it needs and what is free; nothing half-written that fills the disk further; the same bytes."""
+    """The error names the file, the bytes needed and the bytes free. No partial file remains."""
     colours = np.random.default_rng(7).uniform(-1, 1, (512, 3)).astype(np.float32)
     Palette(colours).save(str(tmp_path / "palette.npy"))
     settings = PrepareConfig(
@@ -90,10 +90,10 @@ def test_a_preparation_on_a_full_disk_says_so_and_completes_when_there_is_room(
 
 
 @pytest.mark.parametrize("how", ["write", "write_new", "upload", "download"])
-def test_a_write_to_a_full_disk_names_what_it_needs_and_spares_what_is_there(
+def test_a_failed_write_to_a_full_disk_changes_no_existing_file(
     how: str, store: TokenStore, disk: Path, tmp_path: Path
 ) -> None:
-    """A committed store beside the failed write still opens and verifies; the old file is as it was."""
+    """A committed store on the same disk still verifies, and the old file is unchanged."""
     root = str(disk / "tokens")
     for entry in storage.walk(store.root):
         storage.write(root + entry.uri.removeprefix(store.root), storage.read(entry.uri))
@@ -117,8 +117,8 @@ def test_a_write_to_a_full_disk_names_what_it_needs_and_spares_what_is_there(
     assert all(there.read(shard).num_rows == shard.rows for shard in there.manifest.shards)
 
 
-def test_a_node_without_room_for_its_cache_says_so_before_it_fetches(store: TokenStore, disk: Path) -> None:
-    """An hour of fetching, and then a traceback; with room again it is made."""
+def test_a_disk_too_small_for_the_cache_is_an_error_before_the_download(store: TokenStore, disk: Path) -> None:
+    """The error comes before the download; with enough space the cache is built."""
     ballast = leave(disk, 100)
     with pytest.raises(
         StorageError, match=r"train-v0\.u16: its disk is full: \d+ bytes are free, 384 bytes are needed"
@@ -128,8 +128,8 @@ def test_a_node_without_room_for_its_cache_says_so_before_it_fetches(store: Toke
     assert len(SplitCache(store, "train", disk / "cache")) == 12
 
 
-def test_a_disk_that_fills_while_the_cache_is_made_leaves_no_part_of_it(disk: Path) -> None:
-    """Somebody else's file took the room meanwhile."""
+def test_a_disk_that_fills_during_the_download_leaves_no_partial_cache(disk: Path) -> None:
+    """Another process fills the disk meanwhile."""
     array = np.ones((40, 1000), np.uint16)
 
     def pieces() -> Iterator[np.ndarray]:
@@ -146,14 +146,14 @@ def test_a_disk_that_fills_while_the_cache_is_made_leaves_no_part_of_it(disk: Pa
 
 
 @pytest.mark.parametrize("disk", ["2m"], indirect=True)
-def test_a_disk_that_fills_under_a_run_costs_a_checkpoint_and_no_step(
+def test_a_disk_that_fills_during_a_run_costs_a_checkpoint_and_no_step(
     process_group: None,
     disk: Path,
     store: TokenStore,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What is torn stays unnoticed by the next save, and the one before stays whole."""
+    """The previous checkpoint stays intact, and the next save ignores the partial one."""
     monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
     cfg = test_training.settings_for(store, disk, run={"log_every": 4})
     steps = 0

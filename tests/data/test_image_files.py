@@ -1,4 +1,4 @@
-"""Encoded pictures: every format becomes the same RGB, and what is hostile, cut or damaged is refused by name."""
+"""Decoding: every format gives the same RGB; malicious, truncated or damaged files are errors with a reason."""
 
 import io
 import struct
@@ -21,8 +21,8 @@ from igpt_ray.errors import ImageError
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options: dict[str, object]) -> None:
-    """Channels in another order, or rows upside down."""
+def test_lossless_formats_decode_to_the_original_pixels(smooth: RGB, kind: str, options: dict[str, object]) -> None:
+    """The order of channels and rows is correct."""
     np.testing.assert_array_equal(image_files.decode(encoded(smooth, kind, **options)), smooth)
     np.testing.assert_array_equal(image_files.decode(pixels.png(smooth)), smooth)
 
@@ -31,7 +31,7 @@ def test_lossless_formats_give_back_every_pixel(smooth: RGB, kind: str, options:
     ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("PNG", "RGBA"), ("PNG", "P")]
 )
 def test_every_colour_model_becomes_rgb(smooth: RGB, kind: str, mode: str) -> None:
-    """ImageNet has CMYK JPEGs; taken for RGB they are negatives."""
+    """ImageNet has CMYK JPEGs, which are negatives if read as RGB."""
     expected = np.asarray(Image.fromarray(smooth).convert(mode).convert("RGB"))
     decoded = image_files.decode(encoded(smooth, kind, mode))
     assert decoded.shape == smooth.shape
@@ -40,7 +40,7 @@ def test_every_colour_model_becomes_rgb(smooth: RGB, kind: str, mode: str) -> No
 
 
 def test_grey_becomes_three_equal_channels(smooth: RGB) -> None:
-    """(H, W) arrays would fail late, in the palette; 16-bit greys are clipped to white by a plain convert."""
+    """An (H, W) array would fail later, in the palette. Pillow's convert clips 16-bit greys to white."""
     grey = smooth[..., 0]
     expected = np.repeat(grey[..., None], 3, axis=2)
     np.testing.assert_array_equal(image_files.decode(encoded(smooth[..., :1].repeat(3, 2), "PNG", "L")), expected)
@@ -51,7 +51,7 @@ def test_grey_becomes_three_equal_channels(smooth: RGB) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
-    """Some of ImageNet's are broken; the pixels are fine. Its orientation is not applied, as OpenAI did not."""
+    """Some of ImageNet's EXIF blocks are damaged. The orientation is not applied, as in OpenAI's data."""
     plain = encoded(smooth, "JPEG", quality=95)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -62,7 +62,7 @@ def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
 
 
 def png_of(width: int, height: int, rows: bytes, depth: int = 8, colours: int = 2, more: bytes = b"") -> bytes:
-    """A PNG with good checksums whose header may say anything."""
+    """A PNG with valid checksums and an arbitrary header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
     return image_files.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -84,8 +84,8 @@ def chunk(name: bytes, data: bytes) -> bytes:
     ],
     ids=["empty", "html", "zeros", "gif", "bmp", "large", "bomb"],
 )
-def test_what_is_not_a_picture_is_refused_with_its_reason(data: bytes, reason: str) -> None:
-    """A decoder's own exception would end the job; an announced size must be refused before memory is taken."""
+def test_files_that_are_not_images_are_errors_with_a_reason(data: bytes, reason: str) -> None:
+    """A decoder's own exception would end the job; an excessive size must be rejected before the allocation."""
     with pytest.raises(ImageError, match=reason):
         image_files.decode(data)
 
@@ -94,8 +94,8 @@ def test_what_is_not_a_picture_is_refused_with_its_reason(data: bytes, reason: s
 @pytest.mark.parametrize(
     ("depth", "colours"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (16, 2), (8, 4), (16, 4), (16, 6)]
 )
-def test_every_png_has_the_number_of_rows_that_its_header_says(side: int, depth: int, colours: int) -> None:
-    """A wrong count of bytes would refuse good files. All samples are of one grey, so that its value can be told."""
+def test_the_expected_bytes_of_a_png_follow_from_its_header(side: int, depth: int, colours: int) -> None:
+    """A wrong count of bytes would reject valid files. All samples are one grey, so that the test knows the result."""
     samples = {0: 1, 2: 3, 4: 2, 6: 4}[colours]
     row = b"\0" + b"\xff" * -(-side * samples * depth // 8)
     assert (image_files.decode(png_of(side, side, row * side, depth, colours)) == 255).all()
@@ -106,7 +106,7 @@ def test_every_png_has_the_number_of_rows_that_its_header_says(side: int, depth:
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 5), (4, 4), (5, 1), (9, 13), (31, 33)])
 def test_interlaced_pngs_have_as_many_rows_as_pil_reads(width: int, height: int) -> None:
-    """Seven passes, some of them empty in small pictures. Too few bytes by our count would leave some pixels black."""
+    """Interlacing has seven passes, some empty in small images. Too low a count would leave some pixels black."""
     for n_bytes in range(height * (1 + 3 * width), height * (9 + 3 * width)):
         data = bytearray(png_of(width, height, b"\0" * n_bytes))
         data[28] = 1
@@ -119,14 +119,14 @@ def test_interlaced_pngs_have_as_many_rows_as_pil_reads(width: int, height: int)
 
 
 def _adam7_bytes(width: int, height: int) -> int:
-    """By counting the pixels of the pattern in the standard, one by one."""
+    """Bytes of an interlaced PNG, from a count of each pixel of the pattern in the standard."""
     pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
     passes = [[pattern[y % 8][x % 8] for x in range(width)] for y in range(height)]
     return sum(1 + 3 * row.count(n) for n in "1234567" for row in passes if n in row)
 
 
 def test_transparency_is_laid_on_white(smooth: RGB) -> None:
-    """Dropped alpha shows what the author hid: often black, sometimes noise."""
+    """Without the alpha channel, hidden pixels would appear: often black, sometimes noise."""
     alpha = np.zeros((240, 320, 1), np.uint8)
     alpha[:, 160:] = 255
     alpha[:, 80:160] = 128
@@ -142,7 +142,7 @@ def test_transparency_is_laid_on_white(smooth: RGB) -> None:
 
 
 def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
-    """tRNS is a chunk of its own, which is easily lost."""
+    """The transparent colour is in a separate chunk, tRNS."""
     indexed = Image.fromarray(smooth).quantize(8)
     out = io.BytesIO()
     indexed.save(out, "PNG", transparency=3)
@@ -153,7 +153,7 @@ def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
 
 @pytest.mark.parametrize("colourspace", ["CMYK", "YCCK"])
 def test_cmyk_is_read_as_adobe_writes_it(smooth: RGB, colourspace: str) -> None:
-    """Inverted: the 23 CMYK pictures of ImageNet would be negatives. Pillow writes CMYK, simplejpeg YCCK."""
+    """Adobe inverts CMYK, as in 23 images of ImageNet. Pillow writes CMYK here, and simplejpeg YCCK."""
     cmyk = Image.fromarray(smooth).convert("CMYK")
     if colourspace == "CMYK":
         out = io.BytesIO()
@@ -168,34 +168,34 @@ def test_cmyk_is_read_as_adobe_writes_it(smooth: RGB, colourspace: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("pipeline", [pixels.FAST, pixels.REFERENCE])
-def test_bytes_after_the_picture_do_not_matter(smooth: RGB, kind: str, pipeline: str) -> None:
-    """Cameras and web servers append things."""
+def test_bytes_after_the_image_are_ignored(smooth: RGB, kind: str, pipeline: str) -> None:
+    """Cameras and web servers append data."""
     data = encoded(smooth, kind)
     plain = pixels.centre_view(data, 32, pipeline)
     np.testing.assert_array_equal(pixels.centre_view(data + b"\0\xff\xd8\xff more", 32, pipeline), plain)
 
 
-def test_progressive_jpegs_are_the_same_picture(smooth: RGB) -> None:
-    """The same coefficients in another order."""
+def test_progressive_jpegs_decode_to_the_same_image(smooth: RGB) -> None:
+    """A progressive JPEG has the same coefficients in another order."""
     plain, progressive = (encoded(smooth, "JPEG", progressive=p) for p in (False, True))
     assert plain != progressive
     np.testing.assert_array_equal(image_files.decode(plain), image_files.decode(progressive))
     np.testing.assert_array_equal(pixels.centre_view(plain, 32), pixels.centre_view(progressive, 32))
 
 
-def test_of_an_animation_the_first_picture_counts(smooth: RGB) -> None:
-    """Any choice will do, as long as it is always the same."""
+def test_an_animation_decodes_to_its_first_image(smooth: RGB) -> None:
+    """Any choice is valid if it is always the same."""
     for kind in ("PNG", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(smooth, kind, save_all=True, append_images=[Image.fromarray(255 - smooth)], **options)
         np.testing.assert_array_equal(image_files.decode(data), smooth)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def both_refuse(data: bytes, reason: str) -> None:
-    """Both pipelines must refuse the same files, or a store's rows would depend on its pipeline."""
+    """Both pipelines must reject the same files, or the rows of a store would depend on its pipeline."""
     for pipeline in (pixels.FAST, pixels.REFERENCE):
         with pytest.raises(ImageError, match=reason) as caught:
             pixels.centre_view(data, 32, pipeline)
@@ -205,15 +205,15 @@ def both_refuse(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "RGB")]
 )
-def test_a_cut_picture_is_refused_wherever_it_is_cut(smooth: RGB, kind: str, mode: str) -> None:
-    """libjpeg fills the rest with grey; some cuts are at the very end, and cost only the last blocks."""
+def test_an_image_truncated_anywhere_is_an_error(smooth: RGB, kind: str, mode: str) -> None:
+    """libjpeg fills the rest with grey; a cut near the end loses only the last blocks."""
     data = encoded(smooth, kind, mode)
     for length in (*range(12, len(data), len(data) // 12), len(data) - 100, len(data) - 2):
         both_refuse(data[:length], "damaged")
 
 
-def test_a_jpeg_with_too_few_rows_is_refused(smooth: RGB) -> None:
-    """Cut, and closed with a proper end: Pillow reads it without a word, and half of the picture is grey."""
+def test_a_jpeg_with_too_few_rows_is_an_error(smooth: RGB) -> None:
+    """A truncated file with a valid end marker: Pillow reads it without an error, and half of the image is grey."""
     for progressive in (False, True):
         data = encoded(smooth, "JPEG", progressive=progressive)
         start = data.index(b"\xff\xda")
@@ -224,15 +224,15 @@ def test_a_jpeg_with_too_few_rows_is_refused(smooth: RGB) -> None:
     both_refuse(bytes(taller), "premature end")
 
 
-def test_a_png_with_too_few_rows_is_refused() -> None:
-    """Pillow leaves them black and says nothing."""
+def test_a_png_with_too_few_rows_is_an_error() -> None:
+    """Pillow leaves them black without an error."""
     row = b"\0" + b"\xff" * 300
     Image.open(io.BytesIO(png_of(100, 100, row * 60))).load()
     both_refuse(png_of(100, 100, row * 60), "bytes of rows")
 
 
-def test_a_flipped_bit_in_a_png_is_refused(smooth: RGB) -> None:
-    """Checksums are there to be looked at: Pillow skips those of the pixels."""
+def test_a_flipped_bit_in_a_png_is_an_error(smooth: RGB) -> None:
+    """Pillow does not verify the checksums of the pixels."""
     data = encoded(smooth[:40, :40], "PNG")
     rng = np.random.default_rng(5)
     for position in rng.integers(8, len(data) - 12, 60):
@@ -241,8 +241,8 @@ def test_a_flipped_bit_in_a_png_is_refused(smooth: RGB) -> None:
         both_refuse(bytes(flipped), "PNG|pixels")
 
 
-def test_headers_that_lie_about_the_size_are_refused(smooth: RGB) -> None:
-    """libwebp allocates the canvas that a header announces while Pillow only opens the file."""
+def test_headers_with_a_false_size_are_errors(smooth: RGB) -> None:
+    """libwebp allocates the canvas of the header when Pillow only opens the file."""
     webp = bytearray(encoded(smooth, "WEBP"))
     webp[26:30] = struct.pack("<HH", 16383, 16383)
     both_refuse(bytes(webp), "more than the limit")
@@ -256,15 +256,15 @@ def test_headers_that_lie_about_the_size_are_refused(smooth: RGB) -> None:
     both_refuse(bytes(jpeg), "more than the limit")
 
 
-def test_a_jpeg_of_endless_scans_is_refused(smooth: RGB) -> None:
-    """Each costs the work of a whole picture and a few bytes: a megabyte would keep a worker busy for an hour."""
+def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
+    """A scan has a few bytes and takes as long as an image: a megabyte of scans would take an hour."""
     data = encoded(smooth, "JPEG", progressive=True)
     last_scan = data[data.rindex(b"\xff\xda") : -2]
     both_refuse(data[:-2] + last_scan * 300 + b"\xff\xd9", "scans")
 
 
-def test_text_named_jpeg_is_refused_and_png_named_jpeg_is_read(smooth: RGB) -> None:
-    """ImageNet's n02105855_2933.JPEG is a PNG. Names are not even asked for."""
+def test_the_format_is_detected_from_the_bytes_and_not_from_the_name(smooth: RGB) -> None:
+    """ImageNet's n02105855_2933.JPEG is a PNG."""
     both_refuse(b"<!DOCTYPE html><title>404 Not Found</title>" * 100, "not a JPEG, PNG, WEBP")
     both_refuse(b"\xff\xd8\xff" + b"<html>" * 100, "damaged JPEG")
     assert pixels.centre_view(encoded(smooth, "PNG"), 32).shape == (32, 32, 3)
@@ -282,10 +282,10 @@ WHOLE = [encoded(STRIPES, kind) for kind in ("JPEG", "PNG", "WEBP")] + [encoded(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
     cut=st.one_of(st.just(1.0), st.floats(0, 1)),
 )
-def test_damaged_bytes_are_an_image_error_or_a_picture(
+def test_damaged_bytes_raise_an_image_error_or_decode(
     read: Callable[[bytes], RGB], data: bytes, flips: list[tuple[float, int]], cut: float
 ) -> None:
-    """Decoders raise SyntaxError, struct.error, OSError ...: one that slips through ends a job over one bad file."""
+    """Decoders raise SyntaxError, struct.error, OSError and others; an unhandled one would end a job over one file."""
     damaged = bytearray(data)
     for where, value in flips:
         damaged[int(where * len(data))] = value

@@ -1,4 +1,4 @@
-"""One set of images in five layouts, on disk and in a bucket: the same keys, labels and bytes come out of each."""
+"""One set of images in five layouts, on disk and in a bucket, gives the same keys, labels and bytes."""
 
 import io
 import json
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def tiny() -> list[Picture]:
-    """Nine training images of three classes; four for validation, of two of them and of a third that training lacks."""
+    """Nine training images of three classes, and four validation images, of two of them and of another class."""
     found = []
     for wnid in ("n00000003", "n00000001", "n00000007"):
         found += [Picture("train", wnid, f"{wnid}_{i}.JPEG", f"{wnid} {i}".encode() * 40 * i) for i in (7, 10, 9)]
@@ -160,8 +160,8 @@ def everything(plan: sources.Plan) -> list[tuple[str, Image | UnreadableImage]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_same_images_come_out_of_every_layout_and_store(layout: Layout, place: str) -> None:
-    """Labels by the order of an archive, keys with the extension of one layout, a validation label off by one."""
+def test_every_layout_and_store_gives_the_same_images(layout: Layout, place: str) -> None:
+    """Labels do not depend on the order of an archive, nor keys on the file extension of a layout."""
     LAYOUTS[layout](place, tiny())
     plan = sources.plan(place, 3)
     assert sources.recognise(place) == layout
@@ -180,7 +180,7 @@ def test_the_same_images_come_out_of_every_layout_and_store(layout: Layout, plac
 def test_the_imagenet_sample_is_the_same_in_every_layout(
     layout: Layout, store: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """80 training and 20 validation files as they are: real names, real sizes, blocks that end inside images."""
+    """80 training and 20 validation files of ImageNet, with real names and sizes, and blocks that end inside images."""
     place = str(tmp_path / "images") if store == "local" else request.getfixturevalue("on_rclone")
     pictures = real(shared)
     LAYOUTS[layout](place, pictures)
@@ -189,16 +189,14 @@ def test_the_imagenet_sample_is_the_same_in_every_layout(
     assert set(read) == expected(pictures)
 
 
-def test_the_original_archives_of_the_sample_are_read_where_they_lie(shared: Path) -> None:
-    """Our own way of building tars may be easier to read than ImageNet's."""
+def test_the_original_archives_are_read_without_unpacking(shared: Path) -> None:
+    """The tars that these tests write may be simpler than ImageNet's."""
     assert set(everything(sources.plan(str(shared / "data/imagenet_sample"), 7))) == expected(real(shared))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_unit_travels_keeps_its_digest_elsewhere_and_reads_only_what_is_wanted(
-    layout: Layout, tmp_path: Path
-) -> None:
-    """A digest with the place in it makes all again after a move; one without the content makes nothing again."""
+def test_a_unit_can_be_pickled_and_its_digest_does_not_depend_on_the_location(layout: Layout, tmp_path: Path) -> None:
+    """A digest of the location would recompute everything after a move; one without the content would miss changes."""
     for name in ("here", "there"):
         LAYOUTS[layout](str(tmp_path / name), tiny())
     changed = [p._replace(data=p.data * 30) if p.name.endswith("1_7.JPEG") else p for p in tiny()]
@@ -212,8 +210,8 @@ def test_a_unit_travels_keeps_its_digest_elsewhere_and_reads_only_what_is_wanted
     assert wanted == {"n00000001_10", "n00000003_10", "n00000007_10"}
 
 
-def test_the_size_of_a_unit_is_counted_or_guessed_near(shared: Path, tmp_path: Path) -> None:
-    """A palette's sample is a share of the images: a guess that is off by ten makes it ten times as large."""
+def test_the_size_of_a_unit_is_exact_or_a_close_estimate(shared: Path, tmp_path: Path) -> None:
+    """A palette's sample is a share of the images, so that an error of the estimate changes its size."""
     for layout, build in LAYOUTS.items():
         place = str(tmp_path / layout)
         build(place, real(shared))
@@ -236,8 +234,8 @@ def test_the_size_of_a_unit_is_counted_or_guessed_near(shared: Path, tmp_path: P
         ("n01440764/my_10026.JPEG", "n01440764/my_10026.JPEG"),
     ],
 )
-def test_an_image_of_imagenet_is_known_by_its_own_name(path: str, key: str) -> None:
-    """Two images with one key would share a crop and hide each other; one with two keys has two crops."""
+def test_the_key_of_an_imagenet_image_is_its_own_name(path: str, key: str) -> None:
+    """Two images with one key would share a crop and be duplicates; an image with two keys would have two crops."""
     assert units.key_of(path) == key
 
 
@@ -253,7 +251,7 @@ def test_an_image_of_imagenet_is_known_by_its_own_name(path: str, key: str) -> N
     ],
 )
 def test_the_split_is_in_the_name(path: str, split: str) -> None:
-    """Validation images that slip into training: `val` found only at the start of a name, or `train` in `retrained`."""
+    """`val` may be anywhere in a name, and `retrained` is not `train`."""
     assert units.split_of(path) == split
     with pytest.raises(SourceError, match="several splits"):
         units.split_of("train-and-val.tar")
@@ -266,11 +264,11 @@ def test_names_stay_in_order_when_a_split_has_more_units_than_five_digits() -> N
     assert named[-1] == "100000"
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
-def test_kaggle_s_csv_must_know_every_validation_image(tmp_path: Path) -> None:
-    """An image without a line is no image of class 0."""
+def test_kaggle_s_csv_must_list_every_validation_image(tmp_path: Path) -> None:
+    """An image without a line must not get class 0."""
     as_kaggle(str(tmp_path), tiny())
     csv = tmp_path / "LOC_val_solution.csv"
     csv.write_text("".join(line for line in csv.read_text().splitlines(True) if "00000003" not in line))
@@ -288,8 +286,8 @@ def test_kaggle_s_test_images_have_no_label(tmp_path: Path) -> None:
     assert ("test", Image("ILSVRC2012_test_00000001", units.UNLABELLED, b"?")) in read
 
 
-def test_labels_of_the_validation_tar_must_be_one_a_line_and_wordnet_ids(tmp_path: Path) -> None:
-    """One line lost shifts every label behind it; ILSVRC's own numbers are not the order of the WordNet ids."""
+def test_the_validation_labels_must_be_one_wordnet_id_per_line(tmp_path: Path) -> None:
+    """A missing line shifts all later labels; ILSVRC's own numbers are not in the order of the WordNet ids."""
     as_tars(str(tmp_path), tiny())
     text = tmp_path / "ILSVRC2012_validation_synsets.txt"
     wnids = text.read_text().split()
@@ -312,7 +310,7 @@ def test_labels_of_the_validation_tar_must_be_one_a_line_and_wordnet_ids(tmp_pat
 
 
 def test_a_bad_member_of_the_validation_tar_shifts_no_label(tmp_path: Path) -> None:
-    """The name of a damaged header is lost; without it, the images behind it would take the labels before theirs."""
+    """The name of a damaged header is lost; later images must not take the labels before theirs."""
     as_tars(str(tmp_path), tiny())
     val = tmp_path / "ILSVRC2012_img_val.tar"
     data = bytearray(val.read_bytes())
@@ -336,10 +334,10 @@ def inside(files: dict[str, bytes], kinds: dict[str, bytes] | None = None) -> di
         ({"dev.jpg": b""}, {"dev.jpg": tarfile.BLKTYPE}, "is a device"),
     ],
 )
-def test_a_hostile_member_goes_to_quarantine_and_its_neighbours_through(
+def test_a_malicious_member_goes_to_quarantine_and_the_others_are_read(
     files: dict[str, bytes], kinds: dict[str, bytes], said: str, tmp_path: Path
 ) -> None:
-    """One planted file must neither be believed nor cost a class its images."""
+    """A malicious file must neither be read nor cost other images of the class."""
     files = {"n00000002_1.JPEG": b"first", **files, "n00000002_2.JPEG": b"last"}
     storage.write(f"{tmp_path}/train.tar", tar(inside(files, kinds)))
     _, first, bad, last = [image for _, image in everything(sources.plan(str(tmp_path), 10))]
@@ -348,8 +346,8 @@ def test_a_hostile_member_goes_to_quarantine_and_its_neighbours_through(
     assert said in bad.reason
 
 
-def test_a_picture_too_large_to_be_one_is_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a terabyte under the name of an image takes the worker's memory."""
+def test_a_file_too_large_for_an_image_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a terabyte with an image's name would fill the worker's memory."""
     for module in ("folders", "imagenet", "webdataset", "parquet"):
         monkeypatch.setattr(f"igpt_ray.data.sources.{module}.MOST_BYTES", 10_000)
     big = [p._replace(data=b"x" * 20_000) if p.name.endswith("3_7.JPEG") else p for p in tiny()]
@@ -365,8 +363,8 @@ def test_a_picture_too_large_to_be_one_is_never_fetched(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("layout", ["tars", "webdataset"])
-def test_an_archive_that_was_cut_is_an_error_that_names_it(layout: Layout, tmp_path: Path) -> None:
-    """Half of the images of an upload that broke off, taken for all of them."""
+def test_a_truncated_archive_is_an_error_that_names_it(layout: Layout, tmp_path: Path) -> None:
+    """An interrupted upload must not pass for a complete archive."""
     LAYOUTS[layout](str(tmp_path), tiny())
     victim = next(path for path in sorted(tmp_path.glob("*train*.tar")))
     victim.write_bytes(victim.read_bytes()[:-11_000])
@@ -374,8 +372,8 @@ def test_an_archive_that_was_cut_is_an_error_that_names_it(layout: Layout, tmp_p
         everything(sources.plan(str(tmp_path), 3))
 
 
-def test_an_inner_archive_that_is_damaged_is_named_by_its_class(tmp_path: Path) -> None:
-    """138 GB with one bad class: its name is what one needs to mend it."""
+def test_a_damaged_inner_archive_is_an_error_that_names_its_class(tmp_path: Path) -> None:
+    """The archive has 138 GB; the name of the class is needed to repair it."""
     good, cut = tar({"n00000001_1.JPEG": b"x"}), tar({"n00000002_1.JPEG": b"x" * 5000})[:3000]
     storage.write(f"{tmp_path}/train.tar", tar({"n00000001.tar": good, "n00000002.tar": cut}))
     units_ = sources.plan(str(tmp_path), 3).units
@@ -393,17 +391,15 @@ def test_an_inner_archive_that_is_damaged_is_named_by_its_class(tmp_path: Path) 
         ({"../n1.tar": tar({"a.jpg": b"x"})}, "points out of its archive"),
     ],
 )
-def test_an_outer_tar_holds_one_tar_a_class_and_nothing_else(
-    outer: dict[str, bytes], said: str, tmp_path: Path
-) -> None:
-    """A class without images shifts the labels of all behind it, when compared with another copy of ImageNet."""
+def test_an_outer_tar_has_exactly_one_tar_per_class(outer: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    """A class without images would shift the labels of all later classes relative to another copy of ImageNet."""
     storage.write(f"{tmp_path}/ILSVRC2012_img_train.tar", tar(outer))
     with pytest.raises(SourceError, match=said):
         sources.plan(str(tmp_path), 3)
 
 
-def test_a_flat_archive_of_countless_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its names are held while planning."""
+def test_a_flat_archive_of_too_many_members_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has all names in memory."""
     monkeypatch.setattr(imagenet, "MOST_FLAT", 3)
     as_tars(str(tmp_path), tiny())
     with pytest.raises(SourceError, match="has more than 3 members"):
@@ -418,8 +414,8 @@ def shard(tmp_path: Path, files: dict[str, bytes], name: str = "train-0.tar") ->
     return [image for _, image in everything(sources.plan(str(tmp_path), 3))]
 
 
-def test_members_belong_together_by_their_stem(tmp_path: Path) -> None:
-    """.cls before .jpg or behind, a .json instead, other members between, dots in folders, capital letters."""
+def test_members_of_a_sample_share_their_stem(tmp_path: Path) -> None:
+    """.cls before or after .jpg, .json instead, other members in between, dots in folders, capital letters."""
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
     files = {"a.b/1.cls": b"2\n", "a.b/1.jpg": b"one", "a.b/1.txt": b"caption", "2.JPEG": b"two", "2.cls": b" 1"}
     files |= {
@@ -434,8 +430,8 @@ def test_members_belong_together_by_their_stem(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_missing_from_a_sample_is_reported(tmp_path: Path) -> None:
-    """Two samples run into one, and the label of the second taken for that of the first."""
+def test_an_incomplete_sample_is_reported(tmp_path: Path) -> None:
+    """Two incomplete samples must not be merged into one."""
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     read = shard(tmp_path, {"1.jpg": b"one", "2.cls": b"1", "3.jpg": b"three", "3.cls": b"0"})
     assert read[2] == Image("3.jpg", 0, b"three")
@@ -456,9 +452,7 @@ def test_what_is_missing_from_a_sample_is_reported(tmp_path: Path) -> None:
         ({"1.jpg": b"x", "1.json": b'{"label": [1]}'}, "expected a number or a name"),
     ],
 )
-def test_a_label_that_is_none_is_an_error_that_names_the_image(
-    files: dict[str, bytes], said: str, tmp_path: Path
-) -> None:
+def test_an_invalid_label_is_an_error_that_names_the_image(files: dict[str, bytes], said: str, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(SourceError, match=said):
         shard(tmp_path, files)
@@ -472,7 +466,7 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
 
 
 def test_many_shards_must_name_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking for labels in a million shards takes days, and a guess from the first is wrong."""
+    """Reading the labels of a million shards takes days, and the first shards may lack classes."""
     monkeypatch.setattr(webdataset, "MOST_SURVEYED", 2)
     monkeypatch.setattr(parquet, "MOST_SURVEYED", 2)
     for i in range(3):
@@ -491,8 +485,8 @@ def test_many_shards_must_name_their_classes(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------------ Parquet
 
 
-def test_a_parquet_file_is_cut_into_runs_of_row_groups(tmp_path: Path) -> None:
-    """A unit that begins inside a file must count its rows from there: images without a path are known by them."""
+def test_a_parquet_file_is_divided_into_runs_of_row_groups(tmp_path: Path) -> None:
+    """Row numbers identify images without a path, so that a unit inside a file must count from its first row."""
     rows = [(b"%d" % i, None if i % 2 else f"{i}.png", i % 3) for i in range(10)]
     storage.write(f"{tmp_path}/train-00000-of-00001.parquet", table(rows))
     plan = sources.plan(str(tmp_path), 4)
@@ -504,7 +498,9 @@ def test_a_parquet_file_is_cut_into_runs_of_row_groups(tmp_path: Path) -> None:
     assert plan.classes == ("0", "1", "2")
 
 
-def test_many_parquet_files_are_a_unit_each_and_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_parquet_files_are_one_unit_each_and_are_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     as_parquet(str(tmp_path), tiny())
     monkeypatch.setattr(parquet, "MOST_OPENED", 1)
     assert set(everything(sources.plan(str(tmp_path), 1))) == expected(tiny())
@@ -512,7 +508,7 @@ def test_many_parquet_files_are_a_unit_each_and_not_opened(tmp_path: Path, monke
 
 
 def test_rows_without_bytes_are_reported_and_unlabelled_ones_only_in_the_test_split(tmp_path: Path) -> None:
-    """Hugging Face's test splits have label -1: not the last class, as Python would have it."""
+    """Hugging Face's test splits have the label -1, which must not index the last class."""
     storage.write(
         f"{tmp_path}/test-0.parquet", table([(b"x", "1.png", -1), (None, "2.png", 0), (b"x", "3.png", None)], ["a"])
     )
@@ -537,8 +533,8 @@ def test_a_damaged_parquet_file_is_named(damage: str, tmp_path: Path) -> None:
         sources.plan(str(tmp_path), 3)
 
 
-def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
-    """Most writers leave the checksums out, but where they are they are compared."""
+def test_a_flipped_bit_in_a_page_with_a_checksum_is_detected(tmp_path: Path) -> None:
+    """Most writers omit the checksums; existing ones are verified."""
     made = pq.read_table(io.BytesIO(table([(b"x" * 500, "1.png", 0)], ["a"])))
     plainly = {"write_statistics": False, "compression": "none", "use_dictionary": False}
     pq.write_table(made, tmp_path / "train-0.parquet", write_page_checksum=True, **plainly)
@@ -549,8 +545,8 @@ def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(tmp_path: Path) -> Non
         everything(sources.plan(str(tmp_path), 3))
 
 
-def test_a_table_of_other_columns_is_refused_by_its_schema(tmp_path: Path) -> None:
-    """Nothing of unknown type is decoded: extension types have unpickled what they hold."""
+def test_a_table_of_other_columns_is_an_error(tmp_path: Path) -> None:
+    """No column of unknown type is decoded, because extension types may unpickle their content."""
     for i, columns in enumerate(
         ({"image": [b"x"], "label": [0]}, {"img": [1]}, {"image": [{"bytes": b"x"}], "label": [0]})
     ):
@@ -559,7 +555,7 @@ def test_a_table_of_other_columns_is_refused_by_its_schema(tmp_path: Path) -> No
             sources.plan(str(tmp_path), 3 + i)
 
 
-def test_files_that_name_other_classes_are_refused(tmp_path: Path) -> None:
+def test_files_with_different_class_names_are_an_error(tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/train-0.parquet", table([(b"x", "1.png", 0)], ["a", "b"]))
     storage.write(f"{tmp_path}/train-1.parquet", table([(b"x", "2.png", 0)], ["b", "a"]))
     with pytest.raises(SourceError, match="name different classes"):
@@ -567,10 +563,10 @@ def test_files_that_name_other_classes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tars", "webdataset", "parquet"])
-def test_reading_a_large_unit_holds_a_window_of_it(
+def test_reading_a_large_unit_needs_memory_for_a_window_only(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 MB in one row group or archive: what is held must not grow with them."""
+    """The memory must not grow with a row group or archive of 20 MB."""
     monkeypatch.setattr(ranges, "LARGEST", 1 << 20)
     monkeypatch.setattr(parquet, "LARGEST", 1 << 20)
     noise = np.random.default_rng(0)
@@ -595,7 +591,7 @@ def test_reading_a_large_unit_holds_a_window_of_it(
     assert peak < 8 << 20
 
 
-def test_two_kinds_of_files_want_a_named_layout(tmp_path: Path) -> None:
+def test_two_kinds_of_files_need_an_explicit_layout(tmp_path: Path) -> None:
     as_webdataset(str(tmp_path), tiny())
     as_parquet(str(tmp_path), tiny())
     with pytest.raises(SourceError, match="choose one with --layout"):
@@ -642,8 +638,8 @@ BILLION = textwrap.dedent(
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("layout", "n_shards"), [("webdataset", 1_000_000), ("parquet", 100_000)])
 def test_a_billion_images_are_planned_in_bounded_memory(layout: str, n_shards: int, tmp_path: Path) -> None:
-    """Simulated: a million tars of 1,000 images, or 100,000 tables of 10,000. Anything kept per image, or asked per
-    shard, ends here."""
+    """A simulated million tars of 1,000 images, or 100,000 tables of 10,000 rows: the plan must keep nothing per image
+    and send no request per shard."""
     first = tar({"1.jpg": b"x" * 1000, "1.cls": b"0"}) if layout == "webdataset" else table([(b"x", "1.png", 0)])
     (tmp_path / "first").write_bytes(first)
     names = "\n".join(f"n{i:08d}" for i in range(1000))

@@ -1,4 +1,4 @@
-"""The node's cache: what is damaged is named and made again, and no process ever reads it."""
+"""The cache of a node: damaged files are reported, rebuilt, and never read."""
 
 import logging
 import multiprocessing
@@ -43,7 +43,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_what_was_made_once_is_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_existing_file_is_reused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "new" / "a.u16"
     np.testing.assert_array_equal(node_cache.mapped(path, SHAPE, pieces), ARRAY)
     np.testing.assert_array_equal(node_cache.mapped(path, SHAPE, nothing), ARRAY)
@@ -51,8 +51,8 @@ def test_what_was_made_once_is_found_again(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_made_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A disk that lost a bit or a block; a reader that had the good file mapped keeps it."""
+def test_a_damaged_file_is_named_and_rebuilt(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk may lose a bit or a block; a reader that has mapped the intact file is not affected."""
     path = tmp_path / "a.u16"
     before = node_cache.mapped(path, SHAPE, pieces)
     held = np.array(before)
@@ -67,8 +67,8 @@ def test_a_damaged_file_is_named_and_made_again(damage: str, tmp_path: Path, cap
     assert path.read_bytes() == whole
 
 
-def test_a_damaged_file_that_nobody_can_make_again_is_not_used(tmp_path: Path) -> None:
-    """The store is away: better no tokens than wrong ones."""
+def test_a_damaged_file_is_not_used_if_it_cannot_be_rebuilt(tmp_path: Path) -> None:
+    """The store cannot be reached; an error is better than wrong tokens."""
 
     def away() -> Iterator[np.ndarray]:
         yield ARRAY[:10]
@@ -91,8 +91,8 @@ def _killed_half_way(path: Path) -> None:
     node_cache.mapped(path, SHAPE, dying)
 
 
-def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path: Path) -> None:
-    """Nor a lock that nobody releases, nor a file that stays for ever."""
+def test_a_process_killed_during_a_write_leaves_no_readable_file(tmp_path: Path) -> None:
+    """It leaves no lock and no permanent temporary file either."""
     path = tmp_path / "a.u16"
     child = multiprocessing.get_context("spawn").Process(target=_killed_half_way, args=(path,))
     child.start()
@@ -103,8 +103,8 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path: 
     assert {p.name for p in tmp_path.iterdir()} == {"a.u16", "a.lock"}
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    """A traceback from inside `open`, an hour after the job was sent."""
+def test_a_folder_without_write_permission_is_a_clear_error(tmp_path: Path) -> None:
+    """Instead of a traceback from `open`."""
     (tmp_path / "file").write_bytes(b"in the way")
     with pytest.raises(StorageError, match=r"file/a\.u16"):
         node_cache.mapped(tmp_path / "file" / "a.u16", SHAPE, pieces)

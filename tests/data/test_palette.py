@@ -1,4 +1,4 @@
-"""The palette: the table is the nearest colour to the bit, files are read or refused, and fits are good."""
+"""The palette: the table gives the exact nearest colour, damaged files are errors, and fits are good."""
 
 import fnmatch
 import hashlib
@@ -44,35 +44,35 @@ def random_pixels(n: int, seed: int) -> NDArray[np.uint8]:
 
 
 def plane(colours: NDArray[np.float32], red: int) -> NDArray[np.int64]:
-    """Nearest colours of all 65,536 pixels with this red, by looking at every colour for each."""
+    """Nearest colours of all 65,536 pixels with this red value, by brute force."""
     squared = (np.arange(256)[:, None, None] / 127.5 - 1 - colours.astype(np.float64)) ** 2  # (256, k, 3)
     return (squared[red, :, 0] + squared[:, None, :, 1] + squared[None, :, :, 2]).argmin(-1).ravel()
 
 
-def test_the_table_is_brute_force_for_openais_palette(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
-    """float32, or cells pruned a little too far: a few colours in a million would land on the second nearest."""
+def test_the_table_equals_brute_force_for_openais_palette(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
+    """float32, or too much pruning, would give a few colours in a million the second nearest colour."""
     rgb = random_pixels(10_000, 0)
     np.testing.assert_array_equal(openai.encode(rgb), palette.nearest_float64(openai.colours, rgb))
     for red in (95, 96):  # both sides of a cell's border
         np.testing.assert_array_equal(openai_table.reshape(256, -1)[red], plane(openai.colours, red))
 
 
-def test_the_table_of_a_small_palette_is_brute_force_everywhere(palette: Palette) -> None:
+def test_the_table_of_a_small_palette_equals_brute_force_everywhere(palette: Palette) -> None:
     """All 2^24 entries."""
     table = nearest_table(palette.colours).reshape(256, -1)
     for red in range(256):
         np.testing.assert_array_equal(table[red], plane(palette.colours, red))
 
 
-def test_the_table_is_brute_force_near_its_borders(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
-    """Random colours rarely lie between two of the palette: look at neighbours that get different tokens."""
+def test_the_table_equals_brute_force_near_cell_borders(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
+    """Random colours rarely lie near a border: this test uses neighbours with different tokens."""
     different = np.flatnonzero(openai_table[:-1] != openai_table[1:])
     rgb = palette.unpack(np.random.default_rng(1).choice(different, 10_000, replace=False))
     np.testing.assert_array_equal(openai_table[palette.pack(rgb)], palette.nearest_float64(openai.colours, rgb))
 
 
 def test_a_tie_goes_to_the_lowest_index() -> None:
-    """Equal colours, and colours exactly half way: any other rule than OpenAI's gives other tokens."""
+    """For equal colours and exact midpoints, another rule than OpenAI's would give other tokens."""
     levels = np.array([[0, 0, 0], [2, 0, 0], [0, 0, 0], [2, 0, 0], [0, 2, 0], [255, 255, 255]], np.float64)
     for order in ([0, 1, 2, 3, 4, 5], [3, 2, 4, 1, 5, 0]):
         colours = (levels[order] / 255 * 2 - 1).astype(np.float32)
@@ -85,8 +85,8 @@ def test_a_tie_goes_to_the_lowest_index() -> None:
             assert table[palette.pack(np.array(colour, np.uint8))] == first
 
 
-def test_exact_ties_half_way_go_to_the_lowest_index() -> None:
-    """Powers of two keep the distances exact, so that both colours are equally far in any arithmetic."""
+def test_a_midpoint_goes_to_the_lowest_index() -> None:
+    """With powers of two, both distances are exact and equal in any arithmetic."""
     colours = np.array([[0.5, -1, -1], [-0.5, -1, -1], [0.5, 1, 1], [-0.5, 1, 1]], np.float32)
     squared = ((np.array([[0.0, -1, -1], [0, 1, 1]])[:, None] - colours) ** 2).sum(-1)
     assert squared[0, 0] == squared[0, 1]
@@ -98,7 +98,7 @@ def test_exact_ties_half_way_go_to_the_lowest_index() -> None:
 
 @pytest.mark.slow
 def test_the_table_of_many_colours_is_exact_in_bounded_memory() -> None:
-    """Distances of every colour to every level alone would take 50 MB here; and a block may not lose a candidate."""
+    """The distances of every colour to every level would take 50 MB here, and no block may lose a candidate."""
     rng = np.random.default_rng(4)
     colours = rng.normal(0, 0.35, (8192, 3)).clip(-1, 1).astype(np.float32)  # dense in the middle, as photographs are
     tracemalloc.start()
@@ -113,14 +113,14 @@ def test_the_table_of_many_colours_is_exact_in_bounded_memory() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, palette.CHUNK, palette.CHUNK + 1, 3 * palette.CHUNK + 7])
 def test_any_number_of_pixels_is_encoded(openai: Palette, openai_table: NDArray[np.uint16], n: int) -> None:
-    """A pixel is read with the byte after it: beyond the last one there is none, and chunks end anywhere."""
+    """A pixel is read with the byte after it, which the last pixel does not have, and chunks end anywhere."""
     rgb = random_pixels(n, n)
     rgb.flags.writeable = False
     np.testing.assert_array_equal(openai.encode(rgb), openai_table[palette.pack(rgb)])
 
 
-def test_pixels_in_any_arrangement_are_encoded(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
-    """Crops, mirrored pictures, swapped axes and channels: memory read in its own order would give other tokens."""
+def test_pixels_in_any_memory_layout_are_encoded(openai: Palette, openai_table: NDArray[np.uint16]) -> None:
+    """Crops, mirrored images, swapped axes and channels are not contiguous in memory."""
     rgb = random_pixels(6 * 8 * 10, 12).reshape(6, 8, 10, 3)
     for view in (rgb[:, 2:5, ::-2], rgb.transpose(2, 0, 1, 3), rgb[..., ::-1], rgb[0, 0, 0], np.asfortranarray(rgb)):
         tokens = openai.encode(view)
@@ -128,8 +128,8 @@ def test_pixels_in_any_arrangement_are_encoded(openai: Palette, openai_table: ND
         np.testing.assert_array_equal(tokens, openai_table[palette.pack(view)])
 
 
-def test_the_table_is_made_once_and_found_again(palette: Palette, cache: Path) -> None:
-    """Every process of a node would spend a second, or read another palette's table."""
+def test_the_table_is_computed_once_and_cached(palette: Palette, cache: Path) -> None:
+    """Otherwise every process of a node would take a second; the cache must not mix palettes."""
     rgb = random_pixels(1000, 2)
     first = palette.encode(rgb)
     files = {p.name: p.stat().st_mtime_ns for p in cache.glob("table-*")}
@@ -143,7 +143,7 @@ def test_the_table_is_made_once_and_found_again(palette: Palette, cache: Path) -
 
 
 def test_every_24_bit_colour_is_packed_and_unpacked() -> None:
-    """A shift in uint8 drops the high bits."""
+    """A shift in uint8 would drop the high bits."""
     rgb = random_pixels(1000, 3)
     np.testing.assert_array_equal(palette.unpack(palette.pack(rgb)), rgb)
     assert palette.pack(np.array([1, 2, 3], np.uint8)) == 0x010203
@@ -151,7 +151,7 @@ def test_every_24_bit_colour_is_packed_and_unpacked() -> None:
 
 
 def test_a_palette_decodes_to_its_own_colours(openai: Palette) -> None:
-    """Truncation instead of rounding darkens every picture by half a level."""
+    """Truncation instead of rounding would darken every image by half a level."""
     rgb = openai.decode(np.arange(512))
     assert rgb.dtype == np.uint8
     assert np.abs(rgb - 127.5 * (openai.colours.astype(np.float64) + 1)).max() <= 0.5 + 1e-4
@@ -161,13 +161,13 @@ def test_a_palette_decodes_to_its_own_colours(openai: Palette) -> None:
 
 
 def test_colours_outside_eight_bits_are_clipped() -> None:
-    """k-means centres may leave the cube by rounding; uint8 would wrap white round to black."""
+    """k-means centres may leave [-1, 1] by rounding; uint8 would wrap white to black."""
     outside = Palette(np.array([[1.2, -1.2, 0], [1, 1, 1]], np.float32))
     assert outside.decode(np.array([0]))[0].tolist() == [255, 0, 128]
 
 
-def test_the_fingerprint_is_of_the_colours_alone(openai: Palette, tmp_path: Path) -> None:
-    """A fingerprint of the file would change with numpy's header, or with the order in memory."""
+def test_the_fingerprint_depends_on_the_colours_alone(openai: Palette, tmp_path: Path) -> None:
+    """A hash of the file would change with numpy's header or the memory order."""
     assert openai.fingerprint == Palette(np.asfortranarray(openai.colours)).fingerprint
     openai.save(str(tmp_path / "copy.npy"))
     assert Palette.load(str(tmp_path / "copy.npy")).fingerprint == openai.fingerprint
@@ -178,14 +178,14 @@ def test_the_fingerprint_is_of_the_colours_alone(openai: Palette, tmp_path: Path
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((4, 3), np.int64), np.zeros((4, 4), np.uint8), np.zeros(4, np.uint8)])
-def test_what_is_not_pixels_is_not_encoded(palette: Palette, pixels: NDArray[np.integer]) -> None:
-    """Scaled floats or grey pictures would index the table with nonsense."""
+def test_only_rgb_pixels_of_8_bits_are_encoded(palette: Palette, pixels: NDArray[np.integer]) -> None:
+    """Scaled floats or grey images would index the table incorrectly."""
     with pytest.raises(PaletteError, match=r"\(\.\.\., 3\) uint8"):
         palette.encode(pixels)
 
 
 def test_real_photographs_keep_their_quality(openai: Palette, shared: Path) -> None:
-    """Swapped channels or another scale still give pictures, but not 33.5 dB (facts.md, section 3)."""
+    """Swapped channels or another scale would not reach 33.5 dB (facts.md, section 3)."""
     with tarfile.open(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar") as tar:
         files = [tar.extractfile(member) for member in tar]
         views = np.stack([images.centre_view(f.read(), 32, images.REFERENCE) for f in files if f is not None])
@@ -193,15 +193,15 @@ def test_real_photographs_keep_their_quality(openai: Palette, shared: Path) -> N
 
 
 def test_psnr_is_in_decibels_of_the_mean_squared_error() -> None:
-    """uint8 differences wrap around."""
+    """Differences in uint8 would wrap around."""
     dark, bright = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 10, np.uint8)
     assert palette.psnr(dark, bright) == pytest.approx(10 * np.log10(255**2 / 100))
     assert palette.psnr(bright, dark) == palette.psnr(dark, bright)
     assert palette.psnr(dark, dark) == float("inf")
 
 
-def test_a_report_is_of_pixels_not_of_distinct_colours() -> None:
-    """Unweighted means, or squares that wrap around in uint8. By hand: three of four pixels are met exactly."""
+def test_a_report_weights_colours_by_their_pixels() -> None:
+    """By hand: three of four pixels are exact. Squares must not wrap around in uint8."""
     two = Palette(np.array([[-1, -1, -1], [1, 1, 1]], np.float32))
     fitted = histogram_of(np.array([[0, 0, 0], [235, 255, 255]], np.uint8), np.array([3, 1]))
     other = histogram_of(np.array([[10, 0, 0]], np.uint8), np.array([7]))
@@ -220,7 +220,7 @@ def test_a_report_is_of_pixels_not_of_distinct_colours() -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 7, 512])
 def test_swatches_show_every_colour(openai: Palette, k: int) -> None:
-    """The last column is rarely full: a colour would be lost or another row begun."""
+    """The last column is rarely full; no colour may be lost."""
     some = Palette(openai.colours[:k])
     picture = palette.swatches(some)
     shown = {tuple(rgb) for rgb in picture.reshape(-1, 3).tolist()}
@@ -231,7 +231,7 @@ def test_swatches_show_every_colour(openai: Palette, k: int) -> None:
 
 
 def test_openais_palette_comes_with_the_package(shared: Path) -> None:
-    """A name that is looked up in the working directory, or a file that a wheel leaves behind."""
+    """It is a file of the wheel, and not looked up in the working directory."""
     file = Path(palette.__file__).parent / "openai_palette.npy"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == (
         "c614a3d27f02fd6cf02fbbaf9f02e2431fa202726f3e44750658a85eb226bebd"
@@ -244,8 +244,8 @@ def test_openais_palette_comes_with_the_package(shared: Path) -> None:
         assert any(fnmatch.fnmatch(f"data/{name}", pattern) for pattern in patterns)
 
 
-def test_a_setting_names_openais_palette_or_a_place() -> None:
-    """Settings make paths absolute: the name must stay a name, and a file called so must stay within reach."""
+def test_a_setting_is_the_name_of_openais_palette_or_a_uri() -> None:
+    """Settings make paths absolute, but not this name; a file of the same name can be given as `./openai`."""
 
     def asked(uri: str) -> str:
         return PrepareConfig(source="images", palette=uri, tokens="tokens").palette
@@ -296,15 +296,15 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_palette_is_refused(name: str, tmp_path: Path) -> None:
-    """Half of these come out of numpy as SyntaxError, BadZipFile, AttributeError or MemoryError."""
+def test_a_malformed_palette_is_an_error(name: str, tmp_path: Path) -> None:
+    """numpy raises SyntaxError, BadZipFile, AttributeError or MemoryError for half of these."""
     (tmp_path / "palette.npy").write_bytes(MALFORMED[name])
     with pytest.raises(PaletteError):
         Palette.load(str(tmp_path / "palette.npy"))
 
 
-def test_a_damaged_header_is_refused_or_harmless(palette: Palette, tmp_path: Path) -> None:
-    """numpy's header is Python source: a flipped byte in it raises whatever its parser raises."""
+def test_a_damaged_header_is_an_error_or_has_no_effect(palette: Palette, tmp_path: Path) -> None:
+    """numpy's header is Python source, so that a flipped byte can raise any error of the parser."""
     data = palette.npy()
     rng = np.random.default_rng(5)
     for position in range(128):
@@ -319,7 +319,7 @@ def test_a_damaged_header_is_refused_or_harmless(palette: Palette, tmp_path: Pat
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -328,8 +328,8 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    """A palette comes from a bucket; an object array in it would run its author's code here."""
+def test_a_pickle_is_an_error_and_is_not_opened(tmp_path: Path) -> None:
+    """An object array in a downloaded palette would run its author's code."""
     trace, uri = tmp_path / "ran", str(tmp_path / "palette.npy")
     for data in (npy(np.array([Bomb(trace)], object)), pickle.dumps(Bomb(trace))):
         storage.write(uri, data)
@@ -355,15 +355,15 @@ def cost(colours: NDArray[np.float64], centres: NDArray[np.float64], counts: NDA
     return float((squared * counts).sum() / counts.sum())
 
 
-def test_well_separated_colours_are_found_exactly() -> None:
-    """A seeding that falls into one cluster twice, without another try."""
+def test_well_separated_colours_are_recovered_exactly() -> None:
+    """An initialisation with two centres in one cluster must not be final."""
     corners = np.array(list(itertools.product([20, 230], repeat=3)), np.uint8)
     fitted = Palette.fit(histogram_of(corners, np.arange(1, 9) * 1000), 8)
     np.testing.assert_array_equal(fitted.decode(np.arange(8)), corners)  # and in the order of red, green, blue
 
 
-def test_a_fit_minimises_the_cost_of_pixels_not_of_distinct_colours() -> None:
-    """Counts that are ignored: one odd pixel would weigh as much as the sky. The optimum is found by trying all."""
+def test_a_fit_weights_colours_by_their_pixels() -> None:
+    """The optimum is computed by enumeration. Without the counts, one pixel would weigh as much as a large area."""
     rng = np.random.default_rng(8)
     colours, counts = random_pixels(9, 9), (10 ** rng.uniform(0, 5, 9)).astype(np.int64)
     points = colours / 127.5 - 1
@@ -379,14 +379,14 @@ def test_a_fit_minimises_the_cost_of_pixels_not_of_distinct_colours() -> None:
     assert cost(points, unweighted.colours.astype(np.float64), counts) > 1.1 * best
 
 
-def test_equal_words_fit_equal_palettes() -> None:
-    """Another fingerprint each time: no two stores would ever fit together."""
+def test_equal_settings_fit_equal_palettes() -> None:
+    """Otherwise two stores could never be used together."""
     histogram = histogram_of(random_pixels(500, 10), np.ones(500, np.int64))
     assert Palette.fit(histogram, 8, seed=1).fingerprint == Palette.fit(histogram, 8, seed=1).fingerprint
 
 
-def test_fewer_colours_than_k_are_refused() -> None:
-    """faiss would abort from C++."""
+def test_fewer_colours_than_k_are_an_error() -> None:
+    """faiss would abort the process."""
     with pytest.raises(PaletteError, match="3 distinct colours, fewer than k = 4"):
         Palette.fit(histogram_of(random_pixels(3, 11), np.ones(3, np.int64)), 4)
 
@@ -401,7 +401,7 @@ def photographs(shared: Path) -> NDArray[np.uint8]:
 
 
 def test_a_fit_costs_no_more_than_sklearns(photographs: NDArray[np.uint8]) -> None:
-    """A poor start: Lloyd's algorithm ends near where it begins, 9 % off with faiss's defaults."""
+    """Lloyd's algorithm ends near its initial centres; with faiss's defaults the cost is 9 % higher."""
     points = photographs / 127.5 - 1
     ones = np.ones(len(points), np.int64)
     sklearn = [
@@ -412,9 +412,9 @@ def test_a_fit_costs_no_more_than_sklearns(photographs: NDArray[np.uint8]) -> No
     assert ours <= min(cost(points, centres, ones) for centres in sklearn)
 
 
-def test_centres_leave_crowds_for_where_they_are_missing() -> None:
-    """Halving alone leaves some clusters with two centres and others without. faiss's defaults are 2 to 35 times off
-    on such pixels."""
+def test_centres_move_from_dense_clusters_to_missing_ones() -> None:
+    """Splitting alone leaves some clusters with two centres and others with none. The cost with faiss's defaults is 2
+    to 35 times higher on such pixels."""
     rng = np.random.default_rng(13)
     planted = rng.integers(8, 248, (40, 3))
     colours = np.concatenate([planted + rng.integers(-2, 3, (40, 3)) for _ in range(20)]).astype(np.uint8)
@@ -426,15 +426,15 @@ def test_centres_leave_crowds_for_where_they_are_missing() -> None:
     assert cost(points, fitted.colours.astype(np.float64), counts) <= 1.2 * cost(points, optimum, counts)
 
 
-def test_as_many_colours_as_there_are_is_all_of_them() -> None:
-    """Splitting that stops early, or a centre that two colours share."""
+def test_with_k_equal_to_the_number_of_colours_the_fit_is_exact() -> None:
+    """Splitting must not stop early, and no two colours may share a centre."""
     colours = np.unique(random_pixels(3000, 14), axis=0)
     fitted = Palette.fit(histogram_of(colours, np.arange(1, len(colours) + 1)), len(colours))
     np.testing.assert_array_equal(fitted.decode(np.arange(len(colours))), colours)
 
 
 def test_a_fit_does_not_depend_on_threads(photographs: NDArray[np.uint8]) -> None:
-    """Sums in the order in which threads finish: another palette on every machine."""
+    """Sums in the order in which threads finish would give another palette on every machine."""
     histogram = histogram_of(photographs, np.ones(len(photographs), np.int64))
     before, fingerprints = faiss.omp_get_max_threads(), set()
     for threads in (1, 2, 3):
@@ -445,7 +445,7 @@ def test_a_fit_does_not_depend_on_threads(photographs: NDArray[np.uint8]) -> Non
 
 
 def test_merged_colours_keep_their_mean_and_count() -> None:
-    """A cell that stands for its middle instead, or white in a cell of its own beyond the grid."""
+    """A merged cell has the mean of its colours, not its midpoint, and white has no cell beyond the grid."""
     rgb = np.array([[0, 0, 0], [3, 1, 2], [4, 0, 0], [255, 255, 255], [252, 252, 252]], np.uint8)
     merged = kmeans.merge(kmeans.Points(palette.scale(rgb), np.array([1.0, 3, 5, 1, 1])), 6)
     np.testing.assert_allclose((merged.xyz + 1) * 127.5, [[2.25, 0.75, 1.5], [4, 0, 0], [253.5] * 3], atol=1e-4)
@@ -457,8 +457,8 @@ def no_gpu() -> bool:
 
 
 @pytest.mark.skipif(not no_gpu(), reason="faiss sees a GPU here")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    """faiss-cpu has no such function: a NameError; or worse, hours on the CPU."""
+def test_gpu_clustering_without_a_gpu_is_an_error() -> None:
+    """faiss-cpu lacks the function; a fallback to the CPU would take hours."""
     with pytest.raises(PaletteError, match="faiss does not detect a GPU"):
         Palette.fit(histogram_of(random_pixels(50, 15), np.ones(50, np.int64)), 4, gpu=True)
 
@@ -466,7 +466,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(no_gpu(), reason="faiss sees no GPU: it needs faiss-gpu and a CUDA device")
 def test_a_gpu_fits_as_well_as_the_cpu(photographs: NDArray[np.uint8]) -> None:
-    """The same code behind one switch; only rounding may differ."""
+    """The results may differ only by rounding."""
     ones = np.ones(len(photographs), np.int64)
     on_cpu, on_gpu = (Palette.fit(histogram_of(photographs, ones), 64, gpu=gpu) for gpu in (False, True))
     points = photographs / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Views: the paper's crops, and a fast pipeline with almost the pixels of the reference, the same ones each time."""
+"""Views: the paper's crops, and the fast pipeline, which is reproducible and close to the reference."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ from igpt_ray.errors import ImageError
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
 @pytest.mark.parametrize("height_first", [True, False])
 def test_the_centre_view_is_the_mean_over_boxes_of_the_middle(height_first: bool, pipeline: str) -> None:
-    """Where nothing has to be enlarged it can be computed by hand: 224 / 32 = 7 pixels a box."""
+    """Without enlargement the result can be computed by hand: 224 / 32 = 7 pixels per box."""
     rgb = np.random.default_rng(1).integers(0, 256, (224, 300, 3), dtype=np.uint8)
     middle = rgb[:, 38 : 38 + 224]
     if not height_first:
@@ -35,8 +35,8 @@ def test_the_centre_view_is_the_mean_over_boxes_of_the_middle(height_first: bool
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
 @pytest.mark.parametrize("n_px", [1, 8, 32, 48, 64, 224])
 @pytest.mark.parametrize("shape", [(100, 50), (50, 100), (224, 224), (1000, 300), (1, 1), (3, 500), (1025, 1023)])
-def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int], n_px: int, pipeline: str) -> None:
-    """Rounding that makes the shorter side 223 leaves a black edge, or fails; weights must sum to one."""
+def test_views_have_the_same_size_for_images_of_any_size(shape: tuple[int, int], n_px: int, pipeline: str) -> None:
+    """If the shorter side were rounded to 223, there would be a black edge or an error. Weights must sum to one."""
     white = simplejpeg.encode_jpeg(np.full((*shape, 3), 255, np.uint8))
     for view in (
         pixels.centre_view(white, n_px, pipeline),
@@ -47,8 +47,8 @@ def test_every_view_has_its_size_whatever_the_picture_had(shape: tuple[int, int]
 
 
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
-def test_random_views_are_crops_as_the_paper_draws_them(pipeline: str) -> None:
-    """A crop of the wrong size, always in a corner, or squashed. The picture's colours tell where each pixel was."""
+def test_random_views_are_the_paper_s_random_crops(pipeline: str) -> None:
+    """Size, position and aspect ratio are correct; the colours of the test image encode the position of each pixel."""
     y, x = np.mgrid[0:512, 0:512] / 511 * 255
     position = pixels.png(np.stack([x, y, x], -1).astype(np.uint8))
     drawn = [pixels.random_view(position, 32, f"{i}.png", 0, pipeline) for i in range(80)]
@@ -68,7 +68,7 @@ def test_random_views_are_crops_as_the_paper_draws_them(pipeline: str) -> None:
 
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
 def test_a_random_view_is_a_function_of_key_and_view(smooth: RGB, pipeline: str) -> None:
-    """A generator shared over images: a repeated task would write other bytes than the first."""
+    """A generator shared by images would give a repeated task other bytes."""
     data = encoded(smooth, "JPEG")
     first = pixels.random_view(data, 32, "a/b.jpg", 0, pipeline)
     np.testing.assert_array_equal(pixels.random_view(data, 32, "a/b.jpg", 0, pipeline), first)
@@ -76,8 +76,8 @@ def test_a_random_view_is_a_function_of_key_and_view(smooth: RGB, pipeline: str)
     assert (pixels.random_view(data, 32, "a/c.jpg", 0, pipeline) != first).any()
 
 
-def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> None:
-    """A change of decoder, filter or crop that moves pixels needs a new version: stores and releases trust it."""
+def test_the_pixels_of_a_named_pipeline_do_not_change(smooth: RGB) -> None:
+    """A change of decoder, filter or crop that changes pixels needs a new version, which stores and releases record."""
     jpeg = simplejpeg.encode_jpeg(smooth.repeat(2, 0).repeat(2, 1), 90)
     made = {}
     for pipeline in (FAST, REFERENCE):
@@ -91,15 +91,15 @@ def test_the_pipeline_that_bears_this_name_makes_these_pixels(smooth: RGB) -> No
 
 
 @pytest.mark.parametrize("pipeline", [FAST, REFERENCE])
-def test_a_picture_too_narrow_to_resize_is_refused(pipeline: str) -> None:
-    """One pixel by 60,000 is a small file, and three billion pixels once its shorter side is 224."""
+def test_an_image_too_narrow_to_resize_is_an_error(pipeline: str) -> None:
+    """An image of 1 x 60,000 pixels has three billion pixels once its shorter side is 224."""
     strip = simplejpeg.encode_jpeg(np.zeros((1, 60_000, 3), np.uint8))
     with pytest.raises(ImageError, match="too narrow"):
         pixels.centre_view(strip, 32, pipeline)
 
 
-def test_an_unknown_pipeline_is_refused_with_the_known_ones(smooth: RGB) -> None:
-    """A store made by a later version must not be read with today's pixels."""
+def test_the_error_of_an_unknown_pipeline_lists_the_known_ones(smooth: RGB) -> None:
+    """A store of a later version must not be used with other pixels."""
     with pytest.raises(ImageError, match=r"'fast-2'.*fast-1 and reference-1"):
         pixels.centre_view(pixels.png(smooth), 32, "fast-2")
 
@@ -121,8 +121,8 @@ def photographs(shared: Path) -> dict[str, bytes]:
     return found
 
 
-def test_fast_makes_the_tokens_of_the_reference(photographs: dict[str, bytes], shared: Path) -> None:
-    """Another filter, half a pixel's shift or a forgotten normalisation cost 4 to 20 dB. Promised: 50 dB and 94 %."""
+def test_fast_gives_almost_the_tokens_of_the_reference(photographs: dict[str, bytes], shared: Path) -> None:
+    """Another filter, a shift of half a pixel or a missing normalisation cost 4 to 20 dB. Required: 50 dB and 94 %."""
     openai = Palette.load(str(shared / "data" / "openai_palette.npy"))
     fast = np.stack([pixels.centre_view(data, 32, FAST) for data in photographs.values()])
     reference = np.stack([pixels.centre_view(data, 32, REFERENCE) for data in photographs.values()])
@@ -131,7 +131,7 @@ def test_fast_makes_the_tokens_of_the_reference(photographs: dict[str, bytes], s
 
 
 def test_fast_draws_the_crops_of_the_reference(photographs: dict[str, bytes]) -> None:
-    """A crop folded into the matrices one pixel off, or drawn in another order."""
+    """The crop inside the resize matrices is at the same pixel, and drawn in the same order."""
     some = list(photographs.items())[::4]
     fast = np.stack([pixels.random_view(data, 32, key, 1, FAST) for key, data in some])
     reference = np.stack([pixels.random_view(data, 32, key, 1, REFERENCE) for key, data in some])
@@ -140,10 +140,11 @@ def test_fast_draws_the_crops_of_the_reference(photographs: dict[str, bytes]) ->
 
 @pytest.mark.parametrize("n_px", [3, 32, 48, 64, 100, 224])
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (97, 61), (224, 224), (900, 700)])
-def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], n_px: int) -> None:
-    """The matrices are PIL's two resizes at any size, up and down, for boxes that divide 224 and others.
+def test_without_a_reduced_decode_fast_differs_only_by_rounding(shape: tuple[int, int], n_px: int) -> None:
+    """The matrices equal PIL's two resizes, up and down, for boxes that divide 224 and others.
 
-    Grey enough that PIL clips nothing between its passes. It rounds halves up there, which lifts means of two.
+    The images have low contrast, so that PIL clips nothing between its passes. PIL rounds halves up between them, which
+    raises means of two pixels.
     """
     data = pixels.png(np.random.default_rng(2).integers(64, 192, (*shape, 3)).astype(np.uint8))
     fast, reference = (pixels.centre_view(data, n_px, pipeline).astype(int) for pipeline in (FAST, REFERENCE))
@@ -152,13 +153,13 @@ def test_without_a_smaller_decode_only_rounding_is_left(shape: tuple[int, int], 
 
 
 def test_real_photographs_are_decoded_alike_by_both_decoders(photographs: dict[str, bytes]) -> None:
-    """simplejpeg and Pillow each bring a libjpeg-turbo: one with other defaults would move every pixel."""
+    """simplejpeg and Pillow each contain a libjpeg-turbo; other defaults in one of them would change every pixel."""
     for data in list(photographs.values())[::5]:
         np.testing.assert_array_equal(simplejpeg.decode_jpeg(data), image_files.decode(data))
 
 
 def psnr(a: RGB, b: RGB) -> np.ndarray:
-    """dB of each picture of two stacks."""
+    """PSNR in dB of each image of two stacks."""
     return 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((1, 2, 3)).clip(1e-9))
 
 
@@ -168,7 +169,7 @@ def psnr(a: RGB, b: RGB) -> np.ndarray:
 @pytest.mark.parametrize("eighths", [1, 2, 4, 8])
 @pytest.mark.parametrize("n_px", [1, 7, 32, 48, 224])
 def test_no_sum_of_products_can_leave_the_integers_of_its_float(n_px: int, eighths: int) -> None:
-    """The proof that the order of additions, and so BLAS, threads and processors, cannot change a bit."""
+    """Therefore the order of additions, and with it BLAS, threads and processors, cannot change a bit."""
     for n_in in (40, 97, 224, 375, 500, 2047):
         _, length = pixels._resized(500, n_in, 224)
         place = (n_in, length, (length - 224) // 2, eighths, n_px)
@@ -194,8 +195,8 @@ print(digest.hexdigest())
 """
 
 
-def test_other_processes_and_numbers_of_threads_make_the_same_bytes(shared: Path) -> None:
-    """float32 products that BLAS adds up in another order differ in the last bit, and then in a token."""
+def test_the_bytes_do_not_depend_on_process_or_number_of_threads(shared: Path) -> None:
+    """float32 products summed in another order could differ in the last bit, and then in a token."""
     files = str(shared / "data" / "imagenet_sample" / "ILSVRC2012_img_val.tar")
     running = []
     for run in range(8):
@@ -212,8 +213,8 @@ def test_other_processes_and_numbers_of_threads_make_the_same_bytes(shared: Path
 # ------------------------------------------------------------------------------------------------ sheets
 
 
-def test_a_sheet_holds_every_picture_at_its_place() -> None:
-    """Rows for columns, or an enlargement that smooths."""
+def test_a_sheet_has_every_image_at_its_position() -> None:
+    """Rows and columns are not swapped, and the enlargement does not smooth."""
     rng = np.random.default_rng(3)
     tiles = rng.integers(0, 255, (2, 3, 4, 4, 3), dtype=np.uint8)
     sheet = pixels.sheet([list(row) for row in tiles], scale=2, gap=2, wide_gaps=(2,))

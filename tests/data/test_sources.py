@@ -1,4 +1,4 @@
-"""Sources: the plan follows from the listing alone, and reading gives every image once, in order, with its label."""
+"""Sources: the plan is a function of the listing, and reading gives every image once, in order, with its label."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def everything(plan: sources.Plan) -> dict[str, list[Image]]:
 
 
 def test_every_image_is_read_once_with_its_class(place: str) -> None:
-    """Labels that follow the order of the listing, where `a-b/x` comes before `a/x`, and not the order of the names."""
+    """Labels follow the order of the class names, not of the listing, where `a-b/x` comes before `a/x`."""
     fill(place, "a/x.png", "a/y.png", "a-b/x.png", "b/deep/er/z.png")
     plan = sources.plan(place, 3)
     assert plan.classes == ("a", "a-b", "b")
@@ -40,7 +40,7 @@ def test_every_image_is_read_once_with_its_class(place: str) -> None:
 
 
 def test_splits_are_folders_that_share_the_classes_of_training(place: str) -> None:
-    """A test split numbered by its own folders: class 0 of two would be another than class 0 of three."""
+    """A test split with two of three classes must not number them by itself."""
     fill(place, "train/a/1", "train/b/1", "train/c/1", "val/c/2", "test/b/3", "test/c/3")
     plan = sources.plan(place, 10)
     assert plan.classes == ("a", "b", "c")
@@ -51,8 +51,8 @@ def test_splits_are_folders_that_share_the_classes_of_training(place: str) -> No
     assert [image.key for image in read["train"]] == ["a/1", "b/1", "c/1"]
 
 
-def test_units_have_a_fixed_size_and_their_names_are_numbers(tmp_path: object) -> None:
-    """A unit's name is its shard's: one that depends on anything but the listing duplicates data in a repeat."""
+def test_units_have_a_fixed_size_and_numbered_names(tmp_path: object) -> None:
+    """A unit's name is its shard's: if it depended on anything but the listing, a repeat would duplicate data."""
     place = str(tmp_path)
     fill(place, *(f"train/c{i % 3}/{i:02d}" for i in range(11)), "test/c0/x")
     plan = sources.plan(place, 4)
@@ -65,8 +65,8 @@ def test_units_have_a_fixed_size_and_their_names_are_numbers(tmp_path: object) -
     assert sources.plan(place, 4) == plan
 
 
-def test_a_unit_is_known_by_its_listing(tmp_path: object) -> None:
-    """A shard kept from an earlier run although an image was replaced, renamed or counted to another class since."""
+def test_a_unit_s_digest_covers_its_listing(tmp_path: object) -> None:
+    """An existing shard must not be reused after an image was replaced, renamed or moved to another class."""
     storage.write(f"{tmp_path}/one/cat/1", b"1")
     (first,) = sources.plan(f"{tmp_path}/one", 4).units
     digests = {first.digest}
@@ -80,7 +80,7 @@ def test_a_unit_is_known_by_its_listing(tmp_path: object) -> None:
 
 
 def test_classes_of_all_splits_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A class that only the test split has gets a number of its own, and a word: it may be a slip in a name."""
+    """A class that only the test split has gets its own number and a warning, because its name may be misspelt."""
     fill(str(tmp_path), "train/cat/1", "train/dog/1", "test/cow/1")
     plan = sources.plan(str(tmp_path), 10)
     assert plan.classes == ("cat", "cow", "dog")
@@ -89,7 +89,7 @@ def test_classes_of_all_splits_count(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
-    """Evaluation of a folder that has no training split."""
+    """A folder without a training split can be evaluated."""
     fill(str(tmp_path), "val/a/1", "val/b/1")
     plan = sources.plan(str(tmp_path), 4)
     assert (plan.classes, [u.split for u in plan.units]) == (("a", "b"), ["val"])
@@ -105,23 +105,23 @@ def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
         (["train/a/1", "labels.csv"], r"next to the split folders \(labels.csv\)"),
     ],
 )
-def test_a_folder_of_another_layout_is_refused_with_the_expected_one(
+def test_a_folder_of_another_layout_is_an_error_with_the_expected_layout(
     keys: list[str], said: str, tmp_path: object
 ) -> None:
-    """A file taken for a class, or a class for a split: a training run with odd labels and no error."""
+    """A file must not be read as a class, nor a class as a split."""
     fill(str(tmp_path), *keys)
     with pytest.raises(SourceError, match=said):
         sources.plan(str(tmp_path), 10)
 
 
-def test_hidden_files_are_no_images(tmp_path: object) -> None:
-    """`.DS_Store` and half-copied files would fill the quarantine."""
+def test_hidden_files_are_ignored(tmp_path: object) -> None:
+    """`.DS_Store` and partially copied files would fill the quarantine."""
     fill(str(tmp_path), "a/1", "a/.DS_Store", ".cache/1")
     assert [image.key for image in sources.read(sources.plan(str(tmp_path), 10).units[0])] == ["a/1"]
 
 
 def test_a_unit_larger_than_the_read_ahead_keeps_its_order(on_rclone: str) -> None:
-    """Threads finish in any order; images must not. And the error of one must not be lost."""
+    """Images keep their order although threads finish in any order, and an error of a thread is raised."""
     keys = [f"a/{i:03d}" for i in range(4 * folders.READ_AHEAD + 9)]
     fill(on_rclone, *keys)
     unit = sources.plan(on_rclone, 1000).units[0]
@@ -137,8 +137,8 @@ def draws() -> Callable[[float, int], np.ndarray]:
     return lambda fraction, seed: np.array([sources.sampled(key, fraction, seed) for key in keys])
 
 
-def test_a_sample_has_its_share_and_follows_its_seed(draws: Callable[[float, int], np.ndarray]) -> None:
-    """A share of the first keys instead of all; or Python's hash, which every process salts differently."""
+def test_a_sample_has_the_requested_share_and_depends_on_its_seed(draws: Callable[[float, int], np.ndarray]) -> None:
+    """The sample is drawn from all keys, and not by Python's hash, which every process salts differently."""
     tenth = draws(0.1, 0)
     assert 0.09 < tenth.mean() < 0.11
     assert 0.08 < tenth[:10_000].mean() < 0.12

@@ -1,4 +1,4 @@
-"""The tar reader against Python's, and against archives that mean harm. Nothing may be extracted, lost or believed."""
+"""The tar reader, compared with Python's tarfile, and with malicious archives."""
 
 import io
 import os
@@ -24,7 +24,7 @@ QUICK = settings(
 
 @pytest.fixture
 def walk(tmp_path: Path) -> Callable[[bytes], list[RejectedMember | tuple[str, bytes]]]:
-    """Bytes of an archive -> its members as the reader sees them: (name, data), or Bad."""
+    """Bytes of an archive -> its members according to the reader: (name, data), or the rejected member."""
 
     def walked(archive: bytes) -> list[RejectedMember | tuple[str, bytes]]:
         path = tmp_path / "archive.tar"
@@ -55,7 +55,7 @@ def tar(*parts: tuple[tarfile.TarInfo, bytes], format: int = tarfile.GNU_FORMAT)
 
 
 def with_size(header: bytes, size: int) -> bytes:
-    """A header that claims another size, its checksum mended."""
+    """A header with another size and a valid checksum."""
     field = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
     changed = header[:124] + field + header[136:148] + b" " * 8 + header[156:]
     return changed[:148] + b"%06o\0 " % sum(changed) + changed[156:]
@@ -85,13 +85,13 @@ def test_it_reads_what_python_s_tarfile_reads(
 
 @QUICK
 @given(files=FILES.filter(bool), data=st.data())
-def test_no_flipped_bit_or_cut_makes_a_file_out_of_nothing(
+def test_no_flipped_bit_or_truncation_yields_a_file_that_was_not_there(
     files: list[tuple[str, bytes]],
     data: st.DataObject,
     walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]],
 ) -> None:
-    """A damaged archive ends with `SourceError` or `RejectedMember` members: no crash, no endless walk, no file lost
-    without a message."""
+    """A damaged archive gives `SourceError` or `RejectedMember`s: no crash, no endless loop, no file lost without an
+    error."""
     archive = bytearray(tar(*(member(name, content) for name, content in files)))
     end = len(archive) - len(archive) % 10240 or len(archive)
     if data.draw(st.booleans()):
@@ -122,8 +122,10 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_hostile_member_is_named_and_passed_over(harm: str, walk: Callable[[bytes], object], tmp_path: Path) -> None:
-    """Anything taken for a picture, written to disk, or taking its neighbours along."""
+def test_a_malicious_member_is_rejected_and_the_others_are_read(
+    harm: str, walk: Callable[[bytes], object], tmp_path: Path
+) -> None:
+    """Nothing is read as an image or written to disk, and no other member is lost."""
     bad, reason = HARM[harm]
     archive = tar(member("a.jpg", b"one"), bad, member("b.jpg", b"two" * 300), format=tarfile.PAX_FORMAT)
     first, second, third = walk(archive)
@@ -134,10 +136,10 @@ def test_a_hostile_member_is_named_and_passed_over(harm: str, walk: Callable[[by
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME])
-def test_a_header_that_claims_a_terabyte_costs_its_own_image_only(
+def test_a_header_of_a_terabyte_costs_its_own_image_only(
     kind: bytes, walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]]
 ) -> None:
-    """A size that is believed: memory for it, or the end of the archive without a word."""
+    """The size must neither be allocated nor end the archive without an error."""
     liar = with_size(member("liar.jpg", kind=kind)[0].tobuf(tarfile.GNU_FORMAT), 1 << 40)
     archive = tar(member("a.jpg", b"one"))[:1024] + liar + b"\1" * 1024 + tar(member("b.jpg", b"two"))
     first, bad, last = walk(archive)
@@ -146,10 +148,10 @@ def test_a_header_that_claims_a_terabyte_costs_its_own_image_only(
     assert (bad.name, bad.reason[:20]) == ("liar.jpg", "claims 1099511627776")
 
 
-def test_old_sparse_files_are_passed_over_with_all_their_headers(
+def test_old_sparse_files_are_skipped_with_all_their_headers(
     walk: Callable[[bytes], list[RejectedMember | tuple[str, bytes]]],
 ) -> None:
-    """GNU's sparse files go on in further header blocks; whoever forgets them takes a map of holes for a header."""
+    """GNU's sparse files have more header blocks, which must not be read as headers of other members."""
     header = bytearray(member("s.jpg", b"x" * 600, kind=tarfile.GNUTYPE_SPARSE)[0].tobuf(tarfile.GNU_FORMAT))
     header[482] = 1
     more = b"\1" * 504 + b"\1" + b"\0" * 7 + b"\1" * 504 + b"\0" * 8
@@ -161,7 +163,7 @@ def test_old_sparse_files_are_passed_over_with_all_their_headers(
 
 
 def test_a_global_header_must_not_name_or_size_all_members(walk: Callable[[bytes], object]) -> None:
-    """One header that would give every image the same name; git's, with a comment alone, is harmless."""
+    """Such a header would give every image the same name; git's, which has only a comment, is accepted."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"path": "x.jpg"}) as archive:
         archive.addfile(member("a.jpg", b"")[0])
@@ -172,20 +174,20 @@ def test_a_global_header_must_not_name_or_size_all_members(walk: Callable[[bytes
 
 
 @pytest.mark.parametrize("archive", [b"", b"x" * 512, b"x" * 511, b"x" * 5000, bytes(511)])
-def test_what_is_no_archive_is_cut(archive: bytes, walk: Callable[[bytes], object]) -> None:
-    """An empty file, a web page, an image under the name of a tar: none is an archive without members."""
+def test_a_file_that_is_no_archive_is_an_error(archive: bytes, walk: Callable[[bytes], object]) -> None:
+    """An empty file, a web page or an image with the name of a tar is not an archive without members."""
     with pytest.raises(SourceError, match="is cut"):
         walk(archive)
 
 
-def test_folders_and_a_leading_dot_are_no_news(walk: Callable[[bytes], object]) -> None:
-    """`tar c .` writes ./ before every name; the key would differ from that of the same image elsewhere."""
+def test_folders_are_skipped_and_a_leading_dot_is_removed(walk: Callable[[bytes], object]) -> None:
+    """`tar c .` writes ./ before every name, which would change the keys of the images."""
     archive = tar(member("./", kind=tarfile.DIRTYPE), member("./a", kind=tarfile.DIRTYPE), member("./a/x.jpg", b"x"))
     assert walk(archive) == [("a/x.jpg", b"x")]
 
 
-def test_members_by_the_thousand_hold_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list of members, as tarfile keeps one, grows with the archive: a flat tar may have millions."""
+def test_thousands_of_members_use_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tarfile keeps a list of all members, and a flat tar may have millions."""
     monkeypatch.setattr(ranges, "LARGEST", ranges.FIRST)
     header = member("x.jpg")[0].tobuf()
     path = tmp_path / "many.tar"
@@ -202,8 +204,8 @@ def test_members_by_the_thousand_hold_no_memory(tmp_path: Path, monkeypatch: pyt
 
 @QUICK
 @given(reads=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 900)), max_size=30), ordered=st.booleans())
-def test_a_window_reads_what_the_file_holds(reads: list[tuple[int, int]], ordered: bool, tmp_path: Path) -> None:
-    """Off-by-one where blocks meet, a block fetched ahead that does not fit, a jump back."""
+def test_a_window_reads_the_bytes_of_the_file(reads: list[tuple[int, int]], ordered: bool, tmp_path: Path) -> None:
+    """Reads may cross blocks, end inside a prefetched block, or go back."""
     content = bytes(i * i % 251 for i in range(4321))
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -215,10 +217,10 @@ def test_a_window_reads_what_the_file_holds(reads: list[tuple[int, int]], ordere
                 assert window.read(start, length) == content[start : start + length]
 
 
-def test_going_straight_on_takes_few_large_requests_and_skipping_small_ones(
+def test_sequential_reads_use_few_large_requests_and_skips_small_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request per header would take a night over 1,000 class archives, and blocks of 8 MiB all 138 GB of them."""
+    """A request per header would take hours for 1,000 class archives, and blocks of 8 MiB would read all 138 GB."""
     path = tmp_path / "file"
     with open(path, "wb") as f:
         f.truncate(200 << 20)
@@ -236,7 +238,7 @@ def test_going_straight_on_takes_few_large_requests_and_skipping_small_ones(
     assert asked == [ranges.FIRST] * 10
 
 
-def test_a_file_that_shrank_is_an_error_and_not_a_short_image(tmp_path: Path) -> None:
+def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"short")
     with Window(str(path), 100) as window, pytest.raises(SourceError, match="ends before byte 50"):
@@ -258,8 +260,8 @@ def test_a_range_file_is_a_file(tmp_path: Path) -> None:
     assert (file.seek(2), file.seek(2, io.SEEK_CUR), file.read(3)) == (2, 4, b"456")
 
 
-def test_working_ahead_keeps_order_and_errors() -> None:
-    """An error in the thread that is lost looks like the end of the data."""
+def test_prefetching_preserves_order_and_errors() -> None:
+    """A lost error of the thread would look like the end of the data."""
 
     def items() -> Iterator[int]:
         yield from range(5)
@@ -271,8 +273,8 @@ def test_working_ahead_keeps_order_and_errors() -> None:
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_member_knows_where_its_first_header_begins(tmp_path: Path) -> None:
-    """A unit that starts behind the long name's header would lose the name."""
+def test_a_member_has_the_offset_of_its_first_header(tmp_path: Path) -> None:
+    """A unit that starts after the header with the long name would lose the name."""
     archive = tar(member("a.jpg", b"1"), member("n" * 150 + ".jpg", b"2"))
     path = tmp_path / "a.tar"
     path.write_bytes(archive)

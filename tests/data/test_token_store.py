@@ -1,4 +1,4 @@
-"""The token store: rows come back as they were, one wrong bit is found and named, and a commit happens once."""
+"""The token store: rows survive a round trip, a flipped bit is detected, and a store is committed once."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ def rows(kind: TokenFormat) -> tuple[list[str], list[int], Tokens]:
 
 
 def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
-    """Rows in another order, labels of another type, tokens transposed or widened."""
+    """The order of rows, the type of labels, and the order and type of tokens are preserved."""
     keys, labels, tokens = rows
     table = token_store.parse(token_store.encode(keys, labels, tokens, kind, UNIT))
     assert table.column_names == ["key", "label", "tokens"]
@@ -43,25 +43,25 @@ def test_rows_survive_a_shard(rows: tuple[list[str], list[int], Tokens], kind: T
     np.testing.assert_array_equal(back, tokens)
 
 
-def test_a_shard_says_what_it_holds(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
-    """A file copied out of its store would be 20 rows of unexplained numbers."""
+def test_a_shard_describes_its_content(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
+    """A shard copied out of its store must still be understandable."""
     said = token_store.metadata(token_store.parse(token_store.encode(*rows, kind, UNIT)).schema)
     assert said == {"format": token_store.FORMAT, **kind.model_dump(), **UNIT}
     assert token_store.metadata(pa.table({"a": [1]}).schema) == {}
 
 
-def test_a_shard_without_rows_is_a_shard(kind: TokenFormat) -> None:
-    """A unit whose every image is in quarantine: the preparation would die at its end, not report it."""
+def test_a_shard_may_have_no_rows(kind: TokenFormat) -> None:
+    """All images of a unit may be in quarantine."""
     none = np.zeros((0, kind.n_positions), np.uint16)
     table = token_store.parse(token_store.encode([], [], none, kind, UNIT))
     assert token_store.tokens_of(table).shape == none.shape
     assert table.schema.equals(token_store.parse(token_store.encode(["a"], [0], np.zeros((1, 16)), kind, UNIT)).schema)
 
 
-def test_any_parquet_reader_sees_plain_columns(
+def test_any_parquet_reader_can_read_the_columns(
     rows: tuple[list[str], list[int], Tokens], kind: TokenFormat, tmp_path: Path
 ) -> None:
-    """A format that only this project reads holds its users' data hostage."""
+    """Users must be able to read their data without this project."""
     keys, labels, tokens = rows
     path = tmp_path / "shard.parquet"
     path.write_bytes(token_store.encode(keys, labels, tokens, kind, UNIT))
@@ -75,7 +75,7 @@ def test_any_parquet_reader_sees_plain_columns(
 
 
 def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], kind: TokenFormat) -> None:
-    """A time or a path in the file: a repeated task would overwrite its shard with one of another hash."""
+    """A time or a path in the file would give a repeated task another hash."""
     keys, labels, tokens = rows
     first = token_store.encode(keys, labels, tokens, kind, UNIT)
     reversed_unit = dict(reversed(UNIT.items()))
@@ -87,8 +87,8 @@ def test_equal_rows_give_equal_bytes(rows: tuple[list[str], list[int], Tokens], 
 # ------------------------------------------------------------------------------------------------ a whole store
 
 
-def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: TokenFormat, palette: Palette) -> None:
-    """Rows of another split or view; a palette that is not the one of the tokens."""
+def test_a_store_returns_the_committed_rows(store: TokenStore, kind: TokenFormat, palette: Palette) -> None:
+    """The rows are of the requested split and view, and the palette is that of the tokens."""
     opened = TokenStore.open(store.root)
     assert opened.manifest == store.manifest
     assert opened.sha256 == store.sha256 == hashlib.sha256(storage.read(store.root + "/manifest.json")).hexdigest()
@@ -102,8 +102,8 @@ def test_a_store_gives_back_what_was_committed(store: TokenStore, kind: TokenFor
     assert [token_store.metadata(t.schema)["view"] for t in tables] == ["1", "1"]
 
 
-def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> None:
-    """Parquet's own checks miss some: the page headers, the metadata, the padding."""
+def test_every_flipped_byte_is_detected_and_its_file_named(store: TokenStore) -> None:
+    """Parquet's own checks do not cover page headers, metadata and padding."""
     shard = store.manifest.shards[0]
     path = Path(store.root, shard.path)
     data = path.read_bytes()
@@ -119,8 +119,8 @@ def test_every_flipped_byte_is_found_and_its_file_named(store: TokenStore) -> No
 
 
 @pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[: len(d) // 2], lambda d: b"", lambda d: d + b"\0"])
-def test_a_cut_or_longer_file_is_found(store: TokenStore, change: object) -> None:
-    """An upload that broke off."""
+def test_a_truncated_or_longer_file_is_detected(store: TokenStore, change: object) -> None:
+    """For example an interrupted upload."""
     shard = store.manifest.shards[-1]
     path = Path(store.root, shard.path)
     path.write_bytes(change(path.read_bytes()))
@@ -128,8 +128,8 @@ def test_a_cut_or_longer_file_is_found(store: TokenStore, change: object) -> Non
         store.read(shard)
 
 
-def test_another_valid_shard_in_its_place_is_found(store: TokenStore) -> None:
-    """A copy of view 0 under the name of view 1 parses well."""
+def test_a_shard_replaced_by_another_valid_one_is_detected(store: TokenStore) -> None:
+    """A copy of view 0 with the name of view 1 is valid Parquet."""
     first, second = (store.manifest.select("train", view)[0] for view in (0, 1))
     Path(store.root, second.path).write_bytes(Path(store.root, first.path).read_bytes())
     with pytest.raises(TokenStoreError, match=second.path):
@@ -137,15 +137,15 @@ def test_another_valid_shard_in_its_place_is_found(store: TokenStore) -> None:
 
 
 def test_a_missing_shard_is_named(store: TokenStore) -> None:
-    """Fewer rows without an error."""
+    """It must not result in fewer rows without an error."""
     shard = store.manifest.shards[0]
     Path(store.root, shard.path).unlink()
     with pytest.raises(NotFound, match=shard.path):
         list(store.read_split("test"))
 
 
-def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore) -> None:
-    """`max() arg is an empty sequence`."""
+def test_the_error_of_an_unknown_split_lists_the_splits(store: TokenStore) -> None:
+    """Instead of `max() arg is an empty sequence`."""
     for ask in (store.manifest.select, store.manifest.rows, store.manifest.views):
         with pytest.raises(TokenStoreError, match="no split 'val' in this token store: it has test, train"):
             ask("val")
@@ -153,8 +153,8 @@ def test_an_unknown_split_is_answered_with_those_there_are(store: TokenStore) ->
         list(store.read_split("val"))
 
 
-def test_another_palette_in_the_store_is_refused(store: TokenStore, palette: Palette) -> None:
-    """Every picture would come back in false colours."""
+def test_another_palette_in_the_store_is_an_error(store: TokenStore, palette: Palette) -> None:
+    """Every image would have false colours."""
     Palette(palette.colours[::-1].copy()).save(storage.join(store.root, "palette.npy"))
     with pytest.raises(TokenStoreError, match="not the palette of its tokens"):
         store.palette()
@@ -166,8 +166,8 @@ def test_another_palette_in_the_store_is_refused(store: TokenStore, palette: Pal
 # ------------------------------------------------------------------------------------------------ commits
 
 
-def test_a_store_without_a_manifest_is_none(store: TokenStore) -> None:
-    """Shards of a preparation that is still running are not a dataset."""
+def test_a_store_without_a_manifest_is_not_a_store(store: TokenStore) -> None:
+    """Shards of a preparation that is still running are not a data set."""
     Path(store.root, "manifest.json").unlink()
     with pytest.raises(TokenStoreError, match=r"no token store is committed at .*: run jobs/prepare\.py"):
         TokenStore.open(store.root)
@@ -183,8 +183,8 @@ def test_a_store_without_a_manifest_is_none(store: TokenStore) -> None:
     ],
     ids=["cut", "misspelt", "another version", "foreign field"],
 )
-def test_a_manifest_of_another_shape_is_refused(store: TokenStore, change: object) -> None:
-    """A field that is ignored, or a default where one is missing, is a store misread. The seal is whole."""
+def test_a_manifest_with_other_fields_is_an_error(store: TokenStore, change: object) -> None:
+    """Unknown fields are not ignored, and missing ones have no default. The checksum is valid."""
     path = Path(store.root, "manifest.json")
     text = token_store.unseal(path.read_bytes()).decode()
     path.write_bytes(token_store.append_checksum(change(text)))
@@ -192,15 +192,15 @@ def test_a_manifest_of_another_shape_is_refused(store: TokenStore, change: objec
         TokenStore.open(store.root)
 
 
-def test_a_manifest_is_json_for_everyone_else(store: TokenStore) -> None:
-    """A seal that only this project can read past."""
+def test_a_manifest_is_plain_json(store: TokenStore) -> None:
+    """Other programs must be able to read it despite the checksum."""
     said = json.loads(Path(store.root, "manifest.json").read_bytes())
     assert len(said.pop("sha256")) == 64
     assert said == store.manifest.model_dump(mode="json")
 
 
 def test_a_repeated_commit_changes_nothing(store: TokenStore) -> None:
-    """A retry of the last step must not fail, nor write another time of day over the first."""
+    """A retry of the commit must not fail, nor replace the time of the first."""
     before = storage.read(store.root + "/manifest.json")
     later = store.manifest.model_copy(update={"made_by": {"by": "the same, an hour later"}})
     assert token_store.commit(store.root, later).sha256 == store.sha256
@@ -208,8 +208,8 @@ def test_a_repeated_commit_changes_nothing(store: TokenStore) -> None:
 
 
 @pytest.mark.parametrize("what", ["shards", "kind"])
-def test_a_commit_over_another_store_is_refused(store: TokenStore, what: str) -> None:
-    """Two preparations into one folder: the second would replace the first under a running training."""
+def test_a_commit_over_another_store_is_an_error(store: TokenStore, what: str) -> None:
+    """The second of two preparations into one folder would replace the first during a training run."""
     m = store.manifest
     other = {"shards": m.shards[:-1]} if what == "shards" else {"kind": m.kind.model_copy(update={"pipeline": "x-1"})}
     before = storage.read(store.root + "/manifest.json")
@@ -218,10 +218,10 @@ def test_a_commit_over_another_store_is_refused(store: TokenStore, what: str) ->
     assert storage.read(store.root + "/manifest.json") == before
 
 
-def test_a_store_lives_in_a_bucket_as_it_does_on_disk(
+def test_a_store_in_a_bucket_works_like_one_on_disk(
     place: str, kind: TokenFormat, rows: tuple[list[str], list[int], Tokens]
 ) -> None:
-    """A path spelled with os.path somewhere."""
+    """No code may use os.path on a URI."""
     data = token_store.encode(*rows, kind, UNIT)
     storage.write(storage.join(place, "train/00000-v0.parquet"), data)
     token_store.commit(place, manifest_of(kind, [listing_of("train/00000-v0.parquet", "train", 0, 20, data)]))

@@ -1,6 +1,6 @@
-"""The files of `cluster/`: they pass Ray's schema and bootstrap, and ask the cloud for what they should.
+"""The files of `cluster/` pass Ray's schema and bootstrap, and request the intended resources.
 
-Ray's schema does not look into `node_config`; botocore does, when moto starts an instance of each type.
+Ray's schema does not cover `node_config`; botocore validates it when moto starts an instance of each type.
 """
 
 import copy
@@ -38,7 +38,7 @@ def rendered(name: str, **site: str) -> Any:
 # ------------------------------------------------------------------------------------------------ render
 
 
-def test_a_name_without_a_value_is_told_and_nothing_written(tmp_path: Path) -> None:
+def test_a_name_without_a_value_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     command = [sys.executable, "cluster/render.py", "cluster/aws.yaml", str(tmp_path / "aws.yaml"), "Ami="]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -48,7 +48,7 @@ def test_a_name_without_a_value_is_told_and_nothing_written(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_filled_in_whole(tmp_path: Path) -> None:
+def test_all_files_of_a_folder_are_rendered(tmp_path: Path) -> None:
     words = [f"{name}={value}" for name, value in SITE.items() if name not in ("Words", "Job", "Name")]
     job = ["python", "jobs/score.py", "--release", "s3://bucket/runs/s1/release", "--split", "a b"]
     command = [sys.executable, "cluster/render.py", "cluster/kuberay", str(tmp_path), *words, "--", *job]
@@ -84,7 +84,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 
 @pytest.fixture(scope="module")
 def launched(account: Account) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[Any], list[Any]]:
-    """`ray up` of aws.yaml: the bootstrapped file, what each type asked for, the launcher's and the head's calls."""
+    """`ray up` of aws.yaml: the bootstrapped file, the requests of node types, the calls of launcher and head."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.commands import _bootstrap_config
 
@@ -125,7 +125,7 @@ def start(provider: Any, config: dict[str, Any], kind: str, role: str) -> dict[s
     return provider.create_node(node, {**tags, "ray-launch-config": "hash"}, 1)
 
 
-def test_every_node_of_aws_is_in_our_network_under_its_own_role_with_metadata_behind_tokens(
+def test_every_aws_node_has_its_network_its_role_and_metadata_with_tokens(
     account: Account, launched: tuple[Any, dict[str, dict[str, Any]], Any, Any]
 ) -> None:
     _, runs, _, _ = launched
@@ -143,7 +143,9 @@ def test_every_node_of_aws_is_in_our_network_under_its_own_role_with_metadata_be
         assert spot == (kind in ("cpu", "gpu8-spot"))
 
 
-def test_training_nodes_are_close_and_have_efa(launched: tuple[Any, dict[str, dict[str, Any]], Any, Any]) -> None:
+def test_training_nodes_are_in_a_placement_group_and_have_efa(
+    launched: tuple[Any, dict[str, dict[str, Any]], Any, Any],
+) -> None:
     ready, runs, _, _ = launched
     for kind in ("gpu8", "gpu8-spot"):
         assert runs[kind]["NetworkInterfaces"][0]["InterfaceType"] == "efa"
@@ -151,8 +153,10 @@ def test_training_nodes_are_close_and_have_efa(launched: tuple[Any, dict[str, di
         assert "--device=/dev/infiniband" in ready["available_node_types"][kind]["docker"]["worker_run_options"]
 
 
-def test_node_types_have_what_their_instances_have(account: Account, launched: tuple[Any, Any, Any, Any]) -> None:
-    """Fewer CPUs or GPUs would idle; more would be promised and not there."""
+def test_node_types_declare_the_resources_of_their_instances(
+    account: Account, launched: tuple[Any, Any, Any, Any]
+) -> None:
+    """Undeclared CPUs or GPUs would idle; additional ones would not exist."""
     ready = launched[0]
     for kind, node in ready["available_node_types"].items():
         instance = node["node_config"]["InstanceType"]
@@ -163,7 +167,7 @@ def test_node_types_have_what_their_instances_have(account: Account, launched: t
         assert found["NetworkInfo"]["EfaSupported"] or "NetworkInterfaces" not in node["node_config"]
 
 
-def test_launcher_and_head_may_make_the_calls_of_ray_up_and_its_autoscaler(
+def test_launcher_and_head_are_allowed_the_calls_of_ray_up_and_its_autoscaler(
     account: Account, launched: tuple[Any, Any, list[Any], list[Any]]
 ) -> None:
     _, _, launcher, head = launched
@@ -176,10 +180,10 @@ def test_launcher_and_head_may_make_the_calls_of_ray_up_and_its_autoscaler(
     assert {action for action, _ in head} >= {"ec2:CreateTags", "ec2:TerminateInstances"}
 
 
-def test_a_worker_could_not_be_started_without_what_the_head_s_role_asks(
+def test_the_head_s_role_rejects_workers_that_violate_its_conditions(
     account: Account, launched: tuple[Any, dict[str, dict[str, Any]], Any, Any]
 ) -> None:
-    """Guards the guard: optional tokens, another cluster's name, the head's own profile."""
+    """Checks the test above: optional tokens, another cluster's name, the head's own profile."""
     run = launched[1]["cpu"]
     wrong = [
         run | {"MetadataOptions": {"HttpTokens": "optional"}},
@@ -211,8 +215,8 @@ def misspelt(config: Any, path: tuple[Any, ...]) -> Any:
     return config
 
 
-def test_a_misspelt_key_of_aws_yaml_is_found(account: Account, launched: tuple[Any, Any, Any, Any]) -> None:
-    """Every key, one at a time: by Ray's schema, its bootstrap, botocore, or one of the claims above."""
+def test_a_misspelt_key_of_aws_yaml_is_detected(account: Account, launched: tuple[Any, Any, Any, Any]) -> None:
+    """Every key in turn: by Ray's schema, its bootstrap, botocore, or one of the tests above."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
     config = rendered("aws.yaml", **account.site)
@@ -239,13 +243,13 @@ def test_a_misspelt_key_of_aws_yaml_is_found(account: Account, launched: tuple[A
 
 
 def part_without_gpus(types: dict[str, Any]) -> None:
-    """The head and the nodes without GPUs say that they are one part (`flows/pool.py`), the others do not."""
+    """Only the head and the nodes without GPUs have the label of the CPU part (`flows/actor_map.py`)."""
     for node in types.values():
         assert node.get("labels", {}) == ({} if node["resources"].get("GPU") else {PART: "cpu"})
 
 
-def test_settings_of_the_provider_are_those_that_ray_reads(account: Account) -> None:
-    """Its schema lets any through; so the names are held against the provider's own source."""
+def test_settings_of_the_provider_are_read_by_ray(account: Account) -> None:
+    """Ray's schema allows any key, so that the test compares the names with the provider's source."""
     import ray.autoscaler._private.commands as commands
 
     folder = Path(commands.__file__).parent
@@ -257,7 +261,7 @@ def test_settings_of_the_provider_are_those_that_ray_reads(account: Account) -> 
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
-def test_a_cluster_costs_its_head_alone_while_nobody_works(account: Account, name: str) -> None:
+def test_an_idle_cluster_has_only_its_head(account: Account, name: str) -> None:
     config = valid(rendered(name, **account.site))
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
@@ -268,7 +272,7 @@ def test_a_cluster_costs_its_head_alone_while_nobody_works(account: Account, nam
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
-def test_a_cluster_asks_for_a_token_and_keeps_its_dashboard_to_itself(account: Account, name: str) -> None:
+def test_a_cluster_requires_a_token_and_its_dashboard_is_on_loopback(account: Account, name: str) -> None:
     config = valid(rendered(name, **account.site))
     assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert "-e RAY_AUTH_TOKEN_PATH=/home/ray/.igpt/auth_token" in config["docker"]["run_options"]
@@ -279,7 +283,7 @@ def test_a_cluster_asks_for_a_token_and_keeps_its_dashboard_to_itself(account: A
     assert config["provider"]["use_internal_ips"] is True
 
 
-def test_google_s_nodes_are_spot_where_they_should_be_and_have_no_address(account: Account) -> None:
+def test_google_s_nodes_are_spot_as_intended_and_have_no_public_address(account: Account) -> None:
     types = valid(rendered("gcp.yaml"))["available_node_types"]
     for kind, node in types.items():
         config = node["node_config"]
@@ -289,8 +293,8 @@ def test_google_s_nodes_are_spot_where_they_should_be_and_have_no_address(accoun
             assert config["serviceAccounts"][0]["email"].startswith("igpt-worker@")
 
 
-def test_google_s_nodes_are_what_its_api_takes() -> None:
-    """Every key against the API's own description, which comes with the client that `ray up` needs for Google."""
+def test_google_s_nodes_are_valid_for_its_api() -> None:
+    """Compares every key with the API's description, which is part of the client that `ray up` needs for Google."""
     discovery = pytest.importorskip(
         "googleapiclient.discovery_cache", reason="google-api-python-client is not installed"
     )
@@ -304,7 +308,7 @@ def test_google_s_nodes_are_what_its_api_takes() -> None:
 
 
 def unknown(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
-    """Keys of `value` that a Google schema does not have, or values of another type."""
+    """Keys of `value` that are not in a Google schema, or have values of another type."""
     schema = schemas[schema["$ref"]] if "$ref" in schema else schema
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": float}
     if not isinstance(value, kinds[schema["type"]]):

@@ -1,6 +1,6 @@
-"""A cluster that asks for a token refuses whoever has none, at every port that it listens on; and tokens are private.
+"""A cluster with a token rejects connections without it at every port, and tokens are private.
 
-What Ray leaves open is listed here, so that a new version that leaves more open is noticed.
+The ports that Ray leaves open are listed here, so that a version of Ray that leaves more open fails these tests.
 """
 
 import http.client
@@ -101,7 +101,7 @@ def listening(head: psutil.Process) -> list[Port]:
 
 
 def metrics_of(port: Port) -> bool:
-    """Whether it says Prometheus' text to whatever is asked."""
+    """Whether the port returns Prometheus' text format for any request."""
     try:
         with urllib.request.urlopen(f"http://{port.host}:{port.port}/no/such/path", timeout=10) as answer:
             return bool(answer.read().startswith(b"# HELP"))
@@ -110,7 +110,7 @@ def metrics_of(port: Port) -> bool:
 
 
 def over_http(port: Port, path: str, token: str | None) -> int | None:
-    """The status; None where nobody speaks HTTP."""
+    """Status of an HTTP request; None if the port does not use HTTP."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(f"http://{port.host}:{port.port}{path}", headers=headers)
     try:
@@ -135,8 +135,8 @@ def over_grpc(port: Port, call: str, token: str | None) -> str:
 WRONG = [None, "0" * 64]
 
 
-def test_every_port_that_speaks_http_refuses_whoever_has_no_token(started: Started) -> None:
-    """Dashboard, job API, the node's agents; the right token is let in."""
+def test_every_http_port_rejects_requests_without_a_token(started: Started) -> None:
+    """Dashboard, job API and the node's agents; the right token is accepted."""
     asked = [p for p in started.ports if not metrics_of(p) and over_http(p, "/", None) is not None]
     assert started.dashboard in asked
     assert {p.process for p in asked} >= {"dashboard", "ray::DashboardAgent"}
@@ -147,8 +147,8 @@ def test_every_port_that_speaks_http_refuses_whoever_has_no_token(started: Start
     assert over_http(started.dashboard, "/api/jobs/", started.token) == 200
 
 
-def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Started) -> None:
-    """The control store, the raylet, its object manager, the agent, Ray Client, a job's driver and its actor."""
+def test_every_grpc_port_rejects_requests_without_a_token(started: Started) -> None:
+    """Control store, raylet, object manager, agent, Ray Client, and a job's driver and actor."""
     asked = [p for p in started.ports if over_http(p, "/", None) is None]
     named = {"gcs_server", "raylet", "ray::DashboardAgent", "client", Path(sys.executable).name, "ray::Worker"}
     assert {p.process for p in asked} >= named | {"ray::JobSupervisor"}
@@ -162,15 +162,15 @@ def test_every_port_that_speaks_grpc_refuses_whoever_has_no_token(started: Start
         assert over_grpc(port, call, started.token) == "OK"
 
 
-def test_what_stays_open_is_known(started: Started) -> None:
-    """Health, and metrics, the autoscaler's too: the security group and the network policy are their only guards."""
+def test_the_open_ports_are_the_known_ones(started: Started) -> None:
+    """Health and metrics, including the autoscaler's, are restricted only by security group and network policy."""
     assert {p.process for p in started.ports if metrics_of(p)} <= {"dashboard", "monitor", "ray::DashboardAgent"}
     assert {over_http(started.dashboard, path, None) for path in OPEN - {"/api/local_raylet_healthz"}} == {200}
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64, "the right one"])
-def test_a_driver_without_the_token_is_refused(started: Started, token: str) -> None:
-    """Through Ray's own doors: a driver that joins, and a job that is submitted."""
+def test_a_driver_without_the_token_is_rejected(started: Started, token: str) -> None:
+    """Both a driver that connects and a submitted job."""
     (gcs,) = [p for p in started.ports if p.process == "gcs_server"]
     right = token == "the right one"
     others = ("RAY_AUTH", "RAY_ADDRESS")  # an address in the environment beats the one that is given
@@ -191,8 +191,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_job_on_this_machine_keeps_its_token_private(tmp_path: Path) -> None:
-    """Ray alone would write it for all to read."""
+def test_the_token_of_a_local_cluster_is_private(tmp_path: Path) -> None:
+    """Ray itself would create it readable for all users."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
     code = "import os; os.umask(0o022); from igpt_ray.flows import job; job.connect()"
@@ -201,7 +201,7 @@ def test_a_job_on_this_machine_keeps_its_token_private(tmp_path: Path) -> None:
 
 
 def test_the_token_of_the_readme_is_private(tmp_path: Path) -> None:
-    """The command as it is printed there, under the usual umask."""
+    """The documented command, with the usual umask."""
     (made,) = re.findall(r"^\(umask 077.*auth_token\)$", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE)
     subprocess.run(["bash", "-c", f"umask 022; {made}"], env={**os.environ, "HOME": str(tmp_path)}, check=True)
     assert mode(tmp_path / ".igpt" / "auth_token") == 0o600
@@ -210,8 +210,8 @@ def test_the_token_of_the_readme_is_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
-def test_nodes_keep_the_token_private(name: str, tmp_path: Path) -> None:
-    """The set-up command of the cluster file, on a folder as it might come out of a copy."""
+def test_the_token_on_nodes_is_private(name: str, tmp_path: Path) -> None:
+    """The set-up command of the cluster file, on a copied folder."""
     (command,) = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())["setup_commands"]
     folder = tmp_path / ".igpt"
     folder.mkdir(mode=0o755)

@@ -1,4 +1,4 @@
-"""The image, which no test builds: what its Dockerfile says; and one place for versions, image and bucket."""
+"""The Dockerfile, which no test builds; versions, image and bucket are each defined in one file."""
 
 import re
 import tomllib
@@ -12,7 +12,7 @@ CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """(instruction, words) by stage; the last has no name."""
+    """(instruction, arguments) by stage; the last has no name."""
     text = (ROOT / "infra" / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
     found: dict[str, list[tuple[str, str]]] = {}
@@ -24,7 +24,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def test_the_image_has_a_cpu_and_a_gpu_form_and_ends_as_a_user() -> None:
+def test_the_image_has_cpu_and_gpu_variants_and_does_not_run_as_root() -> None:
     found = stages()
     assert list(found) == ["before", "base", "cpu", "gpu", ""]
     assert found["before"] == [("ARG", "DEVICE=gpu")]
@@ -34,7 +34,7 @@ def test_the_image_has_a_cpu_and_a_gpu_form_and_ends_as_a_user() -> None:
     assert any("useradd --create-home --uid 1000 ray" in words for _, words in found["base"])
 
 
-def test_all_that_the_image_copies_is_there() -> None:
+def test_all_files_that_the_image_copies_exist() -> None:
     copied = [
         words.split()[:-1] for lines in stages().values() for instruction, words in lines if instruction == "COPY"
     ]
@@ -43,8 +43,8 @@ def test_all_that_the_image_copies_is_there() -> None:
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_the_image_installs_what_the_constraints_lock() -> None:
-    """Every installation, with an extra that exists; what is locked satisfies pyproject."""
+def test_the_image_installs_the_pinned_versions() -> None:
+    """Each installation has an existing extra, and the pinned versions satisfy pyproject.toml."""
     installs = [
         command
         for lines in stages().values()
@@ -64,7 +64,7 @@ def test_the_image_installs_what_the_constraints_lock() -> None:
         assert exact in (None, locked[1])
 
 
-def test_the_image_s_python_is_one_that_the_project_takes() -> None:
+def test_the_image_s_python_is_supported() -> None:
     (base,) = [words for instruction, words in stages()["base"] if instruction == "FROM"]
     major, minor = map(int, re.match(r"python:(\d+)\.(\d+)", base).groups())  # type: ignore[union-attr]
     lowest, above = (tuple(map(int, v.split("."))) for v in re.findall(r"\d+\.\d+", PROJECT["requires-python"]))
@@ -85,14 +85,14 @@ def ray_version() -> str:
     return next(need.split("==")[1] for need in PROJECT["dependencies"] if need.startswith("ray["))
 
 
-def test_ray_s_version_is_written_in_pyproject_alone() -> None:
-    """And in the lock file, which the test above holds to it."""
+def test_ray_s_version_is_defined_in_pyproject_alone() -> None:
+    """And in constraints.txt, which the test above compares."""
     version = re.escape(ray_version())
     assert [str(p) for p in TEXTS if re.search(rf"(?<![\d.]){version}(?![\d.])", p.read_text())] == []
 
 
-def test_the_image_and_the_bucket_are_named_in_site_env_alone() -> None:
-    """Elsewhere the image is ${Image}, and a bucket `s3://bucket`, which cluster/render.py takes for yours."""
+def test_the_image_and_the_bucket_are_defined_in_site_env_alone() -> None:
+    """Elsewhere they are ${Image} and `s3://bucket`, which cluster/render.py replaces."""
     for path in TEXTS:
         text = path.read_text()
         own = {"demo"} if path.name == "demo.py" else set()  # served by itself, on loopback
@@ -102,14 +102,14 @@ def test_the_image_and_the_bucket_are_named_in_site_env_alone() -> None:
 
 
 def test_site_env_is_empty_in_the_repository() -> None:
-    """It is everybody's, and no account's."""
+    """It must contain no account's names."""
     lines = [line for line in (ROOT / "cluster/site.env").read_text().splitlines() if line and line[0] != "#"]
     assert len(lines) > 10
     assert all(line.endswith("=") for line in lines)
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "kuberay/nodes.yaml", "kuberay/rayjob.yaml"])
-def test_every_place_that_is_left_open_is_a_line_of_site_env(name: str) -> None:
+def test_every_placeholder_is_a_line_of_site_env(name: str) -> None:
     import sys
 
     sys.path.insert(0, str(ROOT / "cluster"))

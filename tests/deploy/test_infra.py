@@ -1,4 +1,4 @@
-"""The stacks of `infra/`: they deploy, nothing in them deletes a release, and each role may do its job and no more."""
+"""The stacks of `infra/` deploy, delete no release, and give each role only the permissions it needs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def account() -> Iterator[Account]:
 
 
 def template(name: str) -> dict[str, Any]:
-    """Parsed, with `!Sub x` as {"Sub": x}."""
+    """Parsed template, with `!Sub x` as {"Sub": x}."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -52,7 +52,7 @@ def template(name: str) -> dict[str, Any]:
 
 
 def lint(text: str) -> list[str]:
-    """Errors and warnings."""
+    """Errors and warnings of cfn-lint."""
     from cfnlint.api import lint_all
 
     return [str(match) for match in lint_all(text) if match.rule.id[0] in "EW"]
@@ -64,15 +64,15 @@ def test_a_template_passes_cfn_lint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_misspelt_property_would_be_found(name: str) -> None:
-    """Guards the guard above: the second letter of any property's name is lost."""
+def test_a_misspelt_property_would_be_detected(name: str) -> None:
+    """Checks the test above, with the second letter of each property's name removed."""
     text = (ROOT / "infra" / f"{name}.yaml").read_text()
     wrong = re.sub(r"(Properties:(?: #.*)?\n\s+|Properties: \{ )(\w)\w(\w+):", r"\1\2\3:", text, count=1)
     assert wrong != text
     assert lint(wrong)
 
 
-def test_the_bucket_is_encrypted_private_and_spoken_to_over_tls() -> None:
+def test_the_bucket_is_encrypted_private_and_requires_tls() -> None:
     resources = template("storage")["Resources"]
     bucket = resources["Data"]["Properties"]
     assert bucket["BucketEncryption"]["ServerSideEncryptionConfiguration"]
@@ -85,8 +85,8 @@ def test_the_bucket_is_encrypted_private_and_spoken_to_over_tls() -> None:
     assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
 
 
-def test_s3_takes_the_bucket_s_policy_and_rules(account: Account) -> None:
-    """moto's CloudFormation passes over both, so they are put there as CloudFormation would."""
+def test_s3_accepts_the_bucket_s_policy_and_rules(account: Account) -> None:
+    """moto's CloudFormation ignores both, so that the test sets them."""
     import boto3
 
     s3, resources = boto3.client("s3", REGION), template("storage")["Resources"]
@@ -104,7 +104,7 @@ def lifecycle() -> list[dict[str, Any]]:
 
 
 def rule_of_s3(rule: dict[str, Any]) -> dict[str, Any]:
-    """The same in the words of S3's API."""
+    """A lifecycle rule in the format of S3's API."""
     rule = {("ID" if key == "Id" else key): value for key, value in rule.items()}
     if "Transitions" in rule:
         rule["Transitions"] = [
@@ -115,13 +115,13 @@ def rule_of_s3(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_lifecycle_rule_touches_a_release() -> None:
-    """None expires anything; what moves to another class is the source images alone."""
+    """No rule expires objects, and only source images change their storage class."""
     for rule in lifecycle():
         assert not [key for key in rule if "Expir" in key]
         assert "Transitions" not in rule or rule["Prefix"] == "imagenet/"
 
 
-def test_nobody_comes_in_from_outside() -> None:
+def test_no_inbound_connection_from_outside_is_allowed() -> None:
     resources = template("network")["Resources"].values()
     ingress = [r["Properties"] for r in resources if r["Type"] == "AWS::EC2::SecurityGroupIngress"]
     assert ingress
@@ -193,13 +193,13 @@ NEVER = {
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_is_refused_what_it_must_never_do(account: Account, role: str) -> None:
+def test_a_role_is_denied_forbidden_actions(account: Account, role: str) -> None:
     statements = account.statements(role)
     assert [call for call in NEVER["*"] + NEVER[role] if allowed(statements, call)] == []
 
 
-def test_only_calls_that_have_no_resource_are_allowed_on_all_of_them(account: Account) -> None:
-    """Actions are spelt out; `Resource: *` stands beside those for which AWS knows no other, and the agent's."""
+def test_only_actions_without_resources_are_allowed_on_all_resources(account: Account) -> None:
+    """No action has a wildcard; `Resource: *` is used only for actions without resources, and for the agent's."""
     for role in ROLES:
         for statement in account.statements(role):
             actions = aws.listed(statement["Action"])
@@ -215,8 +215,8 @@ def test_every_role_may_pull_the_image(account: Account) -> None:
         assert all(allowed(account.statements(role), c) for c in [Call("ecr:GetAuthorizationToken", "*"), *pull])
 
 
-def test_the_evaluation_knows_denial_and_conditions() -> None:
-    """Guards the guard: what IAM says of a few statements."""
+def test_the_evaluation_supports_denial_and_conditions() -> None:
+    """Compares the evaluation with known decisions of IAM."""
     allow = {"Effect": "Allow", "Action": ["s3:Get*"], "Resource": "arn:b/*", "Condition": {"StringLike": {"k": "a*"}}}
     deny = {"Effect": "Deny", "Action": "s3:GetObject", "Resource": "arn:b/secret/*"}
     yes = Call("s3:GetObject", "arn:b/x", {"k": "abc"})
@@ -237,7 +237,7 @@ def test_the_evaluation_knows_denial_and_conditions() -> None:
 
 
 def action_of(method: str, url: str) -> Call:
-    """What S3 asks IAM about a request."""
+    """IAM action that S3 checks for a request."""
     parts = urllib.parse.urlsplit(url)
     bucket, _, key = urllib.parse.unquote(parts.path).lstrip("/").partition("/")
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
@@ -250,7 +250,7 @@ def action_of(method: str, url: str) -> Call:
 
 
 def requests_since(endpoint: str, what: str) -> list[Call]:
-    """Moto keeps what it was asked; `what` is start, or download."""
+    """Recorded requests of moto; `what` is start, or download."""
     request = urllib.request.Request(f"{endpoint}/moto-api/recorder/{what}-recording", method="POST")
     if what == "download":
         request.method = "GET"
@@ -262,10 +262,10 @@ def requests_since(endpoint: str, what: str) -> list[Call]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_roles_may_do_all_that_preparing_training_and_serving_ask_for(
+def test_roles_allow_all_requests_of_preparation_training_and_serving(
     account: Account, moto_s3: str, aws_at_moto: str, digit_images: str
 ) -> None:
-    """The flows of the jobs, against a server that writes down every request."""
+    """Runs the flows against a server that records every request."""
     bucket = aws_at_moto
     for path in sorted(Path(digit_images).rglob("*.png"))[:60]:
         storage.write(storage.join(bucket, "imagenet", str(path.relative_to(digit_images))), path.read_bytes())
@@ -291,13 +291,13 @@ def test_roles_may_do_all_that_preparing_training_and_serving_ask_for(
 
 
 def here(call: Call, bucket: str) -> Call:
-    """The same in the bucket of the stacks."""
+    """The same URI in the bucket of the stacks."""
     return Call(call.action, call.resource.replace(bucket.removeprefix("s3://"), "some-data", 1), call.context)
 
 
 @pytest.fixture
 def aws_at_moto(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket at the moto server: `on_moto` for a test that also has an account of moto's in its own process."""
+    """A bucket on the moto server: `on_moto` for a test that also has a moto account in its own process."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto_s3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "_s3", storage._s3)

@@ -1,7 +1,7 @@
-"""The files of `cluster/kuberay/`: KubeRay's own schemas, held more strictly than in Kubernetes, and their promises.
+"""The files of `cluster/kuberay/` pass KubeRay's schemas without unknown keys, and have the intended properties.
 
-Kubernetes drops keys that it does not know without a word. Here a key that the schema lacks is an error, after the
-defaults that Kubernetes would fill in.
+Kubernetes silently drops unknown keys. Here a key that is not in the schema is an error, after the defaults of
+Kubernetes have been applied.
 """
 
 import copy
@@ -37,7 +37,7 @@ def schema_of(kind: str, crds: Path) -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """The same schema, which takes no key that it does not name."""
+    """The same schema without additional keys."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -89,7 +89,7 @@ def crds(shared: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", KINDS.values())
-def test_a_manifest_is_what_kuberay_s_schema_describes(crds: Path, name: str) -> None:
+def test_a_manifest_passes_kuberay_s_schema(crds: Path, name: str) -> None:
     assert errors_of(rendered(f"kuberay/{name}.yaml"), crds) == []
 
 
@@ -98,8 +98,8 @@ NAMES_OF_OURS = {"labels", "matchLabels", "requests", "limits", "rayStartParams"
 
 
 @pytest.mark.slow
-def test_a_misspelt_or_missing_key_of_a_manifest_is_found(crds: Path) -> None:
-    """Every key of the job with its nodes, and of what the other two have around them, one at a time."""
+def test_a_misspelt_or_missing_key_of_a_manifest_is_detected(crds: Path) -> None:
+    """Every key of the job with its nodes, and of the other two manifests around them, in turn."""
     whole = [(rendered("kuberay/rayjob.yaml"), ())]
     whole += [(rendered("kuberay/raycluster.yaml"), ("spec",)), (rendered("kuberay/rayservice.yaml"), ("spec", "ray"))]
     unseen = []
@@ -113,7 +113,7 @@ def test_a_misspelt_or_missing_key_of_a_manifest_is_found(crds: Path) -> None:
     assert unseen == []
 
 
-def test_a_required_key_that_lacks_is_found(crds: Path) -> None:
+def test_a_missing_required_key_is_detected(crds: Path) -> None:
     manifest = rendered("kuberay/rayjob.yaml")
     required = list(required_of(manifest, schema_of("RayJob", crds)))
     assert len(required) > 30
@@ -127,7 +127,7 @@ def test_a_required_key_that_lacks_is_found(crds: Path) -> None:
 
 
 def required_of(value: Any, schema: dict[str, Any], path: tuple[Any, ...] = ()) -> Any:
-    """Paths of all keys that the schema requires, gives no default for, and the manifest has."""
+    """Paths of all keys in the manifest that the schema requires and has no default for."""
     if isinstance(value, list):
         for i, item in enumerate(value):
             yield from required_of(item, schema.get("items", {}), (*path, i))
@@ -138,8 +138,8 @@ def required_of(value: Any, schema: dict[str, Any], path: tuple[Any, ...] = ()) 
             yield from required_of(relative_to, known.get(key, {}), (*path, key))
 
 
-def test_redis_s_pod_is_one_that_kubernetes_knows(crds: Path) -> None:
-    """By the schema of pods inside KubeRay's: no other is at hand."""
+def test_redis_s_pod_passes_the_schema_of_pods(crds: Path) -> None:
+    """The schema of pods is taken from KubeRay's."""
     template = next(d for d in rendered("kuberay/base.yaml") if d["kind"] == "StatefulSet")["spec"]["template"]
     nodes = schema_of("RayCluster", crds)["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]
     pod = nodes["template"]["properties"]["spec"]
@@ -150,7 +150,7 @@ def test_redis_s_pod_is_one_that_kubernetes_knows(crds: Path) -> None:
 
 
 def test_the_service_runs_what_serve_deploy_runs() -> None:
-    """And that passes the check whose mutations are in test_flows_serve.py, with a bucket's name in it."""
+    """With the name of a bucket, it passes `igpt serve --check`."""
     assert yaml.safe_load(rendered("kuberay/rayservice.yaml")["spec"]["serveConfigV2"]) == rendered("serve.yaml")
     check_config(rendered("serve.yaml"), "serve.yaml")
 
@@ -165,26 +165,26 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
-def test_a_cluster_is_its_head_alone_while_nobody_works() -> None:
+def test_an_idle_cluster_has_only_its_head() -> None:
     for spec in specs():
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         assert [(g["replicas"], g["minReplicas"]) for g in spec["workerGroupSpecs"]] == [(0, 0)] * 3
         assert (spec["enableInTreeAutoscaling"], spec["autoscalerOptions"]["version"]) == (True, "v2")
 
 
-def test_work_without_gpus_starts_no_node_that_has_some() -> None:
+def test_work_without_gpus_starts_no_node_with_gpus() -> None:
     for spec in specs():
         assert [g.get("labels") for g in groups(spec)] == [{PART: "cpu"}, {PART: "cpu"}, None, None]
 
 
-def test_a_cluster_asks_for_a_token_and_remembers_in_redis() -> None:
+def test_a_cluster_requires_a_token_and_stores_its_state_in_redis() -> None:
     for spec in specs():
         assert spec["authOptions"] == {"mode": "token"}
         assert spec["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "igpt-redis"
 
 
-def test_pods_run_as_nobody_s_root_with_all_that_they_ask_for_and_are_probed() -> None:
-    """Namespace `igpt` enforces Kubernetes' restricted standard; requests equal limits, so nothing is taken away."""
+def test_pods_do_not_run_as_root_and_have_requests_limits_and_probes() -> None:
+    """Namespace `igpt` enforces Kubernetes' restricted standard; requests equal limits."""
     pods = [group["template"]["spec"] for spec in specs() for group in groups(spec)]
     pods.append(rendered("kuberay/rayjob.yaml")["spec"]["submitterPodTemplate"]["spec"])
     for pod in pods:
@@ -202,8 +202,8 @@ def test_pods_run_as_nobody_s_root_with_all_that_they_ask_for_and_are_probed() -
                 assert {"readinessProbe", "livenessProbe"} <= container.keys()
 
 
-def test_workers_hold_what_jobs_ask_for() -> None:
-    """A worker of training or a replica is one GPU with its CPUs; palette and prepare are CPUs."""
+def test_workers_have_the_resources_that_jobs_request() -> None:
+    """A training worker or a replica needs one GPU with its CPUs; palette and prepare need CPUs."""
     for spec in specs():
         sizes = {g["groupName"]: g["template"]["spec"]["containers"][0]["resources"] for g in spec["workerGroupSpecs"]}
         gpus = {name: int(size["limits"].get("nvidia.com/gpu", 0)) for name, size in sizes.items()}
@@ -214,7 +214,7 @@ def test_workers_hold_what_jobs_ask_for() -> None:
         assert WorkersConfig().cpus * 8 <= int(sizes["gpu8"]["limits"]["cpu"])
 
 
-def test_only_friends_reach_the_pods() -> None:
+def test_the_network_policy_allows_only_known_clients() -> None:
     (policy,) = [d for d in rendered("kuberay/base.yaml") if d["kind"] == "NetworkPolicy"]
     assert policy["spec"]["podSelector"] == {}
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
@@ -228,7 +228,7 @@ def test_only_friends_reach_the_pods() -> None:
 
 
 def patched(manifest: Any, patch: list[dict[str, Any]]) -> Any:
-    """JSON patch, the three operations that the overlay uses."""
+    """Apply a JSON patch with the three operations that the overlay uses."""
     manifest = copy.deepcopy(manifest)
     for change in patch:
         *path, last = [step.replace("~1", "/").replace("~0", "~") for step in change["path"].split("/")[1:]]
@@ -244,7 +244,7 @@ def patched(manifest: Any, patch: list[dict[str, Any]]) -> Any:
 
 
 def queued() -> dict[str, Any]:
-    """What `kubectl kustomize` makes of the job."""
+    """The job as rendered by `kubectl kustomize`."""
     overlay = rendered("kuberay/kustomization.yaml")
     assert overlay.keys() == {"apiVersion", "kind", "resources", "patches"}
     (patch,) = overlay["patches"]
@@ -252,11 +252,11 @@ def queued() -> dict[str, Any]:
     return patched(rendered("kuberay/rayjob.yaml"), yaml.safe_load(patch["patch"]))
 
 
-def test_a_queued_job_is_whole_and_counted_before_it_starts(crds: Path) -> None:
+def test_a_queued_job_is_admitted_as_a_whole(crds: Path) -> None:
     job = queued()
     assert errors_of(job, crds) == []
     assert job["spec"]["suspend"] is True
-    assert job["spec"]["shutdownAfterJobFinishes"] is True  # which KubeRay wants of a job that may be suspended
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # required by KubeRay for a job that may be suspended
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
     queue = {d["kind"]: d for d in rendered("kuberay/kueue.yaml")}
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["LocalQueue"]["metadata"]["name"]
@@ -272,7 +272,7 @@ def test_a_queued_job_is_whole_and_counted_before_it_starts(crds: Path) -> None:
     assert all(g["replicas"] == g["minReplicas"] for g in spec["workerGroupSpecs"])
 
 
-def test_kustomize_makes_the_same(tmp_path: Path) -> None:
+def test_kustomize_gives_the_same_result(tmp_path: Path) -> None:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed: the overlay is built by the rules of this file alone")
     for name in ("rayjob", "kueue", "kustomization"):
@@ -285,8 +285,8 @@ def test_kustomize_makes_the_same(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ secrets
 
 
-def test_no_file_holds_a_secret() -> None:
-    """Keys and passwords are named, never written: an environment variable of such a name has its value elsewhere."""
+def test_no_file_contains_a_secret() -> None:
+    """Environment variables for keys and passwords refer to secrets and have no value."""
     files = [p for folder in ("cluster", "infra") for p in (ROOT / folder).rglob("*") if p.is_file()]
     for path in [p for p in files if "__pycache__" not in p.parts]:
         text = path.read_text()
@@ -300,8 +300,8 @@ def test_no_file_holds_a_secret() -> None:
         assert not secret(variable["name"]) or "value" not in variable, variable
 
 
-def test_a_secret_would_be_found() -> None:
-    """Guards the guard."""
+def test_a_secret_would_be_detected() -> None:
+    """Checks the test above."""
     assert secret("AWS_SECRET_ACCESS_KEY")
     assert secret("PASSWORD")
     assert secret("RAY_AUTH_TOKEN")
@@ -326,7 +326,7 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def test_rendered_manifests_are_json_too(tmp_path: Path) -> None:
-    """No date, no octal, nothing that YAML reads otherwise than it was meant."""
+def test_rendered_manifests_have_only_json_types(tmp_path: Path) -> None:
+    """No dates or octal numbers, which YAML would interpret."""
     for name in KINDS.values():
         assert json.loads(json.dumps(rendered(f"kuberay/{name}.yaml"))) == rendered(f"kuberay/{name}.yaml")

@@ -1,4 +1,4 @@
-"""The audit refuses by name what cannot be tested, corrects for the number of tests, and counts pictures."""
+"""The bias audit: errors for invalid input, correction for multiple tests, and permutations of images."""
 
 import json
 from itertools import combinations
@@ -26,11 +26,11 @@ def pictures(root: Path, **sizes: int) -> str:
     return str(root)
 
 
-# ------------------------------------------------------------------------------------------------ which pictures
+# ------------------------------------------------------------------------------------------------ sets and groups
 
 
 def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
-    """Folders beside the JSON, each of which may be in many tests."""
+    """Folders next to the JSON file may be in several tests."""
     root = pictures(tmp_path / "stimuli", X=2, Y=2, A=1, B=3)
     (only,) = bias.tests_of(root)
     assert {letter: len(uris) for letter, uris in only.sets.items()} == {"X": 2, "Y": 2, "A": 1, "B": 3}
@@ -52,7 +52,7 @@ def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
         ({"X": 2, "Y": 2, "A": 0, "B": 1}, "no pictures in A"),
     ],
 )
-def test_sets_that_make_no_test_are_refused_by_name(tmp_path: Path, sizes: dict[str, int], complaint: str) -> None:
+def test_the_error_names_invalid_sets(tmp_path: Path, sizes: dict[str, int], complaint: str) -> None:
     with pytest.raises(SourceError, match=complaint):
         bias.tests_of(pictures(tmp_path / "stimuli", **sizes))
 
@@ -67,7 +67,7 @@ def test_sets_that_make_no_test_are_refused_by_name(tmp_path: Path, sizes: dict[
         ('{"career": {"X": "x", "Y": "y", "A": "a", "B": 3}}', "the test 'career'"),
     ],
 )
-def test_a_json_that_names_no_tests_is_refused(tmp_path: Path, said: str, complaint: str) -> None:
+def test_a_json_file_without_tests_is_an_error(tmp_path: Path, said: str, complaint: str) -> None:
     (tmp_path / "tests.json").write_text(said)
     with pytest.raises(SourceError, match=complaint):
         bias.tests_of(str(tmp_path / "tests.json"))
@@ -75,7 +75,7 @@ def test_a_json_that_names_no_tests_is_refused(tmp_path: Path, said: str, compla
         bias.tests_of(str(tmp_path / "other.json"))
 
 
-def test_groups_are_sub_folders_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+def test_groups_are_sub_folders_and_an_empty_one_is_an_error(tmp_path: Path) -> None:
     root = pictures(tmp_path / "groups", women=2, men=3)
     assert {group: len(uris) for group, uris in bias.groups_of(root).items()} == {"men": 3, "women": 2}
     (tmp_path / "groups/cats").mkdir()
@@ -86,18 +86,18 @@ def test_groups_are_sub_folders_and_an_empty_one_is_refused(tmp_path: Path) -> N
         bias.groups_of(pictures(tmp_path / "alone", women=2))
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
+def test_the_error_names_an_unreadable_image(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     path = tmp_path / "torn.png"
     path.write_bytes(PICTURE[:30])
     with pytest.raises(ImageError, match=r"torn.png cannot be read: .* take it out of its folder"):
         bias.read(str(path), kind, palette)
 
 
-# ------------------------------------------------------------------------------------------------ who names classes
+# ------------------------------------------------------------------------------------------------ classifiers
 
 
 def released(folder: Path, kind: TokenFormat, palette: Palette, n_class: int = 0) -> str:
-    """A release of random weights, with a class head if asked."""
+    """A release of random weights, optionally with a class head."""
     from conftest import random_model
 
     model = random_model(n_class=n_class)
@@ -108,8 +108,8 @@ def released(folder: Path, kind: TokenFormat, palette: Palette, n_class: int = 0
     return str(folder)
 
 
-def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
-    """Batches put together in another order."""
+def test_a_fine_tuned_release_classifies_with_its_head(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
+    """The order of the batches is preserved."""
     import torch
 
     uri = released(tmp_path / "tuned", kind, palette, n_class=2)
@@ -122,7 +122,7 @@ def test_a_fine_tuned_release_names_classes_by_its_head(tmp_path: Path, kind: To
     assert classifier.classes == ["cat", "dog"]
 
 
-def test_what_names_no_classes_is_refused(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
+def test_an_unusable_classifier_is_an_error(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     """A release without a head; one for other tokens; a head whose release has been replaced; a damaged head."""
     uri = released(tmp_path / "plain", kind, palette)
     with pytest.raises(CheckpointError, match="has no class head: expected a fine-tuned release"):
@@ -146,23 +146,23 @@ def test_what_names_no_classes_is_refused(tmp_path: Path, kind: TokenFormat, pal
         bias.classifier(str(probe), kind, "cpu", 8)
 
 
-# ------------------------------------------------------------------------------------------------ what can be said
+# ------------------------------------------------------------------------------------------------ significance
 
 
-def test_holm_s_correction_is_that_of_a_worked_example() -> None:
-    """By hand: 0.01 * 4, 0.02 * 3, 0.03 * 2 -> not below the one before, 0.04."""
+def test_holm_s_correction_equals_a_worked_example() -> None:
+    """By hand: 0.01 * 4, 0.02 * 3, 0.03 * 2, each at least the one before, 0.04."""
     assert bias.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert bias.holm([0.5, 0.9]) == [1.0, 1.0]
     assert bias.holm([0.2]) == [0.2]
 
 
-def test_chi_square_is_scipy_s() -> None:
+def test_chi_square_equals_scipy_s() -> None:
     table = np.random.default_rng(0).integers(1, 30, (3, 4))
     assert bias.chi_square(table) == pytest.approx(chi2_contingency(table, correction=False).statistic)
 
 
-def test_the_p_value_of_few_pictures_counts_every_way_to_deal_them() -> None:
-    """Seven pictures in groups of three and four can be dealt in 35 ways."""
+def test_the_p_value_of_few_images_is_over_all_partitions() -> None:
+    """Seven images have 35 partitions into groups of three and four."""
     counts = np.random.default_rng(4).multinomial(16, [0.5, 0.3, 0.2], 7)
     counts[:3, 0] += 20
 
@@ -178,14 +178,14 @@ def test_the_p_value_of_few_pictures_counts_every_way_to_deal_them() -> None:
     assert found.cramers_v == pytest.approx((observed / counts.sum()) ** 0.5)
 
 
-def test_many_completions_of_few_pictures_prove_nothing() -> None:
-    """Two pictures a group, each always finished as a class of its own: completions as independent draws would give
-    p below 1e-100, but any way to deal these pictures looks the same."""
+def test_many_completions_of_few_images_are_not_significant() -> None:
+    """Two images per group, and all completions of an image have its own class: with independent completions p would be
+    below 1e-100, but all partitions of these images are equivalent."""
     counts = 1000 * np.eye(4, dtype=np.int64)
     assert chi2_contingency(np.stack([counts[:2].sum(0), counts[2:].sum(0)])).pvalue < 1e-100
     assert bias.independence({"a": counts[:2], "b": counts[2:]}, seed=0).p_value == 1
 
 
-def test_completions_that_are_all_of_one_class_do_not_differ() -> None:
+def test_completions_of_a_single_class_do_not_differ() -> None:
     counts = np.array([[0, 16, 0], [0, 16, 0], [0, 16, 0]])
     assert bias.independence({"a": counts[:1], "b": counts[1:]}, seed=0) == (0, 1, 0)

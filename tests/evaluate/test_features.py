@@ -1,4 +1,4 @@
-"""Features: transformers' own at every layer, kept in a folder that refuses what does not belong there."""
+"""Features equal transformers' at every layer; their folder has features of one kind only."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def release_of(model: ImageGPT, store: TokenStore, uri: str) -> str:
 
 @pytest.fixture
 def extract(store: TokenStore, release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extract:
-    """The flow in this process; what Ray adds is in test_flows_features.py."""
+    """Run the flow in this process; tests/ray has tests with Ray."""
     monkeypatch.setattr(flow, "actor_map", serial_map)
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 4)
 
@@ -60,7 +60,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def is_data(name: str) -> bool:
-    """Not a manifest, which says when and where it was made, nor what a killed write has left behind."""
+    """Not a manifest, which has a time and a host, nor a file of a killed write."""
     return not Path(name).name.startswith((".", "manifest"))
 
 
@@ -68,8 +68,8 @@ def is_data(name: str) -> bool:
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES)
-def test_features_are_those_of_transformers_at_every_layer(shape: dict[str, int]) -> None:
-    """The popular notebook's two mistakes: no start token, and the raw residual stream instead of ln_1's output."""
+def test_features_equal_transformers_at_every_layer(shape: dict[str, int]) -> None:
+    """With a start token, and with ln_1's output instead of the residual stream, which a popular notebook omits."""
     hf = random_hf(**shape)
     model = weights.load_hf(hf.state_dict(), n_head=hf.config.n_head)
     x = random_tokens(model, 5)
@@ -84,8 +84,8 @@ def test_features_are_those_of_transformers_at_every_layer(shape: dict[str, int]
         assert np.abs(found[:, layer]).max() > 0.01  # not a comparison of zeros
 
 
-def test_other_poolings_are_what_they_say() -> None:
-    """A maximum over the width, or the last position of another layer."""
+def test_other_poolings_equal_their_definitions() -> None:
+    """The maximum is over positions, and the last position is of the same layer."""
     model = random_model()
     x = random_tokens(model, 3)
     h = model.blocks[0](model.embed(x))
@@ -101,8 +101,8 @@ def test_other_poolings_are_what_they_say() -> None:
     np.testing.assert_allclose(pooled[:, 0], np.einsum("bt,btc->bc", shares, normed), atol=1e-5)
 
 
-def test_nothing_behind_the_last_layer_wanted_is_run() -> None:
-    """Half the time of a probe of the middle layers is the other half of the network."""
+def test_layers_after_the_last_requested_one_are_not_run() -> None:
+    """This halves the time for the middle layers."""
     model = random_model()
     for block in model.blocks[2:]:
         block.attn.register_forward_hook(lambda *_: pytest.fail("a block too many"))
@@ -110,8 +110,8 @@ def test_nothing_behind_the_last_layer_wanted_is_run() -> None:
     assert found.shape == (2, 2, 32)
 
 
-def test_a_masked_network_looks_under_the_masks_of_an_image_s_key() -> None:
-    """Masks that follow the batch: an image's features would depend on its neighbours."""
+def test_the_masks_of_a_masked_network_depend_on_the_image_s_key() -> None:
+    """An image's features must not depend on its batch."""
     model = random_model(std=0.15, objective="masked")
     x, keys = random_tokens(model, 4), ["a", "b", "c", "d"]
     found = features.pooled(model, x.numpy().astype(np.uint16), keys, [0, 1, 3], "mean", 3)
@@ -121,8 +121,8 @@ def test_a_masked_network_looks_under_the_masks_of_an_image_s_key() -> None:
         np.testing.assert_allclose(found[2, mask], model.features(x[2:3], visible_mask=keep)[0, [0, 1, 3]], atol=1e-5)
 
 
-def test_an_untrained_network_is_another_and_the_same_each_time(release: str) -> None:
-    """A baseline that is drawn anew with every actor is no function of the image."""
+def test_the_untrained_network_is_different_and_reproducible(release: str) -> None:
+    """All actors must use the same weights."""
     trained, first, second = (features.network(release, "cpu", seed, "float32") for seed in (None, 1, 1))
     assert torch.equal(first.wte.weight, second.wte.weight)
     assert not torch.equal(first.wte.weight, trained.wte.weight)
@@ -131,8 +131,8 @@ def test_an_untrained_network_is_another_and_the_same_each_time(release: str) ->
 # ------------------------------------------------------------------------------------------------ the folder
 
 
-def test_the_folder_holds_every_image_at_every_layer(extract: Extract, store: TokenStore, release: str) -> None:
-    """Rows lost between row groups of 4 and shards of 7 and 5; labels in another order."""
+def test_the_folder_has_every_image_at_every_layer(extract: Extract, store: TokenStore, release: str) -> None:
+    """No row is lost between row groups of 4 and shards of 7 and 5, and labels are in order."""
     report = extract()
     assert (report["units"], report["units_made"], report["layers"]) == (3, 3, [0, 1, 2, 3])
     kept = FeatureStore(str(report["features"]))
@@ -157,8 +157,8 @@ def test_a_layer_s_folder_is_a_table_for_any_reader(extract: Extract, store: Tok
     assert len(table["features"][0].as_py()) == 32
 
 
-def test_a_repeat_makes_only_what_is_missing_or_cut(extract: Extract) -> None:
-    """And ends with the same bytes, whatever was lost."""
+def test_a_repeat_computes_only_missing_or_truncated_files(extract: Extract) -> None:
+    """It ends with the same bytes."""
     folder = Path(str(extract()["features"]))
     whole = files_of(folder)
     untouched = (folder / "train/layer-00/00000-v0.parquet").stat().st_mtime_ns
@@ -177,10 +177,10 @@ def test_a_repeat_makes_only_what_is_missing_or_cut(extract: Extract) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_a_repeat_makes_only_the_units_that_had_no_line(
+def test_after_a_kill_at_any_write_a_repeat_computes_only_uncommitted_units(
     store: TokenStore, release: str, tmp_path: Path
 ) -> None:
-    """A unit that is thought whole and is not, or a whole one that is made again."""
+    """No partial unit is reused, and no complete one is computed again."""
     settings = {"release": release, "tokens": store.root, "splits": ["train"], "layers": [1]}
     command = [
         sys.executable,
@@ -199,7 +199,7 @@ def test_killed_at_any_step_a_repeat_makes_only_the_units_that_had_no_line(
     assert all("train/manifest.json" in files for *_, files in ends)
 
 
-def test_another_split_joins_a_folder_later(extract: Extract) -> None:
+def test_another_split_can_be_added_to_a_folder(extract: Extract) -> None:
     folder = str(extract(splits=["test"])["features"])
     with pytest.raises(FeatureError, match="no features of 'train' are committed"):
         FeatureStore(folder).layer("train", 0)
@@ -207,8 +207,8 @@ def test_another_split_joins_a_folder_later(extract: Extract) -> None:
     assert FeatureStore(folder).rows("train") == 12
 
 
-def test_no_images_are_no_error(store: TokenStore, extract: Extract, release: str) -> None:
-    """A unit all of whose images went to quarantine."""
+def test_a_unit_without_images_is_valid(store: TokenStore, extract: Extract, release: str) -> None:
+    """All images of a unit may be in quarantine."""
     empty = store.manifest.shards[0].model_copy(update={"rows": 0, "path": "test/empty-v0.parquet"})
     data = token_store.encode([], [], np.empty((0, 16), np.uint16), store.kind, {"unit": "empty"})
     storage.write(storage.join(store.root, empty.path), data)
@@ -221,7 +221,7 @@ def test_no_images_are_no_error(store: TokenStore, extract: Extract, release: st
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
-    """130 MB of features in one unit, or 4 MB: the process that makes them needs the same, within 30 MB."""
+    """With 130 MB or 4 MB of features in a unit, the process needs the same memory within 30 MB."""
     script = """
 import resource, sys
 from tests.evaluate.test_features import wide_unit
@@ -240,7 +240,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def wide_unit(root: str, rows: int) -> None:
-    """A shard of many rows and a network of many layers, so that features are much and computing them is little."""
+    """A shard of many rows and a small network of many layers, so that features are large and fast to compute."""
     from igpt_ray.data import token_store
 
     palette = Palette(np.random.default_rng(7).uniform(-1, 1, (16, 3)).astype(np.float32))
@@ -256,7 +256,7 @@ def wide_unit(root: str, rows: int) -> None:
     flow.extract(FeaturesConfig(release=uri, tokens=root, out=f"{root}/features"))
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -268,18 +268,16 @@ def wide_unit(root: str, rows: int) -> None:
         ({"precision": "bfloat16"}, "precision float32, not bfloat16"),
     ],
 )
-def test_features_of_another_kind_are_refused_by_name(extract: Extract, change: dict[str, object], named: str) -> None:
-    """Two kinds in one folder: half the rows of a probe would be of the one and half of the other."""
+def test_the_error_names_settings_that_differ(extract: Extract, change: dict[str, object], named: str) -> None:
+    """Otherwise a probe would mix two kinds of features."""
     folder = extract()["features"]
     with pytest.raises(FeatureError, match=f"holds features of another kind: {named}: choose another folder"):
         extract(**change)
     assert extract()["features"] == folder
 
 
-def test_features_of_another_release_or_store_are_refused_by_name(
-    extract: Extract, store: TokenStore, tmp_path: Path
-) -> None:
-    """Also where the first was killed before it committed anything."""
+def test_the_error_names_another_release_or_store(extract: Extract, store: TokenStore, tmp_path: Path) -> None:
+    """Also if the first job was killed before it committed anything."""
     folder = Path(str(extract()["features"]))
     for manifest in folder.glob("*/manifest.json"):
         manifest.unlink()
@@ -293,23 +291,21 @@ def test_features_of_another_release_or_store_are_refused_by_name(
 
 
 @pytest.mark.parametrize("layer", [-1, 4])
-def test_a_layer_that_does_not_exist_is_refused(extract: Extract, layer: int) -> None:
-    """-1 would silently be the last."""
+def test_a_layer_that_does_not_exist_is_an_error(extract: Extract, layer: int) -> None:
+    """-1 would select the last layer."""
     with pytest.raises(SettingError, match=rf"there is no layer {layer}: this network has 0 to 3"):
         extract(layers=[layer])
     extract(layers=[2])
 
 
-def test_a_layer_that_was_not_kept_is_refused(extract: Extract) -> None:
+def test_a_layer_without_features_is_an_error(extract: Extract) -> None:
     folder = str(extract(layers=[2])["features"])
     with pytest.raises(FeatureError, match="has no layer 1: it has 2"):
         FeatureStore(folder).layer("train", 1)
 
 
-def test_features_that_are_not_finite_are_refused_where_they_arise(
-    extract: Extract, store: TokenStore, tmp_path: Path
-) -> None:
-    """An overflow, which would otherwise end a probe hours later."""
+def test_features_that_are_not_finite_are_an_error_at_once(extract: Extract, store: TokenStore, tmp_path: Path) -> None:
+    """Otherwise a probe would fail hours later."""
     model = random_model()
     model.blocks[1].mlp.c_proj.weight.data.fill_(1e38)
     overflowing = release_of(model, store, str(tmp_path / "overflowing"))
@@ -317,7 +313,7 @@ def test_features_that_are_not_finite_are_refused_where_they_arise(
         extract(release=overflowing)
 
 
-def test_a_flipped_bit_is_found_and_named(extract: Extract) -> None:
+def test_the_error_names_the_file_of_a_flipped_bit(extract: Extract) -> None:
     folder = Path(str(extract()["features"]))
     path = folder / "train/layer-01/00000-v0.parquet"
     data = bytearray(path.read_bytes())
@@ -331,7 +327,7 @@ def test_a_flipped_bit_is_found_and_named(extract: Extract) -> None:
     assert kept.layer("train", 1)[0].shape == (12, 32)
 
 
-def test_a_damaged_manifest_is_refused_and_mended(extract: Extract) -> None:
+def test_a_damaged_manifest_is_an_error_and_a_repeat_rewrites_it(extract: Extract) -> None:
     folder = Path(str(extract()["features"]))
     manifest = folder / "train/manifest.json"
     manifest.write_text(manifest.read_text().replace('"rows": 7', '"rows": 6'))
@@ -341,6 +337,6 @@ def test_a_damaged_manifest_is_refused_and_mended(extract: Extract) -> None:
     assert FeatureStore(str(folder)).layer("train", 0)[0].shape == (12, 32)
 
 
-def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_features_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match=r"no features at .*: run jobs/features.py"):
         FeatureStore(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Few labels: subsets that are drawn fairly, and nearest neighbours and centroids as scikit-learn finds them."""
+"""Few labels: random subsets, and nearest neighbours and centroids equal to scikit-learn's."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ def test_a_subset_has_k_distinct_images_of_every_class_by_its_seed() -> None:
     assert (draw(labels, 7, CLASSES, (1, 0)) != rows).any()
 
 
-def test_neighbours_and_centroids_are_scikit_learns() -> None:
-    """Distances without a term, features standardised by images that are not in the subset."""
+def test_neighbours_and_centroids_equal_scikit_learn_s() -> None:
+    """Including the standardisation, which uses the subset only."""
     fit, test = clusters(200, 12, 4, 2.0, seed=1), clusters(1500, 12, 4, 2.0, seed=2)
     found = few_labels(fit, test, 10, CLASSES, seed=5)
     for subset in range(SUBSETS):
@@ -37,8 +37,8 @@ def test_neighbours_and_centroids_are_scikit_learns() -> None:
         assert found["nearest_centroid"][subset] == pytest.approx(centroids.score(asked, test.labels), abs=2e-3)
 
 
-def test_labels_help_and_noise_stays_noise() -> None:
-    """Accuracy on the images that were fitted on; test labels that leak."""
+def test_accuracy_grows_with_labels_and_is_chance_on_noise() -> None:
+    """It must not be measured on fitted images, nor test labels leak."""
     fit, test = clusters(400, 12, 4, 2.0, seed=3), clusters(1000, 12, 4, 2.0, seed=4)
     few, many = (few_labels(fit, test, k, CLASSES, seed=0)["linear"] for k in (2, 50))
     assert np.mean(many) > np.mean(few) + 0.05
@@ -47,8 +47,8 @@ def test_labels_help_and_noise_stays_noise() -> None:
         assert abs(np.mean(runs) - 0.25) < 0.05, name
 
 
-def test_only_the_subset_is_ever_looked_at() -> None:
-    """Standardising by all fitting images, or choosing the penalty by them, would use labels nobody has."""
+def test_only_the_subset_is_used() -> None:
+    """Neither standardisation nor the choice of the penalty may use other images."""
     fit, test = clusters(300, 12, 4, 2.0, seed=5), clusters(300, 12, 4, 2.0, seed=6)
     drawn = np.unique(np.concatenate([draw(fit.labels, 5, CLASSES, (0, subset)) for subset in range(SUBSETS)]))
     spoilt = np.full_like(fit.features, np.nan)
@@ -56,21 +56,21 @@ def test_only_the_subset_is_ever_looked_at() -> None:
     assert few_labels(Labelled(spoilt, fit.labels), test, 5, CLASSES, 0) == few_labels(fit, test, 5, CLASSES, 0)
 
 
-def test_looks_under_masks_vote() -> None:
+def test_predictions_under_masks_vote() -> None:
     fit, test = clusters(200, 12, 4, 0.3, seed=7), clusters(200, 12, 4, 0.3, seed=8)
     masked = [Labelled(data.features[:, None].repeat(5, 1), data.labels) for data in (fit, test)]
     for name, runs in few_labels(*masked, 5, CLASSES, 0).items():
         assert np.mean(runs) > 0.95, name
 
 
-def test_a_class_with_too_few_images_is_refused_by_name() -> None:
+def test_the_error_names_a_class_with_too_few_images() -> None:
     labels = np.repeat([0, 1, 2, 3], [9, 9, 3, 9])
     with pytest.raises(FeatureError, match="the class 'cat' has 3 images to fit on, fewer than the 4 asked for"):
         draw(labels, 4, CLASSES, (0, 0))
 
 
-def test_one_label_a_class_is_enough_for_a_fit() -> None:
-    """No folds: the penalty is the weakest, which on separable images is as good as any."""
+def test_one_label_per_class_suffices_for_a_fit() -> None:
+    """Without folds, the penalty is the weakest."""
     fit, test = clusters(40, 12, 4, 0.2, seed=9), clusters(100, 12, 4, 0.2, seed=10)
     assert linear(fit, draw(fit.labels, 1, CLASSES, (0, 0)), test, 4) > 0.9
 

@@ -1,4 +1,4 @@
-"""iEAT gives the published figures, and what its definition says on examples small enough to count by hand."""
+"""iEAT reproduces published figures, and equals its definition on small examples."""
 
 import math
 from itertools import combinations
@@ -26,15 +26,15 @@ def by_hand(w: np.ndarray, A: np.ndarray, B: np.ndarray) -> float:
 
 
 def test_the_published_test_of_weight_is_reproduced(shared: Path) -> None:
-    """Population for sample deviation, or a p-value without the observed partition: figures nobody can compare."""
+    """With the sample deviation, and with the observed partition in the p-value."""
     golden = np.load(shared / "golden/ieat/weight.npz")
     found = ieat.test(*(golden[name] for name in "XYAB"))
     assert found.effect_size == pytest.approx(float(golden["effect_size"]), abs=1e-10)
     assert found.p_value == float(golden["p_value"])
 
 
-def test_effect_and_p_are_those_of_the_definition() -> None:
-    """n = 4 has 70 partitions, all of which are looked at."""
+def test_effect_and_p_equal_the_definition() -> None:
+    """n = 4 has 70 partitions, which are all evaluated."""
     X, Y, A, B = groups(4)
     s = [by_hand(w, A, B) for w in (*X, *Y)]
     mean = sum(s) / 8
@@ -45,21 +45,21 @@ def test_effect_and_p_are_those_of_the_definition() -> None:
     assert found.p_value == sum(half >= halves[0] - 1e-9 for half in halves) / 70
 
 
-def test_groups_and_attributes_trade_places_with_the_sign() -> None:
+def test_swapping_groups_or_attributes_changes_the_sign() -> None:
     X, Y, A, B = groups(4, seed=1)
     assert ieat.test(Y, X, A, B).effect_size == pytest.approx(-ieat.test(X, Y, A, B).effect_size)
     assert ieat.test(Y, X, B, A).effect_size == pytest.approx(ieat.test(X, Y, A, B).effect_size)
 
 
-def test_equal_sums_count_whatever_their_order() -> None:
-    """Two groups of the same pictures: half of float's sums come out an ulp below the observed one, and p with them."""
+def test_equal_sums_count_in_any_order_of_summation() -> None:
+    """With two groups of the same images, rounding puts half of the sums an ulp below the observed one."""
     X, _, A, B = groups(4, seed=2)
     s = [by_hand(w, A, B) for w in (*X, *X)]
     at_least = [sum(s[i] for i in half) >= sum(s[:4]) - 1e-9 for half in combinations(range(8), 4)]
     assert ieat.test(X, X[::-1], A, B).p_value == sum(at_least) / 70
 
 
-def test_beyond_ten_thousand_partitions_a_seeded_sample_and_the_observed_one_count() -> None:
+def test_beyond_ten_thousand_partitions_p_is_of_a_seeded_sample_and_the_observed_one() -> None:
     X, Y, A, B = groups(9, seed=3)
     found = [ieat.test(X, Y, A, B, seed).p_value for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
@@ -81,6 +81,6 @@ def test_beyond_ten_thousand_partitions_a_seeded_sample_and_the_observed_one_cou
         (lambda X, Y, A, B: (X, Y, A, A), "nothing to test"),
     ],
 )
-def test_what_cannot_be_tested_is_refused_by_name(change: object, complaint: str) -> None:
+def test_invalid_sets_are_errors(change: object, complaint: str) -> None:
     with pytest.raises(FeatureError, match=complaint):
         ieat.test(*change(*groups(4)))

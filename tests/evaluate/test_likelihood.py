@@ -1,4 +1,4 @@
-"""Likelihood: sums that equal a direct computation, and count models that find the entropy of data made to have one."""
+"""Likelihood equals a direct computation, and count models reach the entropy of synthetic data."""
 
 import math
 
@@ -26,7 +26,7 @@ from igpt_ray.model import losses
 
 
 def test_the_nats_of_an_image_are_minus_the_log_of_its_probability() -> None:
-    """A mean instead of a sum, or the first pixel left out."""
+    """A sum over all pixels, including the first."""
     model = random_model()
     x = random_tokens(model, 7)
     p = torch.softmax(model(x).double(), -1).gather(-1, x[..., None])[..., 0]
@@ -35,8 +35,8 @@ def test_the_nats_of_an_image_are_minus_the_log_of_its_probability() -> None:
     assert nats.dtype == np.float64
 
 
-def test_the_batch_size_changes_no_number() -> None:
-    """A last batch that is dropped, padded, or averaged with the weight of a full one."""
+def test_results_do_not_depend_on_the_batch_size() -> None:
+    """The last, smaller batch has the right weight."""
     model = random_model()
     x = random_tokens(model, 11).numpy().astype(np.uint16)
     reference = image_nats(model, x, 11)
@@ -45,8 +45,8 @@ def test_the_batch_size_changes_no_number() -> None:
     assert image_nats(model, x[:0], 4).shape == (0,)
 
 
-def test_a_masked_network_is_judged_under_five_masks_of_each_image() -> None:
-    """Masks that follow the batch instead of the image: its score would depend on its neighbours."""
+def test_a_masked_network_is_evaluated_with_five_masks_per_image() -> None:
+    """The masks depend on the image, not on the batch."""
     model = random_model(std=0.15, objective="masked")
     x = random_tokens(model, 7)
     keys = [f"cat/{i}.png" for i in range(7)]
@@ -60,8 +60,8 @@ def test_a_masked_network_is_judged_under_five_masks_of_each_image() -> None:
     assert alone[0] == pytest.approx(nats[4], rel=1e-5)
 
 
-def test_parts_add_up_to_the_whole() -> None:
-    """A mean of the means of unequal shards."""
+def test_sums_of_parts_equal_the_sums_of_all() -> None:
+    """Shards of different sizes have the right weight."""
     nats = np.random.default_rng(0).uniform(20, 40, 100)
     whole = Likelihood.of(nats, 16).report()
     for cuts in ([50], [1, 2], [10, 99]):
@@ -69,8 +69,8 @@ def test_parts_add_up_to_the_whole() -> None:
         assert sum(parts[1:], parts[0]).report() == pytest.approx(whole)
 
 
-def test_a_report_is_per_token_with_its_error() -> None:
-    """Bits that are not nats over ln 2, or an error of the sum instead of the mean."""
+def test_a_report_is_per_token_with_its_standard_error() -> None:
+    """Bits are nats over ln 2, and the error is of the mean."""
     nats = np.random.default_rng(1).normal(30, 3, 400)
     report = Likelihood.of(nats, 16).report()
     assert report["nats_per_token"] == pytest.approx(nats.mean() / 16)
@@ -79,14 +79,14 @@ def test_a_report_is_per_token_with_its_error() -> None:
     assert (report["images"], report["tokens"]) == (400, 6400)
 
 
-def test_a_single_image_has_no_spread() -> None:
-    """The root of a rounding error below zero."""
+def test_a_single_image_has_no_standard_error() -> None:
+    """The variance must not be negative by rounding."""
     assert Likelihood.of(np.array([math.pi * 1e5]), 16).report()["standard_error"] == 0
     assert math.isfinite(Likelihood.of(np.full(3, math.pi * 1e5), 16).report()["standard_error"])
 
 
-def test_pictures_of_two_sizes_are_not_added() -> None:
-    """Nats per token of a mixture of 32x32 and 48x48 mean nothing."""
+def test_images_of_two_sizes_are_not_added() -> None:
+    """Nats per token of 32x32 and 48x48 images are not comparable."""
     with pytest.raises(AssertionError, match="different sizes"):
         Likelihood.of(np.ones(2), 16) + Likelihood.of(np.ones(2), 64)
 
@@ -94,8 +94,8 @@ def test_pictures_of_two_sizes_are_not_added() -> None:
 # ------------------------------------------------------------------------------------------------ where and whom
 
 
-def test_nats_add_up_over_images_as_over_positions() -> None:
-    """Positions summed over a batch but not over batches."""
+def test_sums_over_images_equal_sums_over_positions() -> None:
+    """Positions are summed over all batches."""
     model = random_model()
     x = random_tokens(model, 11)
     by_image, by_position = nats_both_ways(model, x.numpy().astype(np.uint16), batch_size=4)
@@ -104,8 +104,8 @@ def test_nats_add_up_over_images_as_over_positions() -> None:
     np.testing.assert_allclose(by_position, direct.sum(0), rtol=1e-5)
 
 
-def test_classes_and_ranks_are_of_their_own_images() -> None:
-    """Labels in another order than nats once shards are joined; a class without images that divides by none."""
+def test_nats_by_class_and_ranking_belong_to_the_right_images() -> None:
+    """Labels and nats have the same order after shards are joined; a class may have no images."""
     nats = np.random.default_rng(0).uniform(20, 40, 100)
     labels = np.arange(100) % 3
     keys = [f"{i}.png" for i in range(100)]
@@ -124,8 +124,8 @@ def test_classes_and_ranks_are_of_their_own_images() -> None:
     assert len(ranking["least_likely"]) == 20
 
 
-def test_auroc_is_scikit_learns_with_ties() -> None:
-    """The other way round, or ties that count whole."""
+def test_auroc_equals_scikit_learn_s_with_ties() -> None:
+    """The direction is right, and ties count one half."""
     rng = np.random.default_rng(0)
     inside, outside = rng.integers(0, 20, 300) / 2, rng.integers(5, 25, 200) / 2
     expected = roc_auc_score(np.repeat([0, 1], [300, 200]), np.concatenate([inside, outside]))
@@ -134,8 +134,8 @@ def test_auroc_is_scikit_learns_with_ties() -> None:
     assert auroc(inside, inside + 100) == 1
 
 
-def test_a_heat_map_is_brightest_where_most_is() -> None:
-    """Rows for columns, or a picture upside down."""
+def test_a_heat_map_is_brightest_at_the_maximum() -> None:
+    """Rows and columns are in the right order."""
     values = np.zeros(16)
     values[[2, 7]] = 1, 4  # row 0, column 2, and row 1, column 3
     picture = heat_map(values, n_px=4, scale=3).astype(int).sum(2)
@@ -156,12 +156,12 @@ def entropy(p: NDArray[np.float64]) -> float:
 
 
 def by_position(rng: np.random.Generator, n: int, p: NDArray[np.float64]) -> Tokens:
-    """Every position draws from a distribution of its own."""
+    """Random images whose positions have different distributions."""
     return np.stack([rng.choice(V, n, p=p[t]) for t in range(T)], axis=1).astype(np.uint16)
 
 
-def test_independent_pixels_cost_the_entropy_of_their_position() -> None:
-    """Counts over all positions together; here no context helps."""
+def test_independent_pixels_reach_the_entropy_of_their_position() -> None:
+    """Counts are per position; context does not help here."""
     rng = np.random.default_rng(2)
     p = rng.dirichlet(np.full(V, 0.5) + 0.05, T).clip(1e-3)
     p /= p.sum(1, keepdims=True)
@@ -172,8 +172,8 @@ def test_independent_pixels_cost_the_entropy_of_their_position() -> None:
     assert found["bigram_previous_pixel"] == pytest.approx(mixed, rel=0.02)
 
 
-def test_a_chain_costs_the_entropy_of_its_steps() -> None:
-    """Contexts that look forward, wrap from one picture to the next, or take "no pixel before" for a colour."""
+def test_a_markov_chain_reaches_the_entropy_of_its_transitions() -> None:
+    """Contexts precede the pixel in the same image, and "no previous pixel" is not a colour."""
     rng = np.random.default_rng(3)
     step = rng.dirichlet(np.full(V, 0.4), V).clip(1e-3)
     step /= step.sum(1, keepdims=True)
@@ -192,8 +192,8 @@ def test_a_chain_costs_the_entropy_of_its_steps() -> None:
     assert found["unigram_by_position"] > 1.2 * found["bigram_previous_pixel"]
 
 
-def test_a_pattern_in_two_dimensions_costs_nothing_but_its_border() -> None:
-    """Above taken for left, or a row too high: each pixel is the sum of those to the left and above."""
+def test_a_two_dimensional_pattern_costs_only_its_border() -> None:
+    """Each pixel is the sum of its left and upper neighbours."""
     rng = np.random.default_rng(4)
 
     def draw(n: int) -> Tokens:
@@ -209,15 +209,15 @@ def test_a_pattern_in_two_dimensions_costs_nothing_but_its_border() -> None:
     assert found["bigram_previous_pixel"] == pytest.approx(math.log(V), rel=0.02)
 
 
-def test_a_fixed_picture_costs_almost_nothing() -> None:
-    """Smoothing that never lets go of the uniform distribution."""
+def test_a_constant_image_costs_almost_nothing() -> None:
+    """The weight of the smoothing decreases with the counts."""
     picture = np.random.default_rng(5).integers(0, V, (1, T)).astype(np.uint16)
     found = count_models(picture.repeat(2000, 0), picture.repeat(10, 0), PX, V)
     assert found["unigram_by_position"] < 1e-3
 
 
-def test_colours_never_seen_still_have_a_probability() -> None:
-    """log 0: one new colour in the test split would make the baseline infinite."""
+def test_unseen_colours_have_a_positive_probability() -> None:
+    """Otherwise one new colour in the test split would make the baseline infinite."""
     fit = np.zeros((50, T), np.uint16)
     test = np.full((5, T), V - 1, np.uint16)
     assert all(math.log(V) < nats < 20 for nats in count_models(fit, test, PX, V).values())

@@ -1,4 +1,4 @@
-"""The linear probe: chosen without a look at the test split, and judged by sums over its images."""
+"""The linear probe: selected without the test split, and evaluated by sums over its images."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, judge_logits, r
 
 
 def clusters(n: int, d: int, classes: int, actor_map: float, seed: int) -> Labelled:
-    """Gaussian clouds around one centre a class."""
+    """Gaussian clusters, one centre per class."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(classes, d))
     labels = rng.integers(0, classes, n)
@@ -19,7 +19,7 @@ def clusters(n: int, d: int, classes: int, actor_map: float, seed: int) -> Label
 
 
 def probed(fit: Labelled, test: Labelled, n_classes: int, seed: int, method: Method | None = None) -> dict[str, float]:
-    """What the flow does for one layer."""
+    """The steps of the flow for one layer."""
     method = method or Method()
     choice = select(fit, n_classes, seed, method)
     report, confusion = summary(refit(fit, n_classes, choice.setting, method), test, n_classes)
@@ -27,15 +27,15 @@ def probed(fit: Labelled, test: Labelled, n_classes: int, seed: int, method: Met
     return {"validation": choice.validation, "test": report["accuracy"], "l2": choice.setting, **report}
 
 
-def test_well_separated_classes_are_told_apart() -> None:
-    """Labels and features that have lost their order on the way."""
+def test_well_separated_classes_are_classified_correctly() -> None:
+    """Labels and features have the same order."""
     found = probed(clusters(400, 16, 4, 0.2, seed=1), clusters(200, 16, 4, 0.2, seed=2), 4, seed=0)
     assert (found["validation"], found["test"]) == (1, 1)
     assert found["l2"] in L2
 
 
-def test_noise_is_told_apart_no_better_than_by_chance() -> None:
-    """Accuracy on the images it was fitted on."""
+def test_accuracy_on_noise_is_chance() -> None:
+    """It is not measured on the fitted images."""
     rng = np.random.default_rng(3)
     fit, test = (Labelled(rng.normal(size=(n, 60)).astype(np.float32), rng.integers(0, 4, n)) for n in (300, 2000))
     found = probed(fit, test, 4, seed=0)
@@ -44,7 +44,7 @@ def test_noise_is_told_apart_no_better_than_by_chance() -> None:
 
 
 def test_scale_and_offset_of_a_feature_do_not_matter() -> None:
-    """Without standardising, the penalty would choose the layer by the size of its numbers."""
+    """Without standardisation, the penalty would favour layers with large features."""
     fit, test = clusters(300, 16, 4, 2.0, seed=4), clusters(300, 16, 4, 2.0, seed=5)
     scales = np.logspace(-2, 3, 16).astype(np.float32)
 
@@ -56,13 +56,13 @@ def test_scale_and_offset_of_a_feature_do_not_matter() -> None:
 
 
 def test_a_constant_feature_is_harmless() -> None:
-    """A division by a deviation of zero."""
+    """Its deviation is zero."""
     fit, test = (Labelled(np.pad(c.features, ((0, 0), (0, 1))), c.labels) for c in (clusters(200, 8, 3, 0.3, 6),) * 2)
     assert probed(fit, test, 3, seed=0)["test"] == 1
 
 
-def test_the_test_split_chooses_nothing() -> None:
-    """A penalty chosen on the test split is the commonest way to report too much."""
+def test_the_test_split_selects_nothing() -> None:
+    """A penalty selected on the test split would inflate the accuracy."""
     fit, test = clusters(300, 16, 4, 3.0, seed=7), clusters(300, 16, 4, 3.0, seed=8)
     shuffled = Labelled(test.features, np.random.default_rng(0).permutation(test.labels))
     first, second = probed(fit, test, 4, seed=0), probed(fit, shuffled, 4, seed=0)
@@ -72,7 +72,7 @@ def test_the_test_split_chooses_nothing() -> None:
 
 
 def test_the_last_fit_is_on_all_images() -> None:
-    """The held-out fifth is too good to waste: here it holds, under some seeds, the only image of a class."""
+    """With some seeds here, the held-out fifth has the only image of a class."""
     data = clusters(40, 8, 3, 0.1, seed=11)
     one_more = Labelled(
         np.concatenate([data.features, np.full((1, 8), 9, np.float32)]), np.concatenate([data.labels, [3]])
@@ -82,13 +82,13 @@ def test_the_last_fit_is_on_all_images() -> None:
 
 
 def test_a_class_that_is_absent_from_the_fit_is_allowed() -> None:
-    """A small sample of many classes rarely has all of them."""
+    """A small sample may lack classes."""
     data = clusters(200, 8, 3, 0.3, seed=9)
     assert probed(data, data, 10, seed=0)["test"] == 1
 
 
-def test_most_masks_decide_and_of_equals_the_likelier() -> None:
-    """Logits that are averaged: one mask that is very sure would outvote four."""
+def test_the_majority_of_masks_decides_and_ties_go_to_the_likelier() -> None:
+    """With averaged logits, one confident mask would outweigh four."""
     sure, weak = np.array([9.0, 0, 0]), np.array([0, 1.0, 0])
     four_to_one = np.stack([sure, weak, weak, weak, weak])
     two_to_two = np.stack([sure, sure, weak, weak, np.array([0, 0, 1.0])])
@@ -98,8 +98,8 @@ def test_most_masks_decide_and_of_equals_the_likelier() -> None:
     assert judge_logits(logits.astype(np.float32), np.array([1, 0, 0]), 3).accuracy == 1
 
 
-def test_looks_at_an_image_are_examples_of_it_and_vote() -> None:
-    """Labels repeated in another order than features; one look taken for all."""
+def test_each_mask_of_an_image_is_an_example_and_all_vote() -> None:
+    """Labels are repeated in the order of the features."""
     data, rng = clusters(300, 8, 3, 0.3, seed=12), np.random.default_rng(0)
     same = Labelled(data.features[:, None].repeat(5, 1), data.labels)
     assert probed(same, same, 3, seed=0)["test"] == pytest.approx(probed(data, data, 3, seed=0)["test"], abs=0.01)
@@ -109,8 +109,8 @@ def test_looks_at_an_image_are_examples_of_it_and_vote() -> None:
     assert probed(noisy, noisy, 3, seed=0)["test"] > probed(one, one, 3, seed=0)["test"] + 0.05
 
 
-def test_a_single_class_is_refused() -> None:
-    """Accuracy 1.0, and nothing learnt."""
+def test_a_single_class_is_an_error() -> None:
+    """Its accuracy of 1.0 would be meaningless."""
     one = Labelled(np.zeros((10, 4), np.float32), np.zeros(10, np.int64))
     with pytest.raises(FeatureError, match="at least two classes"):
         probed(one, one, 2, seed=0)
@@ -118,8 +118,8 @@ def test_a_single_class_is_refused() -> None:
 
 @pytest.mark.parametrize("which", ["fit", "test"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused(which: str, value: float) -> None:
-    """L-BFGS stops at the first NaN and returns zeros: accuracy by chance, without a word."""
+def test_features_that_are_not_finite_are_an_error(which: str, value: float) -> None:
+    """L-BFGS would stop at the first NaN and return zeros."""
     good = clusters(50, 4, 2, 1.0, seed=10)
     bad = Labelled(good.features.copy(), good.labels)
     bad.features[3, 1] = value
@@ -130,8 +130,8 @@ def test_features_that_are_not_finite_are_refused(which: str, value: float) -> N
 # ------------------------------------------------------------------------------------------------ measures
 
 
-def test_the_measures_are_scikit_learns() -> None:
-    """Top 5 of another order, a confusion matrix on its side, nats of the chosen class instead of the true one."""
+def test_the_metrics_equal_scikit_learn_s() -> None:
+    """Covers top-5 accuracy, the orientation of the confusion matrix, and the nats of the true class."""
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 2, (500, 8)).astype(np.float32), rng.integers(0, 8, 500)
     p = np.exp(logits.astype(np.float64))
@@ -144,7 +144,7 @@ def test_the_measures_are_scikit_learns() -> None:
     assert (found.confusion == metrics.confusion_matrix(labels, p.argmax(1))).all()
 
 
-def test_a_judgement_is_a_sum_over_parts() -> None:
+def test_metrics_of_parts_can_be_summed() -> None:
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(0, 2, (300, 4)).astype(np.float32), rng.integers(0, 4, 300)
     whole = judge_logits(logits, labels, 4).report()
@@ -152,9 +152,8 @@ def test_a_judgement_is_a_sum_over_parts() -> None:
     assert parts.report() == pytest.approx(whole)
 
 
-def test_calibration_is_the_distance_of_confidence_and_accuracy() -> None:
-    """Known by construction: labels drawn from the predicted distribution are calibrated; those of a classifier that
-    says 0.9 and is right half the time are 0.4 off."""
+def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
+    """Labels drawn from the predictions are calibrated; confidence 0.9 with accuracy 0.5 is an error of 0.4."""
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1.5, (100_000, 3)).astype(np.float32)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -167,8 +166,8 @@ def test_calibration_is_the_distance_of_confidence_and_accuracy() -> None:
 # ------------------------------------------------------------------------------------------------ SGD
 
 
-def test_sgd_chooses_and_refits_as_l_bfgs_does() -> None:
-    """Five looks an image through the streamed path; the learning rate is chosen, not the last one tried."""
+def test_sgd_selects_and_refits_like_l_bfgs() -> None:
+    """Five masks per image, streamed from a file; the learning rate is selected."""
     data, rng = clusters(300, 8, 3, 0.3, seed=12), np.random.default_rng(0)
     noisy = Labelled(
         (data.features[:, None].repeat(5, 1) + rng.normal(0, 2, (300, 5, 8))).astype(np.float32), data.labels
@@ -178,7 +177,7 @@ def test_sgd_chooses_and_refits_as_l_bfgs_does() -> None:
     assert by_sgd["test"] >= probed(noisy, noisy, 3, seed=0)["test"] - 0.01
 
 
-def test_images_without_a_label_are_refused() -> None:
-    """-1 would be the last class."""
+def test_images_without_a_label_are_an_error() -> None:
+    """-1 would index the last class."""
     with pytest.raises(FeatureError, match="2 of 3 images have no label: probe splits whose images all have one"):
         Labelled(np.zeros((3, 4), np.float32), np.array([0, -1, -1]))

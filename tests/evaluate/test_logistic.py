@@ -1,4 +1,4 @@
-"""Logistic regression: scikit-learn's minimum by L-BFGS, and nearly its accuracy by SGD."""
+"""Logistic regression: scikit-learn's minimum with L-BFGS, and nearly its accuracy with SGD."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from igpt_ray.model.image_gpt import ImageGPT
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Features, Labels]:
-    """Features of 1,797 digits at the middle of an untrained network, standardised: (1797, 128), strongly
+    """Standardised features of 1,797 digits at the middle layer of an untrained network: (1797, 128), strongly
     correlated."""
     palette = Palette(np.random.default_rng(7).uniform(-1, 1, (64, 3)).astype(np.float32))
     pictures = list(digits(seed=0))
@@ -40,8 +40,8 @@ def loss(weight: NDArray[np.floating], bias: NDArray[np.floating], x: Features, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("l2", [1e-4, 1e-2])
-def test_the_minimum_on_real_features_is_scikit_learns(real: tuple[Features, Labels], l2: float) -> None:
-    """Stopped too early, a penalised bias, a penalty that grows with the number of images, a lost class."""
+def test_the_minimum_on_real_features_equals_scikit_learn_s(real: tuple[Features, Labels], l2: float) -> None:
+    """It does not stop early, the bias is not penalised, and the penalty does not grow with the number of images."""
     x, y = real
     weight, bias = minimised(torch.from_numpy(x), torch.from_numpy(y), 10, (l2,))[l2]
     with threadpool_limits(1):
@@ -52,8 +52,8 @@ def test_the_minimum_on_real_features_is_scikit_learns(real: tuple[Features, Lab
     assert agreed >= 0.999
 
 
-def test_a_path_of_penalties_ends_where_single_fits_do(real: tuple[Features, Labels]) -> None:
-    """A warm start that keeps something of the penalty before."""
+def test_a_path_of_penalties_equals_single_fits(real: tuple[Features, Labels]) -> None:
+    """A warm start must not depend on the previous penalty."""
     x, y = torch.from_numpy(real[0]).double(), torch.from_numpy(real[1])  # as `fit_lbfgs` has so few rows
     path = minimised(x, y, 10, L2)
     assert set(path) == set(L2)
@@ -64,7 +64,7 @@ def test_a_path_of_penalties_ends_where_single_fits_do(real: tuple[Features, Lab
 
 @pytest.mark.parametrize("rows", [8, 60])
 def test_fewer_rows_than_features_have_the_same_minimum(real: tuple[Features, Labels], rows: int) -> None:
-    """It is sought in the span of the rows alone."""
+    """The search is restricted to the span of the rows."""
     x, y = real[0][::30][:rows], real[1][::30][:rows]
     weight, bias = minimised(torch.from_numpy(x), torch.from_numpy(y), 10, (1e-2,))[1e-2]
     assert weight.shape == (10, 128)
@@ -74,8 +74,8 @@ def test_fewer_rows_than_features_have_the_same_minimum(real: tuple[Features, La
     assert loss(weight, bias, x, y, 1e-2) <= loss(*theirs, x, y, 1e-2) * (1 + 1e-4)
 
 
-def test_the_gradient_is_the_slope_of_the_loss(real: tuple[Features, Labels]) -> None:
-    """Torch's own differentiation, over chunks that do not divide the rows."""
+def test_the_gradient_equals_autograd_s(real: tuple[Features, Labels]) -> None:
+    """With chunks that do not divide the rows."""
     x, y = torch.from_numpy(real[0]).double().repeat(3, 1), torch.from_numpy(real[1]).repeat(3)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(10, 128, generator=generator).double(), torch.randn(10, generator=generator).double()
@@ -89,8 +89,8 @@ def test_the_gradient_is_the_slope_of_the_loss(real: tuple[Features, Labels]) ->
     torch.testing.assert_close(by_bias, bias.grad)
 
 
-def test_rows_outside_the_fit_are_never_looked_at(real: tuple[Features, Labels]) -> None:
-    """A mean over all rows would carry the held-out images into the fit."""
+def test_rows_outside_the_fit_are_not_used(real: tuple[Features, Labels]) -> None:
+    """A mean over all rows would include held-out images."""
     x, y = real
     rows = np.arange(0, 900)
     spoilt = x.copy()
@@ -104,8 +104,7 @@ def test_rows_outside_the_fit_are_never_looked_at(real: tuple[Features, Labels])
 
 
 def test_sgd_comes_within_three_thousandths_of_l_bfgs(real: tuple[Features, Labels]) -> None:
-    """Momentum, cosine or bias done wrong; a divergence taken for a fit. On images neither was fitted to, at the
-    better of each one's candidates."""
+    """Measured on images that neither was fitted to, with the best candidate of each."""
     x, y = real
     rows, others = np.arange(0, 1437), np.arange(1437, 1797)
 
@@ -117,8 +116,8 @@ def test_sgd_comes_within_three_thousandths_of_l_bfgs(real: tuple[Features, Labe
     assert by_sgd >= by_lbfgs - 0.003
 
 
-def test_sgd_is_a_function_of_its_seed_and_its_rates_do_not_meet(real: tuple[Features, Labels]) -> None:
-    """Rates side by side that leak into one another."""
+def test_sgd_is_a_function_of_its_seed_and_its_rates_are_independent(real: tuple[Features, Labels]) -> None:
+    """Rates that are fitted together must not affect each other."""
     x, y = real
     rows = np.arange(len(x))
     both = fit_sgd(x, y, rows, 10, SgdConfig(steps=30, lrs=(1, 0.1)), seed=3)
@@ -137,7 +136,7 @@ def test_sgd_reads_features_from_a_file(real: tuple[Features, Labels], tmp_path:
     assert all(np.array_equal(first[lr].weight, second[lr].weight) for lr in first)
 
 
-def test_a_rate_that_diverges_is_left_out(real: tuple[Features, Labels]) -> None:
+def test_a_rate_that_diverges_is_excluded(real: tuple[Features, Labels]) -> None:
     x, y = real
     found = fit_sgd(x, y, np.arange(len(x)), 10, SgdConfig(steps=20, lrs=(3e38, 0.1)), 0)
     assert list(found) == [0.1]

@@ -1,4 +1,4 @@
-"""The report's page says what the numbers say, is one file, and takes no string from a stranger as HTML."""
+"""The report page shows its numbers, is a single file, and escapes all strings."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -35,7 +35,7 @@ def probed(validation: list[float]) -> dict[str, Any]:
 
 
 def found(**change: Any) -> dict[str, Any]:
-    """A report with hostile strings wherever one comes from outside."""
+    """A report with malicious strings in every field of external origin."""
     nats = {"nats_per_token": 1.5, "standard_error": 0.02, "bits_per_pixel": 2.164, "images": 40, "tokens": 160}
     pixels = {name: value for name, value in probed([0.9]).items() if name not in ("layers", "best_layer")}
     tuned = {"accuracy": 0.75, "top_5": 1.0, "ece": 0.02, "best_step": 300}
@@ -70,7 +70,7 @@ def found(**change: Any) -> dict[str, Any]:
 
 
 class Names(HTMLParser):
-    """Tags, and the values of attributes that fetch something."""
+    """Parser that collects tags, and attributes that load a resource."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -84,8 +84,8 @@ class Names(HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
 
 
-def test_a_class_called_script_stays_text() -> None:
-    """Names of classes, files and places are whatever somebody called a folder."""
+def test_a_class_named_script_is_escaped() -> None:
+    """Names of classes, files and folders can be any string."""
     page = report_page.page(found(), PICTURES)
     assert "script" not in Names(page).tags
     assert page.count("&lt;script&gt;") >= 8
@@ -98,8 +98,8 @@ def test_the_page_needs_no_network() -> None:
     assert all(uri.startswith("data:image/png;base64,") for uri in fetched)
 
 
-def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
-    """Labels and lines that run out of the picture are cut off without a word."""
+def test_every_plot_is_well_formed_svg_within_its_bounds() -> None:
+    """Labels and lines outside would be clipped."""
     plots = re.findall(r'<svg class="plot".*?</svg>', report_page.page(found(), PICTURES), re.DOTALL)
     assert len(plots) == 3
     for plot in plots:
@@ -113,8 +113,8 @@ def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
             assert 0 <= float(circle.attrib["cy"]) <= height
 
 
-def test_points_lie_where_their_values_are() -> None:
-    """An axis upside down: 0.6 must lie above 0.4, and half way up where the axis says 0.5."""
+def test_points_are_at_their_values() -> None:
+    """0.6 must be above 0.4, with 0.5 halfway between them."""
     plot = ElementTree.fromstring(report_plots.line_plot([Line("a", {0: 0.4, 1: 0.5, 2: 0.6})]).split("<ul")[0])
     y = [float(circle.attrib["cy"]) for circle in plot.iter("circle")]
     x = [float(circle.attrib["cx"]) for circle in plot.iter("circle")]
@@ -126,7 +126,7 @@ def test_points_lie_where_their_values_are() -> None:
 @pytest.mark.parametrize(
     "values", [[0.0, 1.0], [0.31, 0.33], [2.9999, 3.0001], [5.0, 5.0], [-0.4, 0.1], [0.0], [1e-5, 3e-5]]
 )
-def test_an_axis_holds_its_values_and_its_ticks_differ(values: list[float]) -> None:
+def test_an_axis_contains_its_values_and_its_ticks_differ(values: list[float]) -> None:
     low, high = report_plots.ticks(values)
     assert low - 1e-9 <= min(values)
     assert max(values) <= high + 1e-9
@@ -134,7 +134,7 @@ def test_an_axis_holds_its_values_and_its_ticks_differ(values: list[float]) -> N
     assert len(set(shown)) == 5
 
 
-def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
+def test_a_plot_of_a_thousand_classes_shows_both_ends() -> None:
     plot = report_plots.dot_plot([Dot(f"class {i}", i / 1000, 0.0) for i in range(1000)])
     assert plot.count("<circle") == report_plots.MOST_CLASSES
     assert "of 1000 classes" in plot
@@ -142,7 +142,7 @@ def test_of_a_thousand_classes_both_ends_are_drawn() -> None:
     assert ">class 999<" in plot
 
 
-def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
+def test_the_page_of_a_masked_network_omits_inapplicable_parts() -> None:
     masked = {"nats_per_masked_token": 1.2, "standard_error": 0.1, "masks": 5, "images": 40}
     network = {**found()["network"], "objective": "masked"}
     page = report_page.page(found(likelihood=masked, network=network, probe=None, finetuned={}), {"palette": [PICTURE]})
@@ -152,7 +152,7 @@ def test_a_masked_network_s_page_leaves_out_what_it_cannot_say() -> None:
 
 
 def test_the_markdown_row_has_a_cell_for_every_heading() -> None:
-    """A bar in a name would be one column more."""
+    """A bar in a name would add a column."""
     lines = report_page.row(found(network={**found()["network"], "n_layer": "2|3"})).splitlines()
     assert len(lines) == 3
     assert len({len(re.split(r"(?<!\\)\|", line)) for line in lines}) == 1

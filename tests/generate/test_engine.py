@@ -1,4 +1,4 @@
-"""The engine: a sample depends on its request and its seed alone, and every request is served in its turn."""
+"""The engine: a sample depends on its request and its seed alone, and requests are served in order."""
 
 import threading
 from dataclasses import replace
@@ -32,7 +32,7 @@ def drained(engine: Engine) -> list[Generation]:
 
 
 def alone(request: Request, model: ImageGPT = MODEL) -> NDArray[np.integer]:
-    """What `sampling.complete` makes of each seed, one by one: (n, T)."""
+    """Samples of `sampler.complete`, one seed at a time: (n, T)."""
     tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.given)[None]
     how = request.temperature, request.top_k, request.top_p
     return np.concatenate(
@@ -60,9 +60,9 @@ happenings = st.lists(st.one_of(requests, st.integers(1, 6), st.just("cancel")),
 
 @settings(max_examples=60, deadline=None)
 @given(slots=st.integers(4, 9), happenings=happenings, choice=st.randoms(use_true_random=False))
-def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(slots: int, happenings: list[Any], choice: Any) -> None:
-    """Requests, steps and cancellations in any order: a slot that keeps something of who held it before, one that is
-    lost, a kernel that sums in another order for another number of rows."""
+def test_a_sample_does_not_depend_on_other_requests(slots: int, happenings: list[Any], choice: Any) -> None:
+    """Requests, steps and cancellations are in random order. A slot must not keep earlier state or be lost, and kernels
+    must not sum in another order for another number of rows."""
     engine, tickets = Engine(MODEL, slots), list[Generation]()
     finished = []
     for what in happenings:
@@ -85,7 +85,7 @@ def test_whoever_comes_and_goes_a_sample_is_what_it_is_alone(slots: int, happeni
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_a_sample_is_the_same_alone_and_among_31_others(precision: Precision) -> None:
-    """At a width where libraries choose between kernels."""
+    """The width is one at which libraries choose between kernels."""
     model = random_model(std=0.06, n_layer=2, n_embd=256, n_px=6, n_vocab=64)
     pictures = random_tokens(model, 16).numpy()
     asked = [Request(pictures[i], np.arange(36) < 2 * i, (100 + i, 200 + i)) for i in range(16)]
@@ -102,9 +102,9 @@ def test_a_sample_is_the_same_alone_and_among_31_others(precision: Precision) ->
 # ------------------------------------------------------------------------------------------------ on the way
 
 
-def test_what_is_finished_can_be_watched() -> None:
-    """A page that paints rows: pixels below `position` never change again, given ones are there from the start, and
-    what comes behind the last pixel to paint is waited for by nobody."""
+def test_progress_can_be_read_between_steps() -> None:
+    """Pixels before `position` do not change, prompt pixels are set from the start, and a sample ends with its last
+    generated pixel."""
     mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], bool)
     engine = Engine(MODEL, 2)
     ticket = engine.submit(Request(PICTURES[0], mask, (1, 2)))
@@ -120,8 +120,8 @@ def test_what_is_finished_can_be_watched() -> None:
     assert engine.generated == 8
 
 
-def test_a_picture_with_nothing_to_paint_is_finished_at_once() -> None:
-    """It would hold a slot, or wait for one."""
+def test_a_request_without_pixels_to_generate_finishes_at_once() -> None:
+    """It needs no slot."""
     engine = Engine(MODEL, 1)
     ticket = engine.submit(Request(PICTURES[0], np.ones(16, bool), (1,)))
     assert ticket.finished
@@ -131,7 +131,7 @@ def test_a_picture_with_nothing_to_paint_is_finished_at_once() -> None:
 
 
 def test_a_request_of_many_samples_is_not_overtaken() -> None:
-    """While small ones keep coming it would never find enough slots."""
+    """Otherwise a stream of small requests could starve it."""
     engine = Engine(MODEL, 4)
     first = engine.submit(Request(PICTURES[0], TOP_ROWS, (1,)))
     engine.step()
@@ -141,8 +141,8 @@ def test_a_request_of_many_samples_is_not_overtaken() -> None:
     assert drained(engine) == [first, many, late]
 
 
-def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
-    """A client that hangs up would hold its slots to the end; one that still waits would be painted for nobody."""
+def test_the_slots_of_a_cancelled_request_are_free_in_the_next_step() -> None:
+    """Otherwise a disconnected client would occupy its slots to the end, or get new ones."""
     engine = Engine(MODEL, 2)
     gone, waiting, served = (engine.submit(Request(PICTURES[i], TOP_ROWS, (1, 2))) for i in range(3))
     engine.step()
@@ -158,8 +158,8 @@ def test_the_lanes_of_a_cancelled_request_are_free_in_the_next_step() -> None:
     assert (gone.finished, gone.cancelled) == (False, True)
 
 
-def test_requests_may_come_from_any_thread_while_it_steps() -> None:
-    """A queue that loses one, or a slot that two get."""
+def test_requests_may_be_submitted_from_any_thread_during_steps() -> None:
+    """No request is lost, and no slot is used twice."""
     engine = Engine(MODEL, 3)
     tickets: list[Generation] = []
 
@@ -183,7 +183,7 @@ def test_requests_may_come_from_any_thread_while_it_steps() -> None:
         assert (ticket.tokens == alone(ticket.request)).all()
 
 
-# ------------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_requests_may_come_from_any_thread_while_it_steps() -> None:
         ({"top_p": float("nan")}, "top_p is nan"),
     ],
 )
-def test_a_malformed_request_is_refused_and_named(change: dict[str, Any], message: str) -> None:
-    """An error from inside a step would take all other requests with it."""
+def test_a_malformed_request_is_an_error_at_submission(change: dict[str, Any], message: str) -> None:
+    """An error inside a step would fail all other requests."""
     engine = Engine(MODEL, 2)
     good = Request(PICTURES[0], TOP_ROWS, (1,))
     with pytest.raises(SettingError, match=message):
@@ -224,8 +224,8 @@ def test_a_malformed_request_is_refused_and_named(change: dict[str, Any], messag
     assert drained(engine) == [ticket]
 
 
-def test_numbers_near_zero_and_huge_ones_are_served() -> None:
-    """Logits that overflow to nan, which is no colour; a top_k beyond what a tensor holds."""
+def test_extreme_settings_are_served() -> None:
+    """Logits must not overflow to NaN; top_k may exceed the number of colours."""
     engine = Engine(MODEL, 4)
     tickets = [engine.submit(Request(PICTURES[0], TOP_ROWS, (1,), heat)) for heat in (5e-324, 1e-6, 1e6, 1e308)]
     drained(engine)

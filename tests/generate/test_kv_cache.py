@@ -1,4 +1,4 @@
-"""Slots: the logits of the network without a cache, and the same bits whatever is in the slots beside."""
+"""KV cache: its logits equal those without a cache, and do not depend on the other slots."""
 
 from typing import Any
 
@@ -34,8 +34,8 @@ def followed(cache: KVCache, x: Tensor, start: int) -> Tensor:
 
 @pytest.mark.parametrize("given", [0, 1, 5, 15])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_cache_gives_the_logits_of_the_full_pass(given: int, shape: dict[str, Any]) -> None:
-    """A position or a cache slot off by one, keys that are stored before they are turned: it shows only in samples."""
+def test_a_cache_gives_the_logits_of_a_full_pass(given: int, shape: dict[str, Any]) -> None:
+    """A position off by one, or keys stored before their rotation, would affect samples only."""
     model = random_model(std=0.1, **shape)
     x = random_tokens(model, 3)
     found = followed(KVCache(model, 3, "float32"), x, given)
@@ -44,9 +44,9 @@ def test_a_cache_gives_the_logits_of_the_full_pass(given: int, shape: dict[str, 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_lane_is_the_same_bits_beside_any_others(precision: Precision, shape: dict[str, Any]) -> None:
-    """A kernel chosen by the number of rows, attention that sees the longest slot: a served completion would depend on
-    who else is being served. Alone in another slot of fewer, among slots of its own position, and among all others."""
+def test_a_slot_is_bit_identical_whatever_the_other_slots_contain(precision: Precision, shape: dict[str, Any]) -> None:
+    """A kernel chosen by the number of rows, or attention over the longest slot, would make a completion depend on
+    other requests. The slot is compared alone in a smaller cache, among slots of its position, and among all others."""
     model = random_model(std=0.1, **shape)
     x = random_tokens(model, 7)
     own = [4, 9, 2, 9, 0, 15, 9]
@@ -64,8 +64,8 @@ def test_a_lane_is_the_same_bits_beside_any_others(precision: Precision, shape: 
             assert torch.equal(alone.decode_step([1], [own[i]], [before[i]])[0], found[row])
 
 
-def test_samples_of_a_picture_share_its_prefill() -> None:
-    """Slots that read each other's keys from then on, or one that was left out."""
+def test_samples_of_an_image_share_its_prefill() -> None:
+    """After the prefill, every sample has its own keys and values."""
     model = random_model()
     x = random_tokens(model, 3)
     x[1:, :5] = x[0, :5]
@@ -76,8 +76,8 @@ def test_samples_of_a_picture_share_its_prefill() -> None:
     torch.testing.assert_close(found, model(x)[:, 15], rtol=1e-5, atol=1e-5)
 
 
-def test_the_number_of_rows_is_found_from_which_products_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that sees nothing would trust any library. This one computes fewer than five rows in another way."""
+def test_the_smallest_number_of_rows_with_stable_products_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of this test computes fewer than five rows in another order."""
 
     class Fickle(nn.Module):
         def __init__(self, weight: Tensor):
@@ -93,8 +93,8 @@ def test_the_number_of_rows_is_found_from_which_products_stay_the_same(monkeypat
 
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("shape", [(40, 32), (16, 64), (512, 512)])
-def test_layers_compute_their_products(shape: tuple[int, int], rows: int) -> None:
-    """Scales along the wrong axis, a weight that is laid out for other sizes; 40 rows take another way than 6."""
+def test_packed_layers_compute_their_products(shape: tuple[int, int], rows: int) -> None:
+    """40 rows use another code path than 6."""
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(shape, generator=g), torch.randn(rows, 2, shape[1], generator=g)
     expected = F.linear(x, w)
@@ -103,7 +103,7 @@ def test_layers_compute_their_products(shape: tuple[int, int], rows: int) -> Non
 
 
 def test_the_model_keeps_its_own_weights() -> None:
-    """A network that was given to slots and scored or saved afterwards would be another one."""
+    """A network may be scored or saved after it was packed for a cache."""
     model = random_model()
     x = random_tokens(model, 2)
     logits = model(x)
@@ -112,15 +112,15 @@ def test_the_model_keeps_its_own_weights() -> None:
     assert torch.equal(model(x), logits)
 
 
-def test_a_masked_network_is_refused() -> None:
-    """It has no start vector: an AttributeError from inside."""
+def test_a_masked_network_is_an_error() -> None:
+    """It has no start vector."""
     with pytest.raises(SettingError, match="which cannot generate"):
         KVCache(random_model(objective="masked"), 1, "float32")
 
 
-def test_all_lanes_at_once_behind_a_mask_are_what_a_graph_replays() -> None:
-    """What is recorded on CUDA, run here without recording: a slot that sees beyond its position, an idle one that
-    disturbs another."""
+def test_the_step_of_a_cuda_graph_gives_the_same_logits_without_recording() -> None:
+    """The function that is recorded on CUDA runs here on the CPU. No slot attends beyond its position, and idle
+    slots do not affect others."""
     model = random_model(**SHAPES[1])
     x = random_tokens(model, 3)
     cache = KVCache(model, 4, "float32")
@@ -136,8 +136,8 @@ def test_all_lanes_at_once_behind_a_mask_are_what_a_graph_replays() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the recorded step is not tested")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_graph_paints_what_the_cpu_does(precision: Precision) -> None:
-    """A buffer that the recording does not read, or that a later replay writes over."""
+def test_a_cuda_graph_generates_the_cpu_s_tokens(precision: Precision) -> None:
+    """The graph must read its input buffers, and a later replay must not overwrite results in use."""
     model = random_model()
     x = random_tokens(model, 3)
     expected = followed(KVCache(model, 3, precision), x, 4)

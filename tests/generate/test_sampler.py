@@ -1,4 +1,4 @@
-"""Sampling: a sample depends on its seed and its given pixels alone, and follows the softmax."""
+"""Sampling: a sample depends on its seed and its prompt alone, and follows the softmax."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from igpt_ray.model.image_gpt import ImageGPT
 
 @pytest.fixture(scope="module")
 def model() -> ImageGPT:
-    """Sharp enough that samples depend on what was given, soft enough that they differ."""
+    """Sharp enough for samples to depend on the prompt, and soft enough for them to differ."""
     return random_model(std=0.4)
 
 
@@ -24,11 +24,11 @@ def given(model: ImageGPT) -> Tensor:
     return random_tokens(model, 3)[:, :6]
 
 
-# ------------------------------------------------------------------------------------------------ whole pictures
+# ------------------------------------------------------------------------------------------------ completions
 
 
-def test_given_pixels_are_kept_and_the_rest_is_filled(model: ImageGPT, given: Tensor) -> None:
-    """A picture shifted by one position, or its samples apart instead of side by side."""
+def test_the_prompt_is_unchanged_and_the_rest_is_generated(model: ImageGPT, given: Tensor) -> None:
+    """Positions are not shifted, and the samples of an image are adjacent."""
     done = sampler.complete(model, given, 2, list(range(6)))
     assert done.shape == (6, 16)
     assert torch.equal(done[:, :6], given.repeat_interleave(2, 0))
@@ -38,7 +38,7 @@ def test_given_pixels_are_kept_and_the_rest_is_filled(model: ImageGPT, given: Te
 
 
 def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> None:
-    """A global generator: a served completion could not be repeated."""
+    """With a global generator, a completion could not be repeated."""
     first = sampler.complete(model, given, 1, [5, 6, 7])
     torch.manual_seed(123)
     np.random.seed(123)
@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> 
 
 
 def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -> None:
-    """One stream of random numbers for all slots: a neighbour, or one more sample, would change the picture."""
+    """Each sample has its own stream of random numbers."""
     seeds = [11, 12, 13, 14, 15, 16]
     together = sampler.complete(model, given, 2, seeds)
     for i, seed in enumerate(seeds):
@@ -57,18 +57,16 @@ def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -
     assert torch.equal(backwards.flip(0), together)
 
 
-def test_a_sample_goes_on_from_its_own_beginning(model: ImageGPT) -> None:
-    """Random numbers counted from the first new pixel: more rows given would change those that follow."""
+def test_a_sample_continues_from_its_own_prefix(model: ImageGPT) -> None:
+    """Random numbers belong to positions: a longer prompt does not change later ones."""
     whole = sampler.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
     for rows in (1, 5, 15, 16):
         assert torch.equal(sampler.complete(model, whole[:, :rows], 1, [3]), whole)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-6}])
-def test_the_likeliest_colours_are_those_of_the_uncached_network(
-    model: ImageGPT, given: Tensor, how: dict[str, float]
-) -> None:
-    """The reference has no cache: every step is a full pass."""
+def test_greedy_samples_equal_those_without_a_cache(model: ImageGPT, given: Tensor, how: dict[str, float]) -> None:
+    """In the reference, every step is a full pass."""
     expected = given
     for t in range(6, 16):
         padded = torch.nn.functional.pad(expected, (0, 16 - t))
@@ -76,9 +74,8 @@ def test_the_likeliest_colours_are_those_of_the_uncached_network(
     assert torch.equal(sampler.complete(model, given, 1, [0, 1, 2], **how), expected)
 
 
-def test_pixels_given_anywhere_are_kept_and_seen(model: ImageGPT) -> None:
-    """A mask that is read from its first hole on only, or given colours that later pixels are painted without. The
-    reference has no cache."""
+def test_prompt_pixels_at_any_position_are_unchanged_and_attended_to(model: ImageGPT) -> None:
+    """Also prompt pixels after the first generated one. The reference has no cache."""
     x = random_tokens(model, 3)
     given = torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < torch.tensor([[0.2], [0.5], [0.8]])
     expected = torch.where(given, x, 0)
@@ -87,7 +84,7 @@ def test_pixels_given_anywhere_are_kept_and_seen(model: ImageGPT) -> None:
     assert torch.equal(sampler.complete(model, x, 1, [0, 1, 2], temperature=0, given=given), expected)
 
 
-def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
+def test_a_number_of_rows_is_equivalent_to_a_mask(model: ImageGPT, given: Tensor) -> None:
     seeds = list(range(6))
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, :6] = True
@@ -96,8 +93,8 @@ def test_a_prefix_is_a_mask(model: ImageGPT, given: Tensor) -> None:
     assert torch.equal(masked, sampler.complete(model, given, 2, seeds))
 
 
-def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Tensor) -> None:
-    """A picture's samples that lose their order, or those beyond the slots."""
+def test_more_samples_than_slots_are_generated_in_turn(model: ImageGPT, given: Tensor) -> None:
+    """The samples of an image keep their order, and none is lost."""
     n = sampler.SLOTS + 3
     done = sampler.complete(model, given[:2], n, list(range(2 * n)))
     assert done.shape == (2 * n, 16)
@@ -105,14 +102,14 @@ def test_more_samples_than_lanes_are_painted_in_turns(model: ImageGPT, given: Te
         assert torch.equal(sampler.complete(model, given[i // n][None], 1, [i])[0], done[i])
 
 
-def test_more_pixels_than_a_picture_has_are_refused(model: ImageGPT) -> None:
-    """An index error from inside the position embedding."""
+def test_a_prompt_longer_than_an_image_is_an_error(model: ImageGPT) -> None:
+    """Instead of an IndexError from the position embedding."""
     with pytest.raises(SettingError, match="the prompt has 17 pixels, expected at most the 16"):
         sampler.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
 
 
-def test_a_masked_network_is_refused() -> None:
-    """It has no start vector: an AttributeError from inside."""
+def test_a_masked_network_is_an_error() -> None:
+    """It has no start vector."""
     masked = random_model(objective="masked")
     with pytest.raises(SettingError, match="which cannot generate"):
         sampler.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
@@ -122,7 +119,7 @@ def test_a_masked_network_is_refused() -> None:
 
 
 def test_frequencies_follow_the_softmax() -> None:
-    """A cumulative sum shifted by one colour, or float32 that starves the rare ones."""
+    """The cumulative sum is not shifted by a colour, and precise enough for rare colours."""
     n = 200_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 2
     u = rng.uniforms([77], n)[0]
@@ -133,8 +130,8 @@ def test_frequencies_follow_the_softmax() -> None:
         assert chisquare(counts, n * np.roll(p, 1)).pvalue < 1e-9
 
 
-def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
-    """The k lowest indices, or probabilities that no longer sum to one."""
+def test_top_k_selects_the_k_likeliest_and_preserves_their_ratios() -> None:
+    """The probabilities still sum to one."""
     n = 100_000
     logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
     u = rng.uniforms([78], n)[0]
@@ -148,15 +145,15 @@ def test_top_k_leaves_the_k_likeliest_in_their_proportions() -> None:
         assert torch.equal(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=k), everything)
 
 
-def test_a_tie_with_the_last_of_the_k_is_kept() -> None:
-    """Which of equals survives would depend on the sorting of a library."""
+def test_top_k_includes_ties_with_the_last() -> None:
+    """Otherwise the selection would depend on the sorting of a library."""
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
     seen = sampler.sample_inverse_cdf(logits, rng.uniforms([79], 1000)[0], top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
 
 
-def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
-    """A nucleus without the colour that crosses the line, or with one beyond it."""
+def test_top_p_selects_the_smallest_set_that_reaches_p() -> None:
+    """It includes the colour that crosses p, and none after it."""
     p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
     u = rng.uniforms([80], 20_000)[0]
     for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
@@ -168,8 +165,8 @@ def test_top_p_leaves_the_fewest_likeliest_that_reach_it() -> None:
         assert len(left) == 1 or chisquare(counts[left], len(u) * share).pvalue > 1e-3
 
 
-def test_top_p_is_of_what_top_k_left() -> None:
-    """transformers filters in this order: of 0.5 and 0.3 the first has 0.625."""
+def test_top_p_applies_to_the_selection_of_top_k() -> None:
+    """As in transformers: of 0.5 and 0.3 the first has 0.625."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
     u = rng.uniforms([81], 1000)[0]
     assert sampler.sample_inverse_cdf(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
@@ -177,7 +174,7 @@ def test_top_p_is_of_what_top_k_left() -> None:
 
 
 def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
-    """A row that is filtered because its neighbour asks for it, or whose probabilities change by a bit."""
+    """The settings of a row do not change other rows by a bit."""
     g = torch.Generator().manual_seed(6)
     logits, u = 3 * torch.randn(60, 64, generator=g), torch.rand(60, generator=g, dtype=torch.float64)
     temperature = torch.tensor([0, 1, 0.5, 2.0, 1e-6, 1], dtype=torch.float64).repeat(10)
@@ -190,8 +187,8 @@ def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
-    """u = 0 that picks a colour of probability zero, or u just below 1 that picks one past the last."""
+def test_the_ends_of_the_unit_interval_give_possible_colours(u: float) -> None:
+    """u = 0 must not give a colour of probability zero, nor u just below 1 one after the last."""
     logits = torch.full((1, 8), -1e9)
     logits[0, 3], logits[0, 5] = 1.0, 2.0
     expected = 3 if u == 0 else 5
@@ -202,7 +199,7 @@ def test_the_ends_of_the_unit_interval_are_possible_colours(u: float) -> None:
 
 
 def test_each_seed_has_a_stream_of_its_own() -> None:
-    """Seeds 1 and 2 that give shifted copies; or a stream that changes with the number of seeds asked for."""
+    """Streams are not shifted copies of each other, and do not depend on the number of seeds."""
     u = rng.uniforms([0, 1, 2, 2**64], 5000)
     assert u.shape == (4, 5000)
     assert u.dtype == torch.float64
@@ -211,5 +208,5 @@ def test_each_seed_has_a_stream_of_its_own() -> None:
     assert abs(np.corrcoef(u[1, 1:], u[2, :-1])[0, 1]) < 0.06
     assert u.min() >= 0
     assert u.max() < 1
-    # Philox is a published algorithm: these numbers hold on every machine, and so do the pictures of a seed.
+    # Philox is a published algorithm: these numbers, and the samples of a seed, are the same on every machine.
     np.testing.assert_allclose(u[0, :3], np.random.Generator(np.random.Philox(key=0)).random(3), rtol=0)

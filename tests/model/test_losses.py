@@ -1,4 +1,4 @@
-"""Objectives: sums and counts that no cutting of a batch can change."""
+"""Losses: sums and counts, which do not depend on the division of a batch."""
 
 import math
 
@@ -13,7 +13,7 @@ from igpt_ray.model.image_gpt import ImageGPT
 
 
 def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:
-    """Bits, a mean taken too early, or the probability of the neighbouring pixel."""
+    """Natural logarithms, no early mean, and the probability of the right pixel."""
     model = random_model()
     x = random_tokens(model, 3)
     logits = model(x)
@@ -25,7 +25,7 @@ def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:
 
 
 def test_nats_are_float32_also_from_bfloat16_logits() -> None:
-    """Eight bits of mantissa lose the third digit of a loss that is compared in the fourth."""
+    """The mantissa of bfloat16 has less precision than comparisons of losses need."""
     logits, x = torch.randn(2, 5, 64), torch.randint(64, (2, 5))
     nats = objectives.next_pixel(logits.bfloat16(), x)
     assert nats.dtype == torch.float32
@@ -33,7 +33,7 @@ def test_nats_are_float32_also_from_bfloat16_logits() -> None:
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    """A mean of means, where the last micro-batch is smaller: the loss and its gradient would depend on the cut."""
+    """A mean of means would depend on the division if the last micro-batch is smaller."""
     model = random_model().requires_grad_(True)
     x = random_tokens(model, 5)
     gradients = []
@@ -49,7 +49,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 
 def numpy_masked_loss(model: ImageGPT, x: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The masked network and its objective, from its published description, an image at a time: (B,) nats."""
+    """The masked network and its objective from the published description, one image at a time: (B,) nats."""
     w = {name: value.double().numpy() for name, value in model.state_dict().items()}
     N, C = model.config.n_head, model.config.n_embd
     D = C // N
@@ -77,12 +77,12 @@ def numpy_masked_loss(model: ImageGPT, x: NDArray[np.int64], keep: NDArray[np.bo
     return np.array(losses)
 
 
-def test_the_masked_objective_is_its_description_in_numpy() -> None:
-    """A mean over all positions, over the kept ones, or over the masked ones of the whole batch; a causal mask."""
+def test_the_masked_objective_equals_a_numpy_implementation() -> None:
+    """Attention is not causal, and the mean is over the masked positions of each image."""
     model = random_model(std=0.15, objective="masked")
     x = random_tokens(model, 5)
     keep = objectives.sample_masks([0, 1, 2, 3, 4], 16)
-    keep[0], keep[1] = False, True  # all masked, and all but one kept
+    keep[0], keep[1] = False, True  # all masked, and one masked
     keep[1, 7] = False
     expected = numpy_masked_loss(model, x.numpy(), keep.numpy())
     per_image = objectives.masked_pixel(model(x, keep), x, keep)
@@ -93,7 +93,7 @@ def test_the_masked_objective_is_its_description_in_numpy() -> None:
 
 
 def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -> None:
-    """A mask that depends on its neighbours in the batch: another number of workers, another run."""
+    """The mask of an image must not depend on the rest of the batch, and so on the number of workers."""
     keep = objectives.sample_masks(list(range(400)), 1024)
     share = (~keep).float().mean().item()
     assert share == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / keep.numel()) ** 0.5)
@@ -107,8 +107,8 @@ def test_positions_are_masked_with_their_probability_and_by_their_seed_alone() -
     assert len(set(drawn)) == objectives.MASKS
 
 
-def test_every_image_has_something_to_guess() -> None:
-    """OpenAI's mean over no position at all is not a number, which at 3x3 pixels happens in a quarter of all masks."""
+def test_every_image_has_a_masked_position() -> None:
+    """OpenAI's mean over an empty mask is NaN; at 3x3 pixels a quarter of all masks is empty."""
     keep = objectives.sample_masks(list(range(2000)), 9)
     masked = (~keep).sum(1)
     assert masked.min() == 1
@@ -118,7 +118,7 @@ def test_every_image_has_something_to_guess() -> None:
 
 
 def test_masked_micro_batches_add_up_to_the_batch() -> None:
-    """Sums over images, divided by their number once."""
+    """The sum over images is divided by their number once."""
     model = random_model(std=0.15, objective="masked")
     x, keep = random_tokens(model, 5), objectives.sample_masks([0, 1, 2, 3, 4], 16)
     whole = objectives.generative(model, x, keep)
@@ -131,7 +131,7 @@ def test_masked_micro_batches_add_up_to_the_batch() -> None:
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_the_joint_loss_is_generative_plus_classification(objective: str) -> None:
-    """Weights other than 1:1, or a generative part that is a sum over an image's pixels and drowns the label."""
+    """The weights are 1:1, and the generative part is a mean over an image's pixels."""
     model = random_model(std=0.15, objective=objective, n_class=3)
     x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2])
     keep = objectives.sample_masks([0, 1, 2, 3], 16) if objective == "masked" else None

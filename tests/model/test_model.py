@@ -1,4 +1,4 @@
-"""The network: equal to OpenAI's own and to transformers', causal, and the same with a cache as without."""
+"""The network equals OpenAI's and transformers' implementations, and is causal."""
 
 import cmath
 import itertools
@@ -28,7 +28,7 @@ Golden = tuple[ImageGPT, dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def golden(shared: Path) -> Golden:
-    """A tiny network with OpenAI's checkpoint, and what OpenAI's code computed with it."""
+    """OpenAI checkpoint of a tiny network, and the outputs of OpenAI's code."""
     folder = shared / "golden" / "openai_tiny"
     model = weights.load_openai(folder / "model.ckpt-1000")
     with np.load(folder / "golden.npz") as arrays:
@@ -36,8 +36,8 @@ def golden(shared: Path) -> Golden:
     return model.requires_grad_(False), computed | {"tokens": computed["tokens"].long()}
 
 
-def test_logits_and_loss_are_openais(golden: Golden) -> None:
-    """Any slip of the network: the norm, the scale, the activation, the shift, a transposed matrix."""
+def test_logits_and_loss_equal_openais(golden: Golden) -> None:
+    """Covers norm, scale, activation, shift and the layout of matrices."""
     model, computed = golden
     logits = model(computed["tokens"])
     torch.testing.assert_close(logits, computed["gen_logits"], rtol=0, atol=2e-5)
@@ -45,8 +45,8 @@ def test_logits_and_loss_are_openais(golden: Golden) -> None:
     torch.testing.assert_close(loss, computed["gen_loss"], rtol=0, atol=1e-6)
 
 
-def test_keys_and_values_are_openais(golden: Golden) -> None:
-    """Keys where values belong, or heads cut along the wrong axis: sampling would go wrong where training does not."""
+def test_keys_and_values_equal_openais(golden: Golden) -> None:
+    """Swapped keys and values, or heads split along the wrong axis, would affect sampling only."""
     model, computed = golden
     slots = KVCache(model, 4, "float32")
     for slot, x in enumerate(computed["tokens"]):
@@ -59,8 +59,8 @@ def test_keys_and_values_are_openais(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES)
-def test_logits_and_features_are_those_of_transformers(shape: dict[str, int]) -> None:
-    """The second witness, at other shapes. Features: the mean of ln_1's output, not the raw residual stream."""
+def test_logits_and_features_equal_transformers(shape: dict[str, int]) -> None:
+    """A second reference, at other shapes. Features are the mean of ln_1's output, not the residual stream."""
     hf = random_hf(**shape)
     model = weights.load_hf(hf.state_dict(), n_head=hf.config.n_head).requires_grad_(False)
     x = random_tokens(model, 3)
@@ -74,7 +74,7 @@ def test_logits_and_features_are_those_of_transformers(shape: dict[str, int]) ->
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_features_may_stop_early(last: int) -> None:
-    """A layer off by one: the best layer of a probe would be another one in the release."""
+    """Layers are numbered as in a full pass."""
     model = random_model()
     x = random_tokens(model, 2)
     torch.testing.assert_close(model.features(x, last), model.features(x)[:, : last + 1])
@@ -85,7 +85,7 @@ def test_features_may_stop_early(last: int) -> None:
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_the_first_loss_is_the_logarithm_of_the_colours(objective: Literal["next", "masked"]) -> None:
-    """A head that is not zero, or tied to the input: every published curve begins at ln 512."""
+    """The head is initialised with zeros and not tied to the input: published curves begin at ln 512."""
     model = ImageGPT(ModelConfig(n_layer=2, n_embd=32, n_head=4, n_px=16, objective=objective))
     x = random_tokens(model, 2)
     keep = random_keep(model, 2) if objective == "masked" else None
@@ -93,8 +93,8 @@ def test_the_first_loss_is_the_logarithm_of_the_colours(objective: Literal["next
     assert nats == pytest.approx(math.log(512), abs=1e-6)
 
 
-def test_weights_start_as_openais_did() -> None:
-    """torch's defaults: the loss still falls, only worse."""
+def test_weights_are_initialised_as_in_openais_code() -> None:
+    """torch's defaults would train worse without an error."""
     torch.manual_seed(0)
     shape = ModelConfig(n_layer=4, n_embd=256, n_head=4, n_px=16)
     C, L = shape.n_embd, shape.n_layer
@@ -115,7 +115,7 @@ def test_weights_start_as_openais_did() -> None:
 
 
 def test_equal_seeds_give_equal_weights() -> None:
-    """A run that cannot be repeated."""
+    """A run must be repeatable."""
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -125,8 +125,8 @@ def test_equal_seeds_give_equal_weights() -> None:
 
 
 @pytest.mark.parametrize("t", [0, 1, 7, 15])
-def test_a_token_changes_only_what_comes_after_it(t: int) -> None:
-    """A mask off by one lets a pixel see itself: a wonderful loss, and samples of nothing."""
+def test_a_token_changes_only_later_positions(t: int) -> None:
+    """With a mask off by one, a pixel would attend to itself: a low loss, and useless samples."""
     model = random_model()
     x = random_tokens(model, 2)
     y = x.clone()
@@ -138,14 +138,14 @@ def test_a_token_changes_only_what_comes_after_it(t: int) -> None:
 
 
 def test_position_matters() -> None:
-    """Positions added to the wrong axis, or not at all: a picture of one colour would be predicted alike everywhere."""
+    """Without positions, an image of one colour would have the same prediction everywhere."""
     model = random_model()
     logits = model(torch.zeros(1, 16, dtype=torch.long))
     assert len(torch.unique(logits[0], dim=0)) == 16
 
 
-def test_every_weight_learns() -> None:
-    """A parameter that the forward pass forgot, such as the last position or the start vector."""
+def test_every_weight_has_a_gradient() -> None:
+    """Including the last position and the start vector."""
     model = random_model().requires_grad_(True)
     x = random_tokens(model, 8)
     losses.next_pixel(model(x), x).mean().backward()
@@ -159,7 +159,7 @@ def test_every_weight_learns() -> None:
 
 
 def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
-    """Next-pixel nats by torch's functions alone: the network before it had any option."""
+    """Next-pixel nats with torch's functions alone, without any option of the network."""
     B, T = x.shape
     C = state["sos"].shape[0]
 
@@ -181,7 +181,7 @@ def plain_nats(state: dict[str, Tensor], x: Tensor, n_head: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
-    """An option that is off and still costs an operation: a run could not be resumed by the next version."""
+    """A disabled option must not change an operation, or an older run could not be resumed."""
     model = random_model(std=0.15, n_embd=64, n_px=8).requires_grad_(True).to(dtype)
     x = random_tokens(model, 3)
     expected = plain_nats(dict(model.named_parameters()), x, 4)
@@ -196,7 +196,7 @@ def test_options_do_not_change_a_bit_of_the_default(dtype: torch.dtype) -> None:
 
 
 def test_options_do_not_change_the_weights_of_a_seed() -> None:
-    """One more number drawn, and every run of that seed is another."""
+    """An additional random number would change every run of a seed."""
     torch.manual_seed(4)
     c = ModelConfig(n_layer=2, n_embd=16, n_head=2, n_px=4, n_vocab=8)
     own = ImageGPT(c).state_dict()
@@ -219,7 +219,7 @@ def test_options_do_not_change_the_weights_of_a_seed() -> None:
 MODERN = {"qk_norm": True, "rotary": True}
 
 
-def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
+def test_rotary_positions_rotate_each_pair_by_its_angle() -> None:
     """By hand: elements i and i + D/2 as a complex number times e^(i angle); the first half of the pairs by rows."""
     model = random_model(rotary=True)
     x = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
@@ -234,8 +234,8 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
             torch.testing.assert_close(found[:, :, t, i + 4], point.imag, rtol=1e-5, atol=1e-5)
 
 
-def test_a_query_and_a_key_agree_by_the_rows_and_columns_between_them() -> None:
-    """Absolute places that leak in, or columns that wrap around the edge as neighbours do in raster order."""
+def test_rotary_scores_depend_on_the_differences_of_rows_and_columns() -> None:
+    """Not on absolute positions, and not on raster order, where a row follows the end of the previous one."""
     model = random_model(rotary=True, n_px=8)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).expand(64, 2, 8).transpose(0, 1)
     rope = model.rotation(64)
@@ -248,8 +248,8 @@ def test_a_query_and_a_key_agree_by_the_rows_and_columns_between_them() -> None:
     assert abs(at[0, 1] - at[1, -7]) > 1e-2  # pixel 8 follows pixel 7, and is no neighbour of it
 
 
-def test_normed_queries_and_keys_ignore_the_size_of_their_projections() -> None:
-    """Norms over the whole width instead of each head, on the values too, or after attention."""
+def test_qk_norm_makes_attention_independent_of_the_projections_scale() -> None:
+    """The norms are per head, on queries and keys only, and before attention."""
     model = random_model(qk_norm=True)
     x = random_tokens(model, 2)
     before = model(x)
@@ -261,8 +261,8 @@ def test_normed_queries_and_keys_ignore_the_size_of_their_projections() -> None:
 
 
 @pytest.mark.parametrize("option", [{}, *({k: v} for k, v in MODERN.items()), MODERN], ids=str)
-def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
-    """Written out head by head with torch's plain functions."""
+def test_a_modern_block_equals_its_formula(option: dict[str, str | bool]) -> None:
+    """The reference is written head by head with torch's functions."""
     model = random_model(**option)
     block = model.blocks[0]
     h = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
@@ -284,7 +284,7 @@ def test_a_modern_block_is_its_formula(option: dict[str, str | bool]) -> None:
 
 
 def test_features_of_a_modern_network_end_with_its_hidden_states() -> None:
-    """Rotary positions that only one of the two ways through the blocks applies."""
+    """Both forward and features apply rotary positions."""
     model = random_model(**MODERN)
     x = random_tokens(model, 3)
     torch.testing.assert_close(model.features(x)[:, -1], model.hidden(x).mean(1))
@@ -297,8 +297,8 @@ def random_keep(model: ImageGPT, n: int) -> Tensor:
     return losses.sample_masks(list(range(n)), model.config.n_positions)
 
 
-def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
-    """A mask that hides the position too, or leaves a way around: the network would copy what it should guess."""
+def test_the_output_depends_on_visible_pixels_and_not_on_masked_ones() -> None:
+    """Otherwise the network would copy the pixels that it should predict."""
     model = random_model(objective="masked")
     assert not hasattr(model, "sos")
     x, keep = random_tokens(model, 2), torch.ones(2, 16).bool()
@@ -313,7 +313,7 @@ def test_a_masked_pixel_is_seen_by_nobody_and_a_kept_one_by_all() -> None:
     assert (model(x, keep) != model(x, both)).any(-1).all()  # where a pixel is missing is seen
 
 
-def test_a_mask_that_keeps_everything_is_none() -> None:
+def test_a_mask_without_masked_pixels_has_no_effect() -> None:
     model = random_model(objective="masked")
     x = random_tokens(model, 2)
     assert torch.equal(model(x, torch.ones(2, 16).bool()), model(x))
@@ -323,8 +323,8 @@ def test_a_mask_that_keeps_everything_is_none() -> None:
     torch.testing.assert_close(model.features(x, visible_mask=keep)[:, -1], model.hidden(x, keep).mean(1))
 
 
-def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None:
-    """A head on the last position, or before the norm; a head that starts at random spoils the first steps."""
+def test_the_head_reads_the_mean_after_the_last_norm_and_is_initialised_with_zeros() -> None:
+    """A random head would disturb the first steps of fine-tuning."""
     model = random_model(n_class=5)
     x = random_tokens(model, 3)
     logits, classes = model.forward_with_classifier(x)
@@ -337,7 +337,7 @@ def test_the_head_sees_the_mean_after_the_last_norm_and_starts_at_zero() -> None
 @pytest.mark.parametrize("objective", ["next", "masked"])
 @pytest.mark.parametrize("n_class", [0, 10])
 def test_parameters_are_counted_with_every_option(objective: Literal["next", "masked"], n_class: int) -> None:
-    """The masked networks lack `sos`, the head adds one row a class."""
+    """Masked networks have no `sos`; the head adds one row per class."""
     c = ModelConfig(n_layer=2, n_embd=32, n_head=4, n_px=4, n_vocab=16, objective=objective, n_class=n_class)
     assert sum(p.numel() for p in ImageGPT(c).parameters()) == c.n_params
     default = c.model_copy(update={"objective": "next", "n_class": 0}).n_params
@@ -347,7 +347,7 @@ def test_parameters_are_counted_with_every_option(objective: Literal["next", "ma
 
 
 @pytest.mark.parametrize("T", [2, 126, 128, 129], ids=lambda T: f"{T} positions")
-def test_short_attention_in_bfloat16_rounds_only_what_comes_in_and_goes_out(T: int) -> None:
+def test_short_attention_in_bfloat16_rounds_only_inputs_and_outputs(T: int) -> None:
     """At 128 x 64 and below a CPU attends in float32, above in bfloat16; neither is far from float64."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, T, 64).bfloat16()

@@ -4,7 +4,6 @@ import functools
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,10 @@ from igpt_ray import storage
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.loader import SplitCache
-from igpt_ray.data.make_shard import MakeShard, Task, TaskResult, tasks_of
+from igpt_ray.data.make_shard import MakeShard, Task, tasks_of
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.prepare import Progress
 from igpt_ray.data.sources import Layout
-from igpt_ray.data.token_store import Shard, Statistics, TokenFormat, TokenStore, parse, tokens_of
+from igpt_ray.data.token_store import TokenFormat, TokenStore, parse, tokens_of
 from igpt_ray.errors import SourceError, TokenStoreError
 from igpt_ray.flows import prepare
 from tests.data.test_layouts import LAYOUTS, expected, real
@@ -211,22 +209,6 @@ def test_statistics_add_up_to_what_a_look_at_every_image_gives(prepared: str, di
         size += path.stat().st_size
     said = [shard.statistics for shard in store.manifest.select("test")]
     assert (sum(s.squared_error for s in said), sum(s.source_bytes for s in said)) == (error, size)
-
-
-def test_progress_tells_how_far_how_fast_and_how_long_still(digit_images: str) -> None:
-    """What an earlier attempt made counts as done, but says nothing about the speed of this one."""
-    tasks = tasks_of(sources.plan(digit_images, 40), views=1)
-    progress = Progress(tasks)
-    statistics = Statistics(quarantined=1, source_bytes=10**9, squared_error=0)
-    shard = Shard(path="", split="train", view=0, rows=39, bytes=0, sha256="", source="", statistics=statistics)
-    kept = progress.update(TaskResult(40, [(shard, [])], reused=True))
-    assert re.fullmatch(r"1 of 4 units, 39 images, 1 in quarantine", kept)
-    made = progress.update(TaskResult(40, [(shard, [])], reused=False))
-    line = r"2 of 4 units, 78 images, 2 in quarantine, (\d+) images/s, (\d+) MB/s, (\d+) s left"
-    said = re.fullmatch(line, made)
-    assert said is not None
-    images_per_second, mb_per_second, _ = map(int, said.groups())
-    assert mb_per_second == pytest.approx(images_per_second * 1000 / 40, rel=0.01)
 
 
 @functools.cache

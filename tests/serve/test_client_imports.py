@@ -1,4 +1,4 @@
-"""The client is usable where torch is not installed."""
+"""The client does not need torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The HTTP API over real HTTP, in front of a replica in this process: what it answers, and what it refuses."""
+"""The API over real HTTP with a replica in this process: responses and errors."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def place(release: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Two releases, of which the first has two heads; open to this machine."""
+    """A server of two releases, the first with two heads, on loopback without keys."""
     folder = tmp_path_factory.mktemp("others")
     other = tiny_release(str(folder / "other"), seed=1)
     heads = {
@@ -65,8 +65,8 @@ def complete(place: Place, **words: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what it answers
 
 
-def test_completions_are_those_of_sampling_and_keep_what_is_given(place: Place, release: str) -> None:
-    """Another view of the picture, rows counted wrong, seeds mixed up."""
+def test_completions_equal_the_sampler_s_and_preserve_the_prompt(place: Place, release: str) -> None:
+    """The view of the image, the number of prompt rows and the order of the seeds are correct."""
     loaded = weights.load_release(release)
     said = complete(place, rows=3, n=2, seed=5, temperature=0.8, top_k=4)
     rgb = pixels.centre_view(base64.b64decode(PICTURE), 8, pixels.FAST)
@@ -78,7 +78,7 @@ def test_completions_are_those_of_sampling_and_keep_what_is_given(place: Place, 
     assert said["usage"] == {"painted_pixels": 2 * 40}
 
 
-def test_pictures_come_as_png_unless_tokens_are_asked_for(place: Place, release: str) -> None:
+def test_completions_are_png_unless_the_response_format_is_tokens(place: Place, release: str) -> None:
     tokens = complete(place, seed=9)
     pngs = place.ask("/v1/completions", {"image": PICTURE, "seed": 9}).body
     rgb = np.asarray(Image.open(io.BytesIO(base64.b64decode(pngs["data"][0]["b64_png"]))))
@@ -87,8 +87,8 @@ def test_pictures_come_as_png_unless_tokens_are_asked_for(place: Place, release:
     assert "tokens" not in pngs["data"][0]
 
 
-def test_a_mask_is_given_as_rows_of_bits_or_as_a_transparent_png(place: Place) -> None:
-    """What is opaque stays, wherever it is; both ways to say it are the same."""
+def test_a_mask_is_rows_of_bits_or_a_transparent_png(place: Place) -> None:
+    """Both forms of a mask are equivalent, and opaque pixels are unchanged at any position."""
     bits = np.random.default_rng(2).integers(0, 2, (8, 8))
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[..., 3] = bits * 255
@@ -102,7 +102,7 @@ def test_a_mask_is_given_as_rows_of_bits_or_as_a_transparent_png(place: Place) -
     assert said["usage"]["painted_pixels"] == 3 * (bits == 0).sum()
 
 
-def test_a_form_with_files_says_the_same_as_json(place: Place) -> None:
+def test_a_form_with_files_is_equivalent_to_json(place: Place) -> None:
     words = {"rows": 2, "n": 2, "seed": 3, "response_format": "tokens", "model": "tiny"}
     body = b"".join(
         f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
@@ -114,7 +114,7 @@ def test_a_form_with_files_says_the_same_as_json(place: Place) -> None:
     assert answer.body["data"] == complete(place, **words)["data"]
 
 
-def test_a_stream_sends_every_row_before_the_whole_and_the_same_tokens(place: Place) -> None:
+def test_a_stream_sends_every_row_and_then_the_response_without_streaming(place: Place) -> None:
     body = {"image": PICTURE, "response_format": "tokens", "n": 2, "rows": 5, "seed": 4}
     said = events(place.ask("/v1/completions", body | {"stream": True}).body)
     assert [name for name, _ in said] == ["started", "row", "row", "row", "completed"]
@@ -126,15 +126,15 @@ def test_a_stream_sends_every_row_before_the_whole_and_the_same_tokens(place: Pl
             assert strip["tokens"] == one["tokens"][data["row"] * 8 : data["row"] * 8 + 8], name
 
 
-def test_tokens_of_a_store_go_in_as_they_are(place: Place) -> None:
+def test_a_request_may_contain_tokens_of_a_store(place: Place) -> None:
     said = complete(place, rows=4)
     tokens = said["original"]["tokens"]
     body = {"tokens": tokens, "rows": 4, "response_format": "tokens"}
     assert place.ask("/v1/completions", body).body["data"] == said["data"]
 
 
-def test_the_same_seed_paints_the_same_alone_and_among_31_others(place: Place) -> None:
-    """Streamed or not; the others differ in picture, given part, samples and settings."""
+def test_a_completion_depends_on_its_seed_and_not_on_31_concurrent_requests(place: Place) -> None:
+    """Streamed or not; the other requests differ in image, prompt, number of samples and settings."""
     alone = complete(place, seed=7, n=2, rows=3)["data"]
 
     def other(i: int) -> Any:
@@ -151,7 +151,7 @@ def test_the_same_seed_paints_the_same_alone_and_among_31_others(place: Place) -
         assert events(streamed.result().body)[-1][1]["data"] == alone
 
 
-def test_scores_are_the_evaluation_s_and_pixels_sum_to_them(place: Place, release: str) -> None:
+def test_scores_equal_the_evaluation_s_and_are_the_sums_over_pixels(place: Place, release: str) -> None:
     loaded = weights.load_release(release)
     pictures = [base64_of(picture(i)) for i in range(3)]
     said = place.ask("/v1/score", {"image": pictures, "per_pixel": True}).body
@@ -164,7 +164,7 @@ def test_scores_are_the_evaluation_s_and_pixels_sum_to_them(place: Place, releas
     assert one_by_one == pytest.approx([one["nats"] for one in said["data"]], rel=1e-6)
 
 
-def test_features_are_the_layer_s(place: Place, release: str) -> None:
+def test_features_are_those_of_the_requested_layer(place: Place, release: str) -> None:
     model, said = weights.load_release(release).model, place.ask("/v1/score", {"image": PICTURE, "per_pixel": True})
     tokens = np.array([said.body["data"][0]["tokens"]], np.uint16)
     for layer, pooling in ((0, "mean"), (2, "max"), (1, "last")):
@@ -174,7 +174,7 @@ def test_features_are_the_layer_s(place: Place, release: str) -> None:
     assert place.ask("/v1/features", {"image": PICTURE}).body["layer"] == 1
 
 
-def test_classes_are_those_of_the_head_asked_for(place: Place, release: str, tmp_path: Path) -> None:
+def test_classes_are_those_of_the_requested_head(place: Place, release: str, tmp_path: Path) -> None:
     head = load_head(probe_head(str(tmp_path), release, ["calm", "wild", "shy"], 2, "bfloat16"))
     tokens = np.array([place.ask("/v1/score", {"image": PICTURE, "per_pixel": True}).body["data"][0]["tokens"]])
     network = features.network(release, "cpu", None, "bfloat16")
@@ -187,7 +187,7 @@ def test_classes_are_those_of_the_head_asked_for(place: Place, release: str, tmp
     assert (first["head"], len(first["data"][0]["classes"])) == ("pets", 1)
 
 
-def test_a_fine_tuned_release_classifies_by_its_own_head(tmp_path: Path) -> None:
+def test_a_fine_tuned_release_classifies_with_its_own_head(tmp_path: Path) -> None:
     release = tiny_release(str(tmp_path / "tuned"), n_class=2)
     with serving({"tuned": release}) as place:
         said = place.ask("/v1/classify", {"image": PICTURE}).body
@@ -196,7 +196,7 @@ def test_a_fine_tuned_release_classifies_by_its_own_head(tmp_path: Path) -> None
     assert sum(one["probability"] for one in said["data"][0]["classes"]) == pytest.approx(1)
 
 
-def test_models_are_an_allow_list_and_each_answers_for_itself(place: Place) -> None:
+def test_only_listed_models_can_be_requested_and_each_has_its_own_results(place: Place) -> None:
     listed = place.ask("/v1/models").body["data"]
     assert [one["id"] for one in listed] == ["tiny", "other"]
     assert [head["id"] for head in listed[0]["heads"]] == ["pets", "moods"]
@@ -209,7 +209,7 @@ def test_models_are_an_allow_list_and_each_answers_for_itself(place: Place) -> N
     assert place.ask("/v1/classify", {"image": PICTURE, "model": "other"}).code == "head_not_found"
 
 
-def test_the_page_and_the_documents_are_there_and_load_nothing_from_elsewhere(place: Place) -> None:
+def test_the_page_the_schema_and_the_health_checks_need_no_key_and_no_other_host(place: Place) -> None:
     page = place.ask("/")
     assert page.status == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -222,11 +222,11 @@ def test_the_page_and_the_documents_are_there_and_load_nothing_from_elsewhere(pl
     assert place.ask("/docs").status == 200
 
 
-# ------------------------------------------------------------------------------------------------ what it refuses
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def png_of(width: int, height: int, body: bytes = b"") -> bytes:
-    """A PNG that says it is so large, with a body of our choice."""
+    """A PNG whose header has this size, with an arbitrary body."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
@@ -254,7 +254,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_picture_is_refused(place: Place, name: str) -> None:
+def test_a_malicious_image_is_an_error(place: Place, name: str) -> None:
     data, code = HOSTILE[name]
     for path in ("/v1/completions", "/v1/score"):
         started = time.perf_counter()
@@ -304,13 +304,13 @@ def test_a_hostile_picture_is_refused(place: Place, name: str) -> None:
     ],
     ids=lambda x: str(x)[:40],
 )
-def test_a_bad_body_is_refused_with_a_code(place: Place, body: Any, status: int, code: str) -> None:
+def test_an_invalid_body_is_an_error_with_a_code(place: Place, body: Any, status: int, code: str) -> None:
     answer = place.ask("/v1/completions", body)
     assert (answer.status, answer.code) == (status, code), answer
     assert PICTURE not in answer.body["error"]["message"]
 
 
-def test_every_refusal_is_json_with_a_code(place: Place) -> None:
+def test_every_error_is_json_with_a_code(place: Place) -> None:
     for path, body, status, code in (
         ("/nothing", None, 404, "not_found"),
         ("/v1/models/../../etc/passwd", None, 404, "not_found"),
@@ -326,7 +326,7 @@ def test_every_refusal_is_json_with_a_code(place: Place) -> None:
 
 
 def raw(place: Place, head: str, *parts: bytes, pause: float = 0) -> bytes:
-    """What a server says to bytes sent by hand; parts one after the other, until it answers."""
+    """The server's response to raw bytes, which are sent part by part until it responds."""
     with socket.create_connection((place.host, place.port), timeout=30) as s:
         s.sendall(head.replace("\n", "\r\n").encode())
         try:
@@ -334,15 +334,15 @@ def raw(place: Place, head: str, *parts: bytes, pause: float = 0) -> bytes:
                 s.sendall(part)
                 time.sleep(pause)
         except OSError:
-            pass  # it has hung up, having said enough
+            pass  # the server has closed the connection after its response
         return s.recv(65536)
 
 
 POST = "POST /v1/score HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
 
 
-def test_a_body_that_is_too_large_is_refused_by_its_length_and_while_it_is_read(place: Place) -> None:
-    """64 MB, said in advance; or in chunks without a length, of which the server reads little more than its limit."""
+def test_a_body_over_the_limit_is_rejected_by_its_length_or_while_it_is_read(place: Place) -> None:
+    """64 MB with a Content-Length, and in chunks without one, of which the server reads little more than its limit."""
     answered = raw(place, f"{POST}Content-Length: {64 << 20}\n\n")
     assert answered.startswith(b"HTTP/1.1 413")
     assert b'"too_large"' in answered
@@ -352,7 +352,7 @@ def test_a_body_that_is_too_large_is_refused_by_its_length_and_while_it_is_read(
         assert raw(place, f"{POST}Content-Length: {length}\n\n")[9:12] in (b"400", b"413"), length
 
 
-def test_a_body_that_comes_slowly_is_cut(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_body_times_out(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "BODY_SECONDS", 1)
     with serving({"tiny": release}) as place:
         started = time.perf_counter()
@@ -360,11 +360,11 @@ def test_a_body_that_comes_slowly_is_cut(release: str, monkeypatch: pytest.Monke
         assert answered.startswith(b"HTTP/1.1 408")
         assert b'"slow_body"' in answered
         assert time.perf_counter() - started < 4
-        short = raw(place, f"{POST}Content-Length: 1000\n\n", b"{}", pause=0.1)  # shorter than it said
+        short = raw(place, f"{POST}Content-Length: 1000\n\n", b"{}", pause=0.1)  # shorter than its Content-Length
         assert short.startswith(b"HTTP/1.1 408")
 
 
-# ------------------------------------------------------------------------------------------------ who, and how many
+# ------------------------------------------------------------------------------------------------ access and limits
 
 
 def test_every_route_behaves_with_and_without_a_key(keyed: Place) -> None:
@@ -384,11 +384,13 @@ def test_every_route_behaves_with_and_without_a_key(keyed: Place) -> None:
         assert keyed.ask(path).status == keyed.ask(path, key="wrong").status == 200
 
 
-def test_who_has_no_key_is_refused_before_the_body_is_read(keyed: Place) -> None:
+def test_a_request_without_a_key_is_rejected_before_its_body_is_read(keyed: Place) -> None:
     assert raw(keyed, f"{POST}Content-Length: {64 << 20}\n\n").startswith(b"HTTP/1.1 401")
 
 
-def test_keys_come_hashed_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_read_as_hashes_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = f"{hashlib.sha256(KEY.encode()).hexdigest()}  -\n"
     (tmp_path / "keys").write_text(f"# who may ask\n{line}\n{'0' * 64} nobody\n")
     monkeypatch.setenv("IGPT_TEST_KEYS", line)
@@ -404,7 +406,7 @@ def test_keys_come_hashed_from_a_file_or_the_environment(tmp_path: Path, monkeyp
         assert KEY not in str(error.value)
 
 
-def test_without_keys_only_this_machine_is_answered_and_no_page_of_another_site(place: Place) -> None:
+def test_without_keys_only_loopback_requests_of_the_same_origin_are_allowed(place: Place) -> None:
     assert place.ask("/v1/models", Host="localhost:1").status == 200
     assert place.ask("/v1/models", Host="evil.example").code == "foreign_host"
     assert place.ask("/v1/models", Origin="https://evil.example").code == "foreign_origin"
@@ -414,7 +416,7 @@ def test_without_keys_only_this_machine_is_answered_and_no_page_of_another_site(
         middleware.RequestGuard(lambda *_: None, None, 1)._authenticate(scope, middleware.Headers(scope=scope))  # type: ignore[arg-type]
 
 
-def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: str) -> None:
+def test_a_full_queue_returns_429_and_the_server_recovers_at_once(release: str) -> None:
     with serving({"tiny": release}, slots=2, queue=4) as place:
         words = {"image": PICTURE, "rows": 0, "n": 2, "response_format": "tokens"}
         with ThreadPoolExecutor(40) as pool:
@@ -428,16 +430,16 @@ def test_a_full_queue_is_answered_429_and_the_server_recovers_at_once(release: s
         assert place.ask("/v1/completions", words).body["data"] == generated[0]
 
 
-def test_a_request_of_one_pixel_is_never_forgotten(place: Place) -> None:
-    """It may be finished in the step that runs while it is submitted, before anyone waits to be woken."""
+def test_a_request_of_one_pixel_always_completes(place: Place) -> None:
+    """It may finish in the step that runs during its submission, before its handler waits for a notification."""
     mask = [[1] * 8] * 7 + [[1] * 7 + [0]]
     body = {"image": PICTURE, "mask": mask}
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: place.ask("/v1/completions", body).status, range(400))) == {200}
 
 
-def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many large ones would fill the memory, each within its limit; what was refused is forgotten."""
+def test_the_total_size_of_bodies_is_limited(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many bodies within their own limit could fill the memory. A rejected body is released from the total."""
     monkeypatch.setattr(middleware, "MAX_HELD", 100_000)
     large = b'{"image": "' + bytes(200_000).replace(b"\0", b"A") + b'"}'
     assert place.ask("/v1/score", large).code == "overloaded"
@@ -446,8 +448,8 @@ def test_bodies_together_are_limited_too(place: Place, monkeypatch: pytest.Monke
         assert place.ask("/v1/score", large).code == "invalid_image"
 
 
-def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path) -> None:
-    """While rows come, and while nothing has been answered yet; also who still waits for a slot."""
+def test_a_disconnect_frees_the_slots_within_a_step(release: str, tmp_path: Path) -> None:
+    """A client may disconnect during the stream, before the first row, or while it waits for a slot."""
     slow = tiny_release(str(tmp_path), n_px=32, n_layer=4, n_embd=128)
     with serving({"slow": slow}, slots=2) as place:
         engine = place.replica.loop.engine
@@ -463,10 +465,10 @@ def test_who_hangs_up_frees_the_lanes_within_a_step(release: str, tmp_path: Path
             before = engine.generated
             clients[0].close()
             until(lambda: engine.slots_in_use == 0)
-            assert engine.generated - before < 200  # of 2048: it was not painted to its end
+            assert engine.generated - before < 200  # of 2048: generation has stopped
 
 
-def test_an_engine_that_fails_answers_500_and_says_so_to_serve(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_returns_500_and_fails_the_health_check(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving({"tiny": release}) as place:
 
         def broken() -> None:
@@ -481,7 +483,7 @@ def test_an_engine_that_fails_answers_500_and_says_so_to_serve(release: str, mon
         assert place.ask("/readyz").code == "not_ready"
 
 
-def test_seeds_masks_and_limits_read_as_documented(release: str) -> None:
+def test_seeds_masks_and_limits_are_as_documented(release: str) -> None:
     about = weights.load_config(release)
     reader = Reader(about, weights.load_release(release).palette)
     asked = CompletionRequest(tokens=[[0] * 64], n=3, seed=2**64 - 1)
@@ -491,7 +493,7 @@ def test_seeds_masks_and_limits_read_as_documented(release: str) -> None:
     assert schemas.MAX_BASE64 < schemas.MAX_BODY
 
 
-def test_many_at_once_are_all_answered(place: Place) -> None:
+def test_many_concurrent_requests_all_complete(place: Place) -> None:
     with ThreadPoolExecutor(32) as pool:
         said = list(pool.map(lambda i: place.ask("/v1/score", {"image": base64_of(picture(i))}).status, range(64)))
     assert set(said) == {200}

@@ -1,4 +1,4 @@
-"""Requests made up from the OpenAPI document, right and wrong ones: none may find a fault of the server."""
+"""Valid and invalid requests generated from the OpenAPI schema: none may cause a server error."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield place
 
 
-def test_no_made_up_request_finds_a_fault(place: Place) -> None:
+def test_generated_requests_cause_no_server_error(place: Place) -> None:
     schema = schemathesis.openapi.from_url(f"{place.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) == 7
@@ -41,8 +41,8 @@ def test_no_made_up_request_finds_a_fault(place: Place) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "features", "classify", "score"])
-def test_words_made_up_beside_a_real_picture_find_none_either(place: Place, path: str) -> None:
-    """Made-up bodies hardly ever hold a picture, so that they are refused early: these get further."""
+def test_generated_fields_with_a_valid_image_cause_no_server_error(place: Place, path: str) -> None:
+    """Generated bodies rarely contain an image and are rejected early; these requests reach later code."""
     words = strategies.sampled_from(WORDS.split())
     values = strategies.recursive(
         strategies.none()

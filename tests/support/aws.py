@@ -1,8 +1,8 @@
-"""An AWS account to test against, moto's with the stacks of `infra/`, and IAM's decisions about calls.
+"""A mock AWS account (moto) with the stacks of `infra/`, and IAM's decisions about calls.
 
 moto does not enforce policies by their conditions, so `allowed` decides, by the part of IAM's rules that
-`infra/roles.yaml` uses. An explicit Deny wins, anything else wants an Allow; actions and resources with `*`; the
-conditions of `CONDITIONS`. A condition of another kind is refused, so that none is taken for granted.
+`infra/roles.yaml` uses. An explicit Deny wins, and anything else needs an Allow; actions and resources may contain
+`*`; the conditions are those of `CONDITIONS`. Any other condition is an error, so that none is ignored.
 """
 
 import json
@@ -24,7 +24,7 @@ HERE = f"arn:aws:ec2:{REGION}:{ACCOUNT}:"
 
 
 class Account:
-    """What the stacks of `infra/` made, under moto."""
+    """The resources that the stacks of `infra/` created in moto."""
 
     def __init__(self) -> None:
         self.site = {"Image": f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/igpt-ray@sha256:{'0' * 64}"}
@@ -50,7 +50,7 @@ class Account:
         self.site |= {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
 
     def statements(self, role: str) -> list[dict[str, Any]]:
-        """Of all policies of `HeadRole`, `WorkerRole`, `ServeRole`; or of `Launcher`, who has `StartNodes` too."""
+        """Statements of all policies of `HeadRole`, `WorkerRole` or `ServeRole`, or of `Launcher` with `StartNodes`."""
         if role == "Launcher":
             listed = self.iam.list_policies(Scope="Local")["Policies"]
             arns = [p["Arn"] for p in listed if "Launcher" in p["PolicyName"] or "StartNodes" in p["PolicyName"]]
@@ -103,7 +103,7 @@ def recorded(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[None]:
 
 
 def asked(account: Account, action: str, parameters: dict[str, Any]) -> list["Call"]:
-    """What IAM is asked about a call that was recorded: starting an instance is asked of all that it consists of."""
+    """IAM decisions that a recorded call needs: starting an instance needs one for each of its parts."""
     if action == "ec2:RunInstances":
         return _asked_to_run(account, parameters)
     if action == "ec2:CreateKeyPair":

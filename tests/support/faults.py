@@ -1,4 +1,4 @@
-"""A proxy that misbehaves on a seeded schedule, to stand between a client and a real S3 server.
+"""A proxy between a client and a real S3 server that injects faults on a seeded schedule.
 
 with FaultProxy(upstream_port, ["503", None, "cut 300", "reset"]) as proxy: ...   # per request, then none
 """
@@ -27,11 +27,11 @@ def seeded(seed: int, n: int, share: float, kinds: Sequence[str] = ANYTHING) -> 
 
 
 class FaultProxy:
-    """Forwards HTTP to 127.0.0.1:`upstream`, except where the schedule says otherwise:
+    """Forwards HTTP to 127.0.0.1:`upstream`, with a fault for each scheduled request:
 
-    "503" and "reset" instead of forwarding; "drop" resets before it has taken the request's body; "cut n" forwards
-    and breaks off after n bytes of the answer; "stall n" falls silent there and keeps the connection open; "lost"
-    forwards, and the answer never arrives; "hang" takes the request and never says a word.
+    "503" and "reset" respond without forwarding; "drop" resets before reading the request's body; "cut n" forwards and
+    closes after n bytes of the response; "stall n" stops sending there and leaves the connection open; "lost" forwards
+    and drops the response; "hang" reads the request and never responds.
     """
 
     def __init__(self, upstream: int, schedule: Sequence[str | None]):
@@ -42,7 +42,7 @@ class FaultProxy:
         self.ended = asyncio.Event()
 
     def fail_next(self, schedule: Sequence[str | None]) -> None:
-        """Begin again: what the next requests will meet."""
+        """Restart the schedule with these faults for the next requests."""
         self.schedule, self.requests, self.faults = list(schedule), 0, 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -69,7 +69,7 @@ class FaultProxy:
                 if kind == "stall":
                     await self.ended.wait()
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client went away
+            pass  # the client disconnected
         finally:
             writer.close()
 
@@ -101,7 +101,7 @@ class FaultProxy:
 
 @contextmanager
 def running(proxy: FaultProxy) -> Iterator[str]:
-    """The proxy's endpoint, for as long as the block lasts."""
+    """Run the proxy during the block, and yield its endpoint."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -1,11 +1,11 @@
-"""A preparation that is killed at every step of its writing, once at each, and repeated undisturbed.
+"""A preparation that is killed before each of its writes in turn, and then repeated.
 
     python tests/support/killed.py '{"source": ..., "palette": ..., "pixels": ..., ...}' <root>
 
-For n = 0, 1, 2 ... a child process prepares into <root>/<n> and kills itself with SIGKILL right before its n-th step:
-a temporary file of the store that is made, opened, renamed, linked or removed; in a bucket, bytes that leave for the
-server to be written. Python's audit hooks announce these. The loop ends with the child that gets through. A JSON line
-for each tells where it died, and what the store's files are after the death and after the repeat (local stores only).
+For n = 0, 1, 2 ... a child process prepares into <root>/<n> and kills itself with SIGKILL right before its n-th write:
+the creation, opening, renaming, linking or removal of a file of the store, or for a bucket the sending of bytes.
+Python's audit hooks report these events. The loop ends with the first child that completes. For each child a JSON line
+has the event before which it died, and the store's files after the death and after the repeat (local stores only).
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def doomed(settings: PrepareConfig, n: int, writer: int) -> None:
 
 
 def in_child(work: Callable[[int], object]) -> tuple[int, str]:
-    """The exit code of a process that does `work`, and what it wrote to the pipe it was handed, or why it failed."""
+    """Run `work` in a child process; returns its exit code, and what it wrote to its pipe or why it failed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,10 +1,10 @@
-"""An extraction of features that is killed at every step of its writing, once at each, and repeated undisturbed.
+"""An extraction of features that is killed before each of its writes in turn, and then repeated.
 
     python tests/support/killed_features.py '{"release": ..., "tokens": ..., ...}' <root>
 
 As `killed.py` for preparations: for n = 0, 1, 2 ... a child process extracts into <root>/<n> and kills itself with
-SIGKILL right before its n-th step on the files there. A JSON line for each tells where it died, how many units had
-their line by then, how many the repeat made, and the sha256 of every file in the end.
+SIGKILL right before its n-th write there. For each child a JSON line has the event before which it died, the number of
+units committed by then, the number computed by the repeat, and the sha256 of every file at the end.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""A run's second checkpoint, killed at every step of its storing, once at each, and what is found after that.
+"""A run's second checkpoint, killed before each of its writes in turn, and the state of the run afterwards.
 
     python tests/support/killed_saving.py <root>
 
 As `killed.py` for preparations: in <root>/<n> a child process saves step 1, then begins to save step 2, and kills
-itself with SIGKILL right before the n-th step of that on the run's files. A JSON line for each tells what it was about
-to do, which steps are committed, which one loads, and whether what loads is the state of that step to the last bit.
+itself with SIGKILL right before its n-th write to the run's files. For each child a JSON line has that event, the
+committed steps, the step that loads, and whether the loaded state is bit-identical to that step's.
 """
 
 import json

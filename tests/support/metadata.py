@@ -1,10 +1,10 @@
-"""The metadata servers of AWS and Google, played by one on loopback that answers as their manuals say."""
+"""A loopback server with the documented behaviour of the metadata servers of AWS and Google Cloud."""
 
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Metadata(ThreadingHTTPServer):
-    """What a node's cloud says: `said` by path; anything else is 404. AWS's paths want a token, Google's a header."""
+    """Returns `said[path]`; any other path is 404. AWS's paths need a token, Google's a header."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)

@@ -1,4 +1,4 @@
-"""Several raylets on this machine, and Ray's own autoscaler over them: what tests of lost and added nodes share."""
+"""Several raylets on one machine with Ray's autoscaler, for tests of lost and added nodes."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def autoscaled(
     dashboard: int | None = None,
     part: str = "",
 ) -> Iterator[Autoscaler]:
-    """A head without CPUs, and Ray's own autoscaler, whose "cloud" starts raylets of these types on this machine.
+    """A head without CPUs, and Ray's autoscaler with a provider that starts raylets of these types on this machine.
 
     `ray.cluster_utils.AutoscalingCluster` lacks a file in the wheel, and would stop every Ray on the machine.
     """

@@ -1,4 +1,4 @@
-"""A served release without Ray: the API in front of a replica, over real HTTP, in this process."""
+"""A served release without Ray: the API and a replica in this process, over real HTTP."""
 
 import base64
 import http.client
@@ -33,7 +33,7 @@ KEY = "a key that only its owner knows"
 
 
 class Local:
-    """A replica as the API sees those of Serve."""
+    """A replica with the interface of a Ray Serve handle."""
 
     def __init__(self, replica: Replica):
         self.replica = replica
@@ -46,7 +46,7 @@ class Local:
 
 
 class Place(NamedTuple):
-    """Where a server listens, and what is behind it."""
+    """The address of a server, and its replica."""
 
     host: str
     port: int
@@ -71,7 +71,7 @@ class Answer(NamedTuple):
 
 
 def ask(host: str, port: int, path: str, body: Any = None, key: str | None = None, **headers: str) -> Answer:
-    """GET without a body, POST with one; bytes go as they are."""
+    """GET without a body, POST with a body; bytes are sent unchanged."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     said = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     connection = http.client.HTTPConnection(host, port, timeout=60)
@@ -143,7 +143,7 @@ def tiny_release(uri: str, seed: int = 0, n_px: int = 8, n_vocab: int = 16, **sh
 
 
 def probe_head(folder: str, release: str, classes: list[str], layer: int = 1, precision: str = "float32") -> str:
-    """What jobs/probe.py leaves, with random weights."""
+    """Files as written by jobs/probe.py, with random weights."""
     about = weights.load_config(release)
     rng, C = np.random.default_rng(3), about.model.n_embd
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def until(condition: Any, seconds: float = 10) -> None:
 
 
 class Client:
-    """Asks an application on Ray Serve with the key."""
+    """Client of an application on Ray Serve, which sends the key."""
 
     def __init__(self, port: int):
         self.port = port

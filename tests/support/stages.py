@@ -1,4 +1,4 @@
-"""Palette, preparation, check and training in one process, on a Ray of its own: for tests that watch the object store.
+"""Palette, preparation, verification and training in one process with its own Ray, for tests of the object store.
 
 python tests/support/stages.py s3://bucket
 """

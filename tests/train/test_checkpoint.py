@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is bit-equal to one that never stopped, and what is damaged is passed over and named."""
+"""Checkpoints: a resumed run is bit-identical to an uninterrupted one; damaged checkpoints are skipped and named."""
 
 import errno
 import json
@@ -95,8 +95,8 @@ def run(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: str, sharded: bool) -> None:
-    """Moments that start at zero again, or Adam's count of steps: the loss jumps at every resume."""
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: str, sharded: bool) -> None:
+    """Including Adam's moments and its count of steps."""
     first = Trainee(1, sharded).train(0, 1, 2).save(run, 3)
     resumed = Trainee(2, sharded)
     assert not equal(first, resumed)
@@ -109,8 +109,8 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: str, sharded:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_modern_run_resumes_bit_equal_too(run: str, sharded: bool) -> None:
-    """Muon's momentum lost, or its groups and rates mixed up with Adam's."""
+def test_a_resumed_modern_run_is_bit_identical_too(run: str, sharded: bool) -> None:
+    """Including Muon's momentum, groups and rates."""
     first = Trainee(1, sharded, modern=True).train(0, 1, 2).save(run, 3)
     resumed = Trainee(2, sharded, modern=True)
     assert resumed.load(run) is not None
@@ -121,8 +121,8 @@ def test_a_modern_run_resumes_bit_equal_too(run: str, sharded: bool) -> None:
     assert equal(first.train(3, 4), resumed.train(3, 4))
 
 
-def test_a_checkpoint_lives_in_a_bucket_as_it_does_on_disk(place: str) -> None:
-    """torch writes folders; object stores have none, and hide names that begin with a dot."""
+def test_a_checkpoint_in_a_bucket_works_like_one_on_disk(place: str) -> None:
+    """torch writes folders, which object stores do not have."""
     saved = Trainee(1).train(0).save(place, 1)
     names = [entry.uri[len(place) + 1 :] for entry in storage.walk(place)]
     assert sorted(names) == [f"checkpoints/step_00000001/{f}" for f in ("__0_0.distcp", "manifest.json", "metadata")]
@@ -132,15 +132,15 @@ def test_a_checkpoint_lives_in_a_bucket_as_it_does_on_disk(place: str) -> None:
 
 
 def test_a_new_run_has_nothing_to_load(run: str) -> None:
-    """An exception on the first start, or a network half overwritten."""
+    """The first start raises no error and changes no weight."""
     fresh = Trainee(1)
     assert fresh.load(run) is None
     assert equal(fresh, Trainee(1))
     assert checkpoint.committed_steps(run) == []
 
 
-def test_the_newest_is_found_by_its_number(run: str) -> None:
-    """Sorting names, or times: step 9 after step 10."""
+def test_the_newest_checkpoint_has_the_highest_step(run: str) -> None:
+    """Not the last name or time: step 9 is before step 10."""
     trainee = Trainee(1)
     for step in (9, 100, 10):
         trainee.train(step).save(run, step)
@@ -151,7 +151,7 @@ def test_the_newest_is_found_by_its_number(run: str) -> None:
 
 
 def test_a_step_saved_again_replaces_the_first(run: str) -> None:
-    """A run resumed from an older step reaches the number of a damaged checkpoint, and writes over it."""
+    """A run resumed from an older step overwrites a damaged checkpoint when it reaches its step."""
     Trainee(1).train(0).save(run, 5)
     damage(Path(checkpoint.uri_of(run, 5), "__0_0.distcp"))
     again = Trainee(1).train(0, 1).save(run, 5)
@@ -160,13 +160,12 @@ def test_a_step_saved_again_replaces_the_first(run: str) -> None:
     assert equal(again, other)
 
 
-# ------------------------------------------------------------------------------------------------ beside the steps
+# ------------------------------------------------------------------------------------------------ asynchronous saves
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_checkpoint_is_of_its_step_though_training_goes_on(run: str, sharded: bool) -> None:
-    """Tensors that are handed to a thread and not copied: half of this step, half of the next. The memory of the
-    first copy serves the second."""
+def test_a_checkpoint_is_of_its_step_although_training_continues(run: str, sharded: bool) -> None:
+    """The upload thread must read a copy of the tensors. The second save reuses the memory of the first copy."""
     trainee, saver, stored = Trainee(1, sharded).train(0), checkpoint.Saver(run), threading.Event()
     for step in (1, 2):
         stored.clear()
@@ -184,10 +183,8 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(run: str, sharded: 
         assert not equal(found, trainee)
 
 
-def test_a_save_whose_turn_comes_too_early_is_left_out_and_one_that_must_be_waits(
-    run: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A store slower than the run: steps that wait for it, or copies that pile up in memory."""
+def test_a_save_during_an_upload_is_skipped_unless_it_is_required(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With a store slower than the run, steps must not wait, and copies must not accumulate."""
     trainee, saver, stored = Trainee(1).train(0), checkpoint.Saver(run), threading.Event()
     assert trainee.begin(saver, 1, before_commit=stored.wait)
     with caplog.at_level(logging.WARNING):
@@ -199,10 +196,10 @@ def test_a_save_whose_turn_comes_too_early_is_left_out_and_one_that_must_be_wait
     assert checkpoint.committed_steps(run) == [1, 3]
 
 
-def test_a_failed_save_is_tried_again_and_ends_nothing_but_the_last_one(
+def test_a_failed_save_is_retried_and_only_the_last_one_ends_the_run(
     run: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception in a thread is seen by nobody; one that ends the run costs the steps since the last checkpoint."""
+    """An error of the thread must be logged, and must not end the run."""
     monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
     Path(run).mkdir()
     blocked = Path(run, "checkpoints")
@@ -223,10 +220,10 @@ def test_a_failed_save_is_tried_again_and_ends_nothing_but_the_last_one(
     assert checkpoint.committed_steps(run) == [2]
 
 
-def test_a_full_disk_under_the_temporary_folder_is_a_failed_save_too(
+def test_a_full_temporary_folder_is_a_failed_save_too(
     run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch wraps what its writer raises into something that is not even an Exception."""
+    """torch wraps errors of its writer in a class that is not an Exception."""
     monkeypatch.setattr(tempfile, "tempdir", "/proc/self/fdinfo")  # a folder in which nothing can be made
     with caplog.at_level(logging.WARNING):
         saver = checkpoint.Saver(run)
@@ -243,15 +240,15 @@ def test_a_full_disk_under_the_temporary_folder_is_a_failed_save_too(
 
 
 class Full(FileSystemWriter):
-    """A writer whose disk is full."""
+    """A writer with a full disk."""
 
     def write_data(self, *arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.slow
-def test_killed_at_any_write_a_save_leaves_the_one_before_or_itself(tmp_path: Path) -> None:
-    """SIGKILL before every file that is made, opened, renamed or removed: nothing torn is ever loaded."""
+def test_after_a_kill_at_any_write_the_new_or_the_previous_checkpoint_loads(tmp_path: Path) -> None:
+    """SIGKILL before each file is created, opened, renamed or removed: no partial checkpoint is loaded."""
     done = subprocess.run(
         [sys.executable, "tests/support/killed_saving.py", str(tmp_path)],
         cwd=ROOT,
@@ -280,10 +277,10 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "metadata", "manifest.json"])
 @pytest.mark.parametrize("harm", [damage, cut, Path.unlink], ids=["flipped", "cut", "deleted"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one_with_a_warning(
     run: str, name: str, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Loaded, it ruins the run; raised, it ends it; passed over in silence, nobody looks at the disk."""
+    """It must neither be loaded nor end the run, and the warning points to a failing disk."""
     if (name, harm) == ("manifest.json", damage):
         harm = lambda path: path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"sha255"'))  # noqa: E731
     trainee = Trainee(1)
@@ -300,8 +297,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(
         assert f"skipped a damaged checkpoint: {checkpoint.uri_of(run, 2)}/{name}" in caplog.text
 
 
-def test_a_torn_checkpoint_is_none(run: str) -> None:
-    """A worker killed between two files: torch itself would load what is there."""
+def test_a_partial_checkpoint_is_ignored(run: str) -> None:
+    """A worker may be killed between two files; torch would load the rest."""
     Trainee(1).train(0).save(run, 1)
     Path(checkpoint.uri_of(run, 1), "manifest.json").unlink()
     fresh = Trainee(2)
@@ -309,8 +306,8 @@ def test_a_torn_checkpoint_is_none(run: str) -> None:
     assert equal(fresh, Trainee(2))
 
 
-def test_where_all_are_damaged_the_run_does_not_begin_anew(run: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It would overwrite what may yet be mended, after days of training perhaps."""
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It would overwrite checkpoints that might be repaired."""
     trainee = Trainee(1)
     for step in (1, 2):
         trainee.train(step).save(run, step)
@@ -324,7 +321,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(run: str, caplog: pyt
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -333,8 +330,8 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
-def test_the_pickled_index_is_not_opened_before_its_hash_is_checked(run: str, tmp_path: Path) -> None:
-    """DCP reads its index with plain pickle."""
+def test_the_pickled_index_is_not_opened_before_its_hash_is_verified(run: str, tmp_path: Path) -> None:
+    """DCP reads its index with pickle."""
     Trainee(1).train(0).save(run, 1)
     Path(checkpoint.uri_of(run, 1), "metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match="all 1 checkpoints"):
@@ -361,13 +358,13 @@ def steps_with_files(run: str) -> list[int]:
 
 
 def save_fake(run: str, step: int, committed: bool = True) -> None:
-    """The files of a checkpoint, as far as pruning looks at them."""
+    """Write the files of a checkpoint that pruning reads."""
     for name in ("__0_0.distcp", "metadata", *(["manifest.json"] if committed else [])):
         storage.write(storage.join(checkpoint.uri_of(run, step), name), b"1")
 
 
-def test_pruning_keeps_the_newest_whole(place: str) -> None:
-    """Deleting from the wrong end, or one too many."""
+def test_pruning_keeps_the_newest_intact_checkpoints(place: str) -> None:
+    """It removes the oldest ones, and not one too many."""
     for keep in (5, 2, 1):
         for step in (1, 2, 10, 9):
             save_fake(place, step)
@@ -377,8 +374,8 @@ def test_pruning_keeps_the_newest_whole(place: str) -> None:
         assert len(list(storage.walk(place))) == 3 * len(expected)
 
 
-def test_pruning_removes_what_was_left_behind(run: str) -> None:
-    """A killed save or deletion leaves gigabytes that nothing names any more. What is newer may be under way."""
+def test_pruning_removes_the_files_of_killed_saves(run: str) -> None:
+    """Killed saves and deletions leave gigabytes of files. Newer files may belong to a save in progress."""
     for step, committed in ((1, False), (2, True), (3, False), (4, True), (5, False)):
         save_fake(run, step, committed)
     checkpoint.prune(run, 1)
@@ -386,8 +383,8 @@ def test_pruning_removes_what_was_left_behind(run: str) -> None:
     assert checkpoint.committed_steps(run) == [4]
 
 
-def test_pruning_keeps_every_so_many_for_ever(run: str) -> None:
-    """The history of a run, one checkpoint of ten: deleted with the others, or the others kept with it."""
+def test_pruning_keeps_multiples_of_keep_every(run: str) -> None:
+    """These are the history of a run; the others are removed."""
     for step in range(10, 100, 10):
         save_fake(run, step)
     checkpoint.prune(run, 2, keep_every=30)
@@ -396,8 +393,8 @@ def test_pruning_keeps_every_so_many_for_ever(run: str) -> None:
     assert checkpoint.committed_steps(run) == [30, 60, 90]
 
 
-def test_rewinding_sets_later_ones_aside(place: str) -> None:
-    """Left as they are, the next resume takes the end that was given up; deleted, a mistyped step costs the run."""
+def test_resuming_from_an_older_step_sets_later_checkpoints_aside(place: str) -> None:
+    """Otherwise the next resume would load them; deleted, a mistyped step would cost the run."""
     for step in (5, 10, 15):
         save_fake(place, step)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 to resume from: available: 5, 10, 15"):
@@ -413,7 +410,7 @@ def test_rewinding_sets_later_ones_aside(place: str) -> None:
 
 
 def test_pruning_a_run_without_checkpoints_deletes_nothing(run: str) -> None:
-    """The first save of a run is under way."""
+    """The first save of a run may be in progress."""
     save_fake(run, 1, committed=False)
     checkpoint.prune(run, 1)
     assert steps_with_files(run) == [1]

@@ -19,7 +19,7 @@ LINES = st.lists(
 def test_decisions_are_those_of_a_search_through_all_lines(
     lines: list[dict[str, Any]], patience: int, data: st.DataObject
 ) -> None:
-    """A tie that replaces the best, a line without evaluation that counts, a resumed run that forgets its best."""
+    """Ties keep the earlier one, lines without evaluation do not count, and a resumed run knows its best."""
     resumed_at = data.draw(st.integers(0, len(lines)))
     stopping = EarlyStopping(patience, lines[:resumed_at])
     for n, line in enumerate(lines[resumed_at:], resumed_at + 1):

@@ -1,4 +1,4 @@
-"""What a run will take: the arithmetic agrees with torch's own counts, and with a calculation by hand."""
+"""Estimates agree with torch's own counts and with calculations by hand."""
 
 import gc
 import json
@@ -39,8 +39,8 @@ def of(preset: str, **sections: Section) -> EstimateConfig:
 
 
 @pytest.mark.parametrize("model", SMALL)
-def test_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
-    """A head, a backward pass or a half of attention left out of the formula."""
+def test_flops_equal_torch_s_count(model: ModelConfig) -> None:
+    """Including the head, the backward pass and all of attention."""
     tokens = torch.randint(0, model.n_vocab, (2, model.n_positions))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses.next_pixel(ImageGPT(model)(tokens), tokens).sum().backward()
@@ -48,7 +48,7 @@ def test_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("model", SMALL)
-def test_muons_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
+def test_muon_s_flops_equal_torch_s_count(model: ModelConfig) -> None:
     network = ImageGPT(model)
     optimizer = optim.build(network, OptimConfig(muon_lr=0.02))
     for p in network.parameters():
@@ -60,8 +60,8 @@ def test_muons_flops_are_those_that_torch_counts(model: ModelConfig) -> None:
     assert extra[0] - extra[1] == estimate.muon_flops(model)
 
 
-def test_a_masked_network_attends_in_full() -> None:
-    """Half of the attention, and a time that no machine reaches."""
+def test_the_attention_of_a_masked_network_is_counted_in_full() -> None:
+    """Half of it would give an unreachable time."""
     found, causal = (estimate.estimate(of(name)) for name in ("igpt-s-bert", "igpt-s"))
     assert found["flops_per_token_causal"] == found["flops_per_token"] == causal["flops_per_token"]
     assert found["step_seconds"] > causal["step_seconds"]
@@ -69,8 +69,8 @@ def test_a_masked_network_attends_in_full() -> None:
     assert "attends in full" in line
 
 
-def test_flops_and_parameters_are_the_published_ones() -> None:
-    """Training compute of section 7 of the facts: S 7.9e19, L 1.2e21, XL 2.6e22 with attention in full."""
+def test_flops_and_parameters_equal_the_published_ones() -> None:
+    """Training compute: S 7.9e19, L 1.2e21, XL 2.6e22 with full attention."""
     found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
     assert found == {
         "igpt-s": pytest.approx(7.9e19, rel=0.01),
@@ -83,7 +83,7 @@ def test_flops_and_parameters_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", [*SMALL, *MODERN])
-def test_activations_are_those_that_autograd_keeps(
+def test_activation_memory_equals_autograd_s_saved_tensors(
     model: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("igpt_ray.model.image_gpt.CPU_FLOAT32_ELEMENTS", 0)  # attend as a GPU does
@@ -100,7 +100,7 @@ def test_activations_are_those_that_autograd_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses.next_pixel(network(tokens), tokens).sum()
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    # The estimate also has logits and their gradient, which the loss does not keep.
+    # The estimate also has logits and their gradient, which autograd does not save.
     expected = (
         estimate.activation_bytes(model, images, dtype.itemsize) - 2 * dtype.itemsize * tokens.numel() * model.n_vocab
     )
@@ -119,7 +119,7 @@ def test_igpt_l_on_64_h200s_by_hand() -> None:
     assert found["fits"]
 
 
-def test_what_does_not_fit_or_waits_for_the_network_is_said() -> None:
+def test_insufficient_memory_and_a_network_bottleneck_are_reported() -> None:
     alone = of("igpt-xl", workers=WorkersConfig(precision="bfloat16", micro_batch=64))
     assert "does NOT fit" in "\n".join(estimate.lines(alone, estimate.estimate(alone)))
     slow = of("igpt-l", workers=WorkersConfig(n=128), cluster=ClusterConfig(bus_gb_per_second=5))
@@ -128,7 +128,7 @@ def test_what_does_not_fit_or_waits_for_the_network_is_said() -> None:
     assert found["hours"] == pytest.approx(1e6 * found["traffic_seconds"] / 3600, abs=0.01)
 
 
-def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass() -> None:
+def test_more_workers_need_less_memory_each_and_small_micro_batches_accumulate() -> None:
     optim = OptimConfig(batch_size=120)
     one, four = (
         estimate.estimate(of("igpt-s", optim=optim, workers=WorkersConfig(n=n, micro_batch=16))) for n in (1, 4)
@@ -140,10 +140,10 @@ def test_more_workers_hold_less_each_and_accumulation_makes_up_for_a_small_pass(
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
-def test_what_blocks_keep_to_compute_again_from(
+def test_activation_checkpointing_memory_equals_the_live_tensors(
     process_group: None, activation_checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By all tensors that live between the passes: a norm's output that is kept although it is made again."""
+    """Counted over all tensors that exist between the passes."""
     model = ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40)
     network = ImageGPT(model)
     parallelize.shard(
@@ -172,7 +172,7 @@ def test_what_blocks_keep_to_compute_again_from(
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
 def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpointing: str) -> None:
-    """One image too many is an error after an hour of waiting for GPUs; half as many leave half of them idle."""
+    """One image too many would run out of memory."""
     model, memory = PRESETS["igpt-l"][1].model, 141e9
     workers = WorkersConfig(n=4, precision="bfloat16", activation_checkpointing=activation_checkpointing)
 
@@ -183,9 +183,7 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpoin
     n = estimate.images_that_fit(model, OptimConfig(), workers, share=10**6, memory=memory)
     assert needed(n) <= 0.9 * memory < needed(n + 1)
     assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=memory) == 3
-    assert (
-        estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1
-    )  # which is refused by the device, if so
+    assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1  # out of memory otherwise
     found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": "auto"})))
     assert (found["images_per_pass"], found["passes_per_step"]) == (
         (16, 2) if activation_checkpointing == "none" else (32, 1)
@@ -193,7 +191,7 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpoin
     assert found["fits"]
 
 
-def test_recomputing_trades_work_for_memory() -> None:
+def test_activation_checkpointing_trades_compute_for_memory() -> None:
     plain, again, selective = (
         estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, activation_checkpointing=how)))
         for how in ("none", "full", "selective")
@@ -204,7 +202,7 @@ def test_recomputing_trades_work_for_memory() -> None:
     assert again["memory_gb"]["activations"] < plain["memory_gb"]["activations"] / 10
 
 
-def test_a_device_is_known_by_the_name_that_cuda_gives_it() -> None:
+def test_a_device_is_recognised_by_cuda_s_name_for_it() -> None:
     assert estimate.peak_flops("NVIDIA H200") == 989e12
     assert estimate.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert estimate.peak_flops("Some Other Device") is None

@@ -1,4 +1,4 @@
-"""Fine-tuning without Ray: what is changed of the images, where it starts, what it keeps, and that it goes on."""
+"""Fine-tuning without Ray: augmentation, initial weights, the released weights, and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ STEPS, LOOK = 40, 4
 
 @pytest.fixture
 def classes(tmp_path: Path, palette: Palette, kind: TokenFormat) -> TokenStore:
-    """Dark and bright pictures, 24 to train on and 9 held out; the labels of the held-out ones say nothing."""
+    """24 dark and bright training images, and 9 held-out images with random labels."""
     root, rng = str(tmp_path / "classes"), np.random.default_rng(2)
     palette.save(storage.join(root, "palette.npy"))
     listed = []
@@ -83,8 +83,8 @@ def lines_of(run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_tokens_are_moved_as_pillow_moves_their_pixels(palette: Palette, mirrored: bool) -> None:
-    """An edge that is doubled, rows taken for columns, or a mirror on the wrong side of the crop."""
+def test_augmented_tokens_equal_pillow_s_augmented_pixels(palette: Palette, mirrored: bool) -> None:
+    """The padding, the order of rows and columns, and the order of mirror and crop are the same."""
     tokens = np.random.default_rng(0).integers(0, len(palette), (1, 64)).astype(np.uint16)
     picture = Image.fromarray(palette.decode(tokens.reshape(8, 8)))
     whole = np.pad(np.asarray(ImageOps.mirror(picture) if mirrored else picture), ((3, 3), (3, 3), (0, 0)), "reflect")
@@ -95,8 +95,8 @@ def test_tokens_are_moved_as_pillow_moves_their_pixels(palette: Palette, mirrore
             np.testing.assert_array_equal(palette.decode(seen.reshape(8, 8)), expected)
 
 
-def test_an_image_is_changed_by_its_epoch_and_row_alone() -> None:
-    """Another number of workers, or another micro-batch: another run."""
+def test_augmentation_depends_on_epoch_and_row_alone() -> None:
+    """Not on the number of workers or the micro-batch."""
     tokens = np.arange(20 * 16).reshape(20, 16).astype(np.uint16)
     augment = Augment(n_px=4, pad=2, flip=True)
     batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
@@ -107,7 +107,7 @@ def test_an_image_is_changed_by_its_epoch_and_row_alone() -> None:
     assert (augment(tokens[batch.rows], 3, later) != whole).any()
 
 
-def test_every_shift_and_mirror_is_as_likely_as_another() -> None:
+def test_all_shifts_and_mirrors_are_equally_likely() -> None:
     n = 9000
     tokens = np.tile(np.arange(16, dtype=np.uint16), (n, 1))
     seen = Augment(n_px=4, pad=1, flip=True)(tokens, 0, Batch(np.zeros(n, np.int64), np.arange(n)))
@@ -116,7 +116,7 @@ def test_every_shift_and_mirror_is_as_likely_as_another() -> None:
     assert np.abs(counts - n / 18).max() < 5 * (n / 18) ** 0.5
 
 
-def test_labels_go_with_their_images_and_none_may_be_missing(
+def test_labels_belong_to_their_images_and_none_may_be_missing(
     classes: TokenStore, tmp_path: Path, kind: TokenFormat
 ) -> None:
     split = SplitCache(classes, "train", labelled=True)
@@ -133,8 +133,8 @@ def test_labels_go_with_their_images_and_none_may_be_missing(
         SplitCache(store, "train", labelled=True)
 
 
-def test_the_rate_stays_where_it_is() -> None:
-    """No cosine in fine-tuning (paper, section 3.3)."""
+def test_the_learning_rate_is_constant() -> None:
+    """Fine-tuning has no cosine schedule (paper, section 3.3)."""
     section = FinetuneConfig(release="r", tokens="t").optim
     rates = [optim.lr_at(step, section) for step in range(section.steps)]
     assert rates[: section.warmup_steps] == sorted(rates[: section.warmup_steps])
@@ -145,10 +145,10 @@ def test_the_rate_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_the_first_look_is_that_of_the_release_and_the_run_learns_the_classes(
+def test_the_first_evaluation_is_of_the_release_and_the_run_learns_the_classes(
     process_group: None, classes: TokenStore, tmp_path: Path, objective: str
 ) -> None:
-    """Weights of the seed instead of the release's; labels of other images; a head that is not trained."""
+    """The run starts with the weights of the release, and trains its head with the right labels."""
     tiny_steps = {"lr": 1e-12, "steps": LOOK}
     still = settings_for(classes, tmp_path, "still", shape={"objective": objective}, optim=tiny_steps)
     report = loop.train(still, CPU)
@@ -162,10 +162,10 @@ def test_the_first_look_is_that_of_the_release_and_the_run_learns_the_classes(
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
+def test_a_head_initialised_with_a_probe_predicts_like_the_probe(
     process_group: None, classes: TokenStore, tmp_path: Path, objective: str
 ) -> None:
-    """Bias and standardisation are in its weights, though it has neither."""
+    """The head has neither bias nor standardisation: both are folded into its weights."""
     cfg = settings_for(classes, tmp_path, tune={"head": "probe"}, shape={"objective": objective})
     model = loop.build(cfg, CPU)[0]
     finetune.start(model, cfg)
@@ -186,10 +186,10 @@ def test_a_head_that_starts_as_a_probe_says_what_the_probe_says(
     assert np.square(margin - wanted).mean() ** 0.5 < 0.2 * wanted.std()
 
 
-def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_comes(
+def test_the_release_is_the_first_best_evaluation_and_training_stops_early(
     process_group: None, classes: TokenStore, tmp_path: Path
 ) -> None:
-    """The last weights instead of the best; held-out images that are moved, or counted by tokens."""
+    """Held-out images are not augmented, and accuracy is per image."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 2})
     report = loop.train(cfg, CPU)
     looks = {line["step"]: line["val_accuracy"] for line in metrics.read(cfg.run.uri) if "val_accuracy" in line}
@@ -214,10 +214,10 @@ def test_the_release_is_the_first_best_look_and_training_ends_when_no_better_com
     assert Path(report["release"], "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_run_resumed_before_its_best_look_ends_with_the_same_release(
+def test_a_run_resumed_before_its_best_evaluation_has_the_same_release(
     process_group: None, classes: TokenStore, tmp_path: Path
 ) -> None:
-    """A patience that begins anew, a start from the release again, or images moved otherwise the second time."""
+    """Patience, weights and augmentation continue where they were."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 4})
     report = loop.train(cfg, CPU)
     bits, lines = storage.read(storage.join(report["release"], "model.safetensors")), lines_of(cfg.run.uri)
@@ -237,8 +237,8 @@ def _work(rank: int, n: int, folder: str, settings: str, cache: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_see_and_say_what_one_does(classes: TokenStore, cache: Path, tmp_path: Path) -> None:
-    """Weights handed to the first worker alone; hits or losses that count a worker and not an image."""
+def test_two_workers_train_and_report_like_one(classes: TokenStore, cache: Path, tmp_path: Path) -> None:
+    """All workers get the initial weights, and sums are over images, not workers."""
     told = []
     for n in (1, 2):
         steps = {"steps": 2 * LOOK, "lr": 1e-3}
@@ -252,8 +252,8 @@ def test_two_workers_see_and_say_what_one_does(classes: TokenStore, cache: Path,
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_a_head_is_asked_about_every_image_whatever_the_batch(objective: str) -> None:
-    """Masks that depend on the neighbours; one mask where five should vote."""
+def test_predictions_do_not_depend_on_the_batch(objective: str) -> None:
+    """Masks depend on the image alone, and five masks vote."""
     model = random_model(std=0.15, objective=objective, n_class=3)
     tokens = np.random.default_rng(4).integers(0, 16, (7, 16)).astype(np.uint16)
     keys = [f"{i}.png" for i in range(7)]

@@ -1,4 +1,4 @@
-"""The training loop without Ray: what is not finite goes no further, what stopped goes on, what is shown is true."""
+"""The training loop without Ray: losses that are not finite, resuming, metrics and samples."""
 
 import itertools
 import re
@@ -68,9 +68,9 @@ def state_of(built: list[Any]) -> dict[str, Any]:
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
     process_group: None, tmp_path: Path, palette: Palette, kind: TokenFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One not-a-number in a gradient is one in every weight a step later, and in the checkpoint after that.
+    """A NaN in a gradient would reach all weights a step later, and then the checkpoint.
 
-    Colour 15 stands in image 7 alone, and its embedding is poisoned.
+    Only image 7 has colour 15, whose embedding is NaN.
     """
     tokens = np.random.default_rng(3).integers(0, 15, (12, kind.n_positions)).astype(np.uint16)
     tokens[7, 0] = 15
@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
     named = rf"step {step + 1}, images {5 * step} to {5 * step + 4} .* the loss .* epoch 0: .*cat/7\.png \(row 7\)"
     with pytest.raises(TrainingError, match=named) as refused:
         loop.train(cfg, CPU)
-    assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the pass that went wrong, not the batch
+    assert str(refused.value).count(".png") <= cfg.workers.micro_batch  # the micro-batch with the NaN, not the batch
     assert step > 0
     assert checkpoint.committed_steps(cfg.run.uri) == list(range(1, step + 1))
 
@@ -110,10 +110,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_image(
     assert torch.isfinite(before["wtet.weight"]).all()
 
 
-def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
+def test_a_gradient_that_overflows_stops_the_run_although_the_loss_is_finite(
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finite loss whose backward pass is not: a norm looked at only when it is logged comes too late."""
+    """The norm must be checked in every step, not only when it is logged."""
     build = loop.build
 
     def steep(*arguments: Any) -> Any:
@@ -136,7 +136,7 @@ def test_a_gradient_that_overflows_stops_the_run_though_its_loss_is_finite(
 def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """Lines of the abandoned end that stay in the stream; checkpoints of it that are taken for the newest."""
+    """Metrics and checkpoints of the abandoned steps are not used."""
     cfg = settings_for(store, tmp_path)
     loop.train(cfg, CPU)
     bits, losses = weights_of(cfg.run.uri), losses_of(cfg.run.uri)
@@ -150,10 +150,10 @@ def test_a_run_resumed_from_an_older_step_ends_with_the_same_bits(
     assert checkpoint.committed_steps(cfg.run.uri) == [4, 8, 12]
 
 
-def test_a_run_that_is_told_to_leave_saves_where_it_is_and_ends_with_the_same_bits(
+def test_a_stop_request_saves_the_current_step_and_the_resumed_run_has_the_same_bits(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """Steps lost since the checkpoint before, although there was time; told at its last step, a run just ends."""
+    """No step is lost. After a request in its last step, a run simply ends."""
     undisturbed = settings_for(store, tmp_path, "undisturbed")
     loop.train(undisturbed, CPU)
     cfg = settings_for(store, tmp_path)
@@ -167,10 +167,10 @@ def test_a_run_that_is_told_to_leave_saves_where_it_is_and_ends_with_the_same_bi
     assert [line["step"] for line in metrics.read(cfg.run.uri)] == [2, 4, 5, 6, 8, 10, 11, 12]
 
 
-def test_what_a_step_keeps_or_computes_again_changes_no_number(
+def test_activation_checkpointing_and_micro_batches_change_no_result(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """Recomputing, and the micro-batch: how a step is done, not what it is."""
+    """They change how a step is computed, not its result."""
     plain = loop.train(settings_for(store, tmp_path), CPU)
     expected = losses_of(plain["run"])
     for name, workers in (
@@ -188,7 +188,7 @@ def test_what_a_step_keeps_or_computes_again_changes_no_number(
 def test_compiled_blocks_give_the_same_losses(
     process_group: None, store: TokenStore, tmp_path: Path, activation_checkpointing: str
 ) -> None:
-    """Compiled in place, under the names that checkpoints and releases know."""
+    """Blocks are compiled in place, so that the names of parameters do not change."""
     plain = loop.train(settings_for(store, tmp_path), CPU)
     workers = {"compile": True, "activation_checkpointing": activation_checkpointing}
     other = loop.train(settings_for(store, tmp_path, "compiled", workers=workers), CPU)
@@ -197,8 +197,8 @@ def test_compiled_blocks_give_the_same_losses(
     assert names[0] == names[1]
 
 
-def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
-    """Masks drawn by rank: another number of workers would be another run."""
+def test_the_masks_of_a_batch_do_not_depend_on_its_division() -> None:
+    """Masks must not depend on the number of workers."""
     batch = global_batch(seed=3, step=5, batch_size=9, n_rows=20)
     whole = sample_masks(3, batch, 64)
     for world_size in (2, 3, 9):
@@ -209,7 +209,7 @@ def test_the_masks_of_a_batch_do_not_depend_on_how_it_is_shared() -> None:
 
 
 def on_workers(n: int, folder: Path, cache: Path, cfg: PretrainConfig, leave_after: int = STEPS) -> None:
-    """Train on n workers, the last of which is told to leave as it takes this step of theirs."""
+    """Train on n workers, the last of which receives a stop request in this step."""
     rendezvous = str(folder / secrets.token_hex(4))
     arguments = (n, rendezvous, cfg.model_dump_json(), str(cache), leave_after)
     torch.multiprocessing.spawn(_work, arguments, nprocs=n)
@@ -228,10 +228,10 @@ def _work(rank: int, n: int, rendezvous: str, settings: str, cache: str, leave_a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_any_number_of_workers_sees_and_says_the_same(
+def test_metrics_do_not_depend_on_the_number_of_workers(
     store: TokenStore, cache: Path, tmp_path: Path, objective: str
 ) -> None:
-    """A loss, on training or held-out images, that depends on how they were shared; three workers share two images."""
+    """Losses on training and held-out images do not depend on their division; three workers share two images."""
     told = []
     for n in (1, 2, 3):
         more = {"sample_every": 6} if objective == "next" else {}
@@ -256,12 +256,10 @@ def test_any_number_of_workers_sees_and_says_the_same(
 
 
 @pytest.mark.slow
-def test_a_run_whose_workers_change_on_the_way_sees_the_same_batches(
-    store: TokenStore, cache: Path, tmp_path: Path
-) -> None:
-    """Three workers leave after five steps, one after three more, and two finish: as one worker alone would.
+def test_a_run_whose_workers_change_has_the_same_batches(store: TokenStore, cache: Path, tmp_path: Path) -> None:
+    """Three workers stop after five steps, one after three more, and two finish, with the results of one worker alone.
 
-    What is left in the middle of the steps between two checkpoints is saved where it is left.
+    A run that stops between two regular checkpoints saves its current step.
     """
     alone = settings_for(store, tmp_path, "alone", run={"log_every": 1})
     on_workers(1, tmp_path, cache, alone)
@@ -273,10 +271,10 @@ def test_a_run_whose_workers_change_on_the_way_sees_the_same_batches(
 
 
 @pytest.mark.slow
-def test_an_upload_that_fails_on_one_worker_costs_a_checkpoint_and_starts_nobody_again(
+def test_a_failed_upload_of_one_worker_costs_a_checkpoint_and_no_restart(
     store: TokenStore, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The others would wait for its file, or commit without it. A folder stands where its file should."""
+    """The others must neither wait for its file nor commit without it. A folder blocks the file's path."""
     cfg = settings_for(store, tmp_path)
     Path(checkpoint.uri_of(cfg.run.uri, 4), "__1_0.distcp").mkdir(parents=True)
     on_workers(2, tmp_path, cache, cfg)
@@ -290,7 +288,7 @@ def test_an_upload_that_fails_on_one_worker_costs_a_checkpoint_and_starts_nobody
 def test_a_checkpoint_of_two_workers_loads_on_one_and_three_and_its_release_everywhere(
     store: TokenStore, cache: Path, tmp_path: Path
 ) -> None:
-    """Weights and moments to the last bit, in shares of other sizes; what is served and judged are the same weights."""
+    """Weights and moments are bit-identical in shards of other sizes, and so is the release."""
     cfg = settings_for(store, tmp_path)
     on_workers(2, tmp_path, cache, cfg)
     states = []
@@ -309,7 +307,7 @@ def test_a_checkpoint_of_two_workers_loads_on_one_and_three_and_its_release_ever
 
 
 def _load(rank: int, n: int, rendezvous: str, settings: str, file: str) -> None:
-    """One of n workers that load a run's newest checkpoint; the first writes what it holds, gathered, to `file`."""
+    """One of n workers that load a run's newest checkpoint; the first writes the gathered state to `file`."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
     cfg = PretrainConfig.model_validate_json(settings)
     built = list(loop.build(cfg, CPU))
@@ -326,10 +324,10 @@ def _load(rank: int, n: int, rendezvous: str, settings: str, file: str) -> None:
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_the_held_out_loss_is_that_of_the_network_so_far(
+def test_the_held_out_loss_is_of_the_current_network(
     process_group: None, store: TokenStore, tmp_path: Path, objective: str
 ) -> None:
-    """Measured on other images, with a mean of means, or on weights gathered before the step."""
+    """It is the mean over the held-out images, with the weights after the step."""
     changes = {"data": {"val_split": "test", "val_images": 2}, "run": {"validate_every": 5}}
     cfg = settings_for(store, tmp_path, model={"objective": objective}, **changes)
     report = loop.train(cfg, CPU)
@@ -345,10 +343,8 @@ def test_the_held_out_loss_is_that_of_the_network_so_far(
     assert weights_of(without["run"]) == weights_of(cfg.run.uri)  # looking does not touch
 
 
-def test_samples_are_finished_pictures_of_the_network_so_far(
-    process_group: None, store: TokenStore, tmp_path: Path
-) -> None:
-    """A sheet of another network, or random numbers that differ between sheets."""
+def test_samples_are_completions_by_the_current_network(process_group: None, store: TokenStore, tmp_path: Path) -> None:
+    """The random numbers are the same in each sheet."""
     cfg = settings_for(store, tmp_path, run={"sample_every": 8})
     report = loop.train(cfg, CPU)
     folder = Path(cfg.run.uri) / "samples"
@@ -364,8 +360,8 @@ def test_samples_are_finished_pictures_of_the_network_so_far(
     assert (np.asarray(Image.open(tmp_path / "other/samples/step_00000000.png")) == sheet).all()
 
 
-def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: TokenStore, tmp_path: Path) -> None:
-    """Shares of time that add up to more than the time; an epoch counted in steps."""
+def test_a_line_of_metrics_is_consistent(process_group: None, store: TokenStore, tmp_path: Path) -> None:
+    """Shares of time sum to at most one, and epochs are not counted in steps."""
     cfg = settings_for(store, tmp_path, run={"tensorboard": True})
     loop.train(cfg, CPU)
     lines = metrics.read(cfg.run.uri)
@@ -373,7 +369,7 @@ def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: Token
         assert line["epoch"] == pytest.approx(line["step"] * 5 / 12, abs=1e-4)
         assert 0 <= sum(line[name] for name in monitor.TIMED) < 1
         assert 0.05 < line["memory_gb"] < 20
-        assert "mfu" not in line  # no sheet says what this processor can
+        assert "mfu" not in line  # the peak FLOPs of this processor are unknown
     assert events_of(cfg.run.uri) == {
         (line["step"], name): pytest.approx(value, rel=1e-6)
         for line in lines
@@ -382,10 +378,10 @@ def test_a_line_says_what_a_run_is_watched_for(process_group: None, store: Token
     }
 
 
-def test_tensorboard_s_events_survive_a_resume_without_doubles(
+def test_tensorboard_s_events_have_no_duplicates_after_a_resume(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """A second file beside the first draws two lines for the steps that were trained twice."""
+    """Two event files would show the repeated steps twice."""
     cfg = settings_for(store, tmp_path, run={"tensorboard": True})
     loop.train(cfg, CPU)
     before = {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"}
@@ -396,7 +392,7 @@ def test_tensorboard_s_events_survive_a_resume_without_doubles(
 
 
 def events_of(run: str) -> dict[tuple[int, str], float]:
-    """(step, name) -> value of a TensorBoard file, each there once. A record is length, crc, data, crc."""
+    """(step, name) -> value of a TensorBoard file without duplicates. A record is length, crc, data, crc."""
     from tensorboardX.proto.event_pb2 import Event
 
     data = storage.read(storage.join(run, "tensorboard", "events.out.tfevents.0"))

@@ -1,4 +1,4 @@
-"""A run's metrics: every step once, whatever was killed and resumed in between."""
+"""The metrics of a run contain every step once, after any number of kills and resumes."""
 
 import json
 from typing import Any
@@ -15,13 +15,13 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 
 def test_a_new_run_has_no_metrics(on_moto: str) -> None:
-    """The first step of a run that dies because its file is missing."""
+    """A missing file is not an error."""
     assert metrics.read(on_moto) == []
     assert Metrics(on_moto, 0).lines == []
 
 
 def test_lines_survive_a_flush(place: str) -> None:
-    """One JSON object a line, as every tool reads it; numbers to the last bit."""
+    """One JSON object per line, with exact numbers."""
     stream = Metrics(place, 0)
     for step in (10, 20):
         stream.add(line(step, lr=0.1 + 0.2, note="é\n"))
@@ -34,8 +34,8 @@ def test_lines_survive_a_flush(place: str) -> None:
 
 
 @pytest.mark.parametrize("resumed_at", [0, 15, 20, 30, 99])
-def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path: Any, resumed_at: int) -> None:
-    """Lines of steps that are trained again would stand twice, with two losses."""
+def test_a_resumed_run_continues_without_gaps_or_duplicates(tmp_path: Any, resumed_at: int) -> None:
+    """Lines of steps that are trained again are replaced."""
     run = str(tmp_path)
     stream = Metrics(run, 0)
     for step in (10, 20, 30):
@@ -54,7 +54,7 @@ def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path: Any, resumed_
 
 
 def test_a_second_flush_does_not_repeat_the_first(tmp_path: Any) -> None:
-    """Appending all lines again."""
+    """It appends only new lines."""
     stream = Metrics(str(tmp_path), 0)
     stream.add(line(1))
     stream.flush()

@@ -1,4 +1,4 @@
-"""The optimiser: Adam to the number, and a schedule that is a function of the step alone."""
+"""Optimisers and schedules: Adam and Muon equal their references; a schedule is a function of the step."""
 
 import numpy as np
 import pytest
@@ -35,13 +35,13 @@ COS_45 = 0.5**0.5
     ],
 )
 def test_the_learning_rate_at_known_points(step: int, share: float) -> None:
-    """A first step of zero is wasted; a cosine over all steps instead of those after the warm-up ends too high."""
+    """The first step is not zero, and the cosine covers the steps after the warm-up."""
     assert optim.lr_at(step, SCHEDULE) == pytest.approx(share * 2e-3, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, OptimConfig(warmup_steps=0, steps=7), PRESETS["tiny"][1].optim])
 def test_the_learning_rate_rises_once_and_falls_once(schedule: OptimConfig) -> None:
-    """A jump where warm-up meets cosine, or a rate of zero before the last step."""
+    """There is no jump between warm-up and cosine, and no rate of zero before the end."""
     rates = np.array([optim.lr_at(step, schedule) for step in range(schedule.steps)])
     assert rates.max() == pytest.approx(schedule.lr)
     assert (rates > 0).all()
@@ -50,7 +50,7 @@ def test_the_learning_rate_rises_once_and_falls_once(schedule: OptimConfig) -> N
 
 
 def test_a_run_shorter_than_its_warm_up_only_rises() -> None:
-    """A division by zero, or a negative share of the cosine."""
+    """No division by zero, and no negative part of the cosine."""
     rates = [optim.lr_at(step, OptimConfig(steps=10, warmup_steps=100)) for step in range(10)]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
@@ -69,7 +69,7 @@ def adam(
 
 
 def test_steps_are_adams() -> None:
-    """Weight decay, other betas, or an epsilon of another size; and a rate that is set after the step it is for."""
+    """No weight decay; betas and epsilon are exact; the rate is set before its step."""
     model = random_model(std=0.1).requires_grad_(True)
     settings = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-3)
     optimizer, lrs = optim.build(model, settings), [1e-2, 3e-3, 5e-3]
@@ -90,8 +90,8 @@ def test_steps_are_adams() -> None:
         assert np.abs(expected - before[name]).max() > 1e-3
 
 
-def test_the_default_is_the_papers_adam() -> None:
-    """(0.9, 0.999), torch's own, would differ after the first step."""
+def test_the_default_is_the_paper_s_adam() -> None:
+    """torch's betas of (0.9, 0.999) would differ after the first step."""
     model = random_model()
     (group,) = optim.build(model, OptimConfig()).param_groups
     assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0, 3e-3)
@@ -114,7 +114,7 @@ def backward(model: ImageGPT, seed: int) -> None:
 
 
 class Torchs:
-    """torch's own Muon on every matrix inside the blocks, q, k and v apart, and its Adam on the rest."""
+    """torch's Muon on every matrix of the blocks, with q, k and v separate, and its Adam on the rest."""
 
     def __init__(self, model: ImageGPT):
         inside = matrices_inside(model)
@@ -135,9 +135,9 @@ class Torchs:
             p.data = torch.cat([part.detach() for part in self.parts[3 * i : 3 * i + 3]])
 
 
-def test_steps_are_those_of_torchs_muon_and_adam() -> None:
-    """To the bit, in torch's bfloat16. Momentum, look-ahead, the scale of tall matrices; embeddings, head and gains in
-    Muon's hands; q, k and v as one matrix."""
+def test_steps_equal_torch_s_muon_and_adam() -> None:
+    """Bit-identical in torch's bfloat16. Covers momentum, Nesterov, the scale of tall matrices, the parameters of each
+    optimiser, and the separation of q, k and v."""
     ours, theirs = (random_model(std=0.1).requires_grad_(True) for _ in range(2))
     optimizer, other = optim.build(ours, MUON, "bfloat16"), Torchs(theirs)
     for seed in range(3):
@@ -149,8 +149,8 @@ def test_steps_are_those_of_torchs_muon_and_adam() -> None:
             assert torch.equal(p, q), name
 
 
-def test_an_update_turns_as_the_singular_vectors_do_and_all_values_are_near_one() -> None:
-    """U V' of the SVD is the exact answer; five rounds give U S V' with S near 1."""
+def test_an_update_preserves_singular_vectors_and_its_singular_values_are_near_one() -> None:
+    """U V' of the SVD is the exact result; five iterations give U S V' with S near 1."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((64, 16), (16, 64), (24, 24)):
         u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
@@ -162,7 +162,7 @@ def test_an_update_turns_as_the_singular_vectors_do_and_all_values_are_near_one(
         assert (inner - values.diag()).abs().max() < 0.03
 
 
-def test_only_the_matrices_inside_the_blocks_are_muons_and_the_rates_keep_their_proportion() -> None:
+def test_muon_updates_the_matrices_of_blocks_only_and_the_rates_keep_their_ratio() -> None:
     model = random_model(qk_norm=True)
     optimizer = optim.build(model, MUON)
     *hidden, rest = optimizer.param_groups
@@ -176,13 +176,13 @@ def test_only_the_matrices_inside_the_blocks_are_muons_and_the_rates_keep_their_
 @pytest.mark.parametrize(
     ("step", "share"), [(0, 0.1), (9, 1), (10, 1), (59, 1), (60, 1), (80, 0.6), (109, 0.02), (110, 0)]
 )
-def test_a_cool_down_stays_at_the_peak_and_then_falls_in_a_line(step: int, share: float) -> None:
-    """A share of what is left after the warm-up instead of all steps, or a last step of zero."""
+def test_a_cool_down_is_constant_and_then_linear(step: int, share: float) -> None:
+    """Its share is of all steps, and the last step is not zero."""
     schedule = OptimConfig(lr=2e-3, steps=110, warmup_steps=10, schedule="warmup_stable_decay", decay_fraction=50 / 110)
     assert optim.lr_at(step, schedule) == pytest.approx(share * 2e-3, abs=1e-12)
 
 
-def test_a_warm_up_that_meets_the_cool_down_does_not_jump_above_it() -> None:
+def test_a_warm_up_that_overlaps_the_cool_down_does_not_exceed_it() -> None:
     schedule = OptimConfig(lr=1.0, steps=100, warmup_steps=40, schedule="warmup_stable_decay", decay_fraction=0.8)
     rates = np.array([optim.lr_at(step, schedule) for step in range(101)])
     assert rates.max() <= 1

@@ -1,4 +1,4 @@
-"""Sharding changes where weights lie, and no number."""
+"""Sharding changes the placement of weights, and no result."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def mesh(process_group: None) -> DeviceMesh:
 
 
 def pair(mesh: DeviceMesh, precision: str = "float32") -> tuple[ImageGPT, ImageGPT]:
-    """The same network, plain and sharded."""
+    """A network, plain and sharded."""
     plain, sharded = (random_model(std=0.15).requires_grad_(True).train() for _ in range(2))
     return plain, parallelize.shard(sharded, mesh, WorkersConfig(precision=precision))
 
@@ -47,7 +47,7 @@ def both(plain: ImageGPT, sharded: ImageGPT, of: str) -> Iterator[tuple[str, tor
 
 
 def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh) -> None:
-    """A block that is sharded twice, or not at all; a reduction that divides once too often."""
+    """Each block is sharded once, and the reduction divides once."""
     plain, sharded = pair(mesh)
     x = random_tokens(plain, 4)
     losses = []
@@ -65,7 +65,7 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
 
 
 def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
-    """`forward_with_classifier` is not `forward`: unregistered, it would meet weights that nobody gathered."""
+    """`forward_with_classifier` must be registered, or its weights would not be gathered."""
     plain, sharded = (random_model(std=0.15, n_class=3).requires_grad_(True).train() for _ in range(2))
     sharded = parallelize.shard(sharded, mesh, WorkersConfig())
     x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0])
@@ -75,15 +75,15 @@ def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_every_block_and_the_rest_are_sharded_apart(mesh: DeviceMesh) -> None:
-    """A network gathered as a whole needs the memory of a whole network."""
+def test_every_block_and_the_rest_are_sharded_separately(mesh: DeviceMesh) -> None:
+    """Otherwise all weights would be gathered at once."""
     _, sharded = pair(mesh)
     units = [name for name, module in sharded.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "h.0", "h.1", "h.2"]
 
 
 def test_gradients_accumulate_before_they_are_reduced(mesh: DeviceMesh) -> None:
-    """Micro-batches whose gradients are dropped, or reduced each time: slower by the number of them."""
+    """Gradients are reduced once, after the last micro-batch."""
     plain, sharded = pair(mesh)
     x = random_tokens(plain, 6)
     (objectives.next_pixel(plain(x), x).sum() / x.numel()).backward()
@@ -95,8 +95,8 @@ def test_gradients_accumulate_before_they_are_reduced(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_bfloat16_lives_only_inside_the_step(mesh: DeviceMesh) -> None:
-    """Master weights in bfloat16 swallow updates smaller than a 256th of the weight."""
+def test_master_weights_are_float32(mesh: DeviceMesh) -> None:
+    """In bfloat16, updates smaller than 1/256 of the weight would be lost."""
     plain, sharded = pair(mesh, "bfloat16")
     x = random_tokens(plain, 4)
     logits = sharded(x)
@@ -114,7 +114,7 @@ def test_bfloat16_lives_only_inside_the_step(mesh: DeviceMesh) -> None:
 
 
 def train(model: ImageGPT, rank: int, world_size: int) -> list[float]:
-    """Losses of 24 steps on this worker's share of 12 images; those of all workers have the mean of the whole."""
+    """Losses of 24 steps on this worker's part of 12 images; their mean over workers is the loss of the batch."""
     optimizer, losses = optim.build(model, MUON), []
     for step in range(24):
         x = random_tokens(model, 12, seed=step).chunk(world_size)[rank]
@@ -145,8 +145,8 @@ def worker(rank: int, world_size: int, folder: str, fsdp_size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "fsdp_size"), [(2, None), (3, None), (4, 2)])
 def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsdp_size: int, tmp_path: Path) -> None:
-    """Each worker's rows made orthogonal by themselves; rows or layers that do not divide evenly, or too few layers
-    for all workers, as with three; copies that drift apart, as with two of two."""
+    """Matrices are orthogonalised as a whole. Rows or layers need not divide evenly, as with three workers. Replicas
+    stay identical, as with two of two."""
     torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), fsdp_size), nprocs=world_size)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     plain = fresh()
@@ -159,14 +159,14 @@ def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsd
 # ------------------------------------------------------------------------------------------------ large meshes
 
 
-def test_a_mesh_has_copies_only_where_they_are_asked_for(process_group: None) -> None:
+def test_a_mesh_has_replicas_only_if_configured(process_group: None) -> None:
     assert parallelize.mesh_of("cpu", None).shape == (1,)
     assert parallelize.mesh_of("cpu", 8).shape == (1,)  # elastic runs may be down to fewer workers than share a copy
 
 
 @pytest.mark.parametrize(("n", "fsdp_size"), [(1024, None), (1024, 64), (24, None), (24, 8)])
-def test_a_large_mesh_is_tried_in_one_process(n: int, fsdp_size: int) -> None:
-    """What `jobs/estimate.py` shows: 8 and 64 divide every matrix of iGPT-XL, other numbers give some workers less."""
+def test_a_large_mesh_runs_in_one_process(n: int, fsdp_size: int) -> None:
+    """8 and 64 divide every matrix of iGPT-XL; with other numbers some workers have less."""
     model = PRESETS["igpt-xl"][1].model
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # this process has its own group
         fewest, most = one.submit(parallelize.sharding_dry_run, model, WorkersConfig(n=n, shard=fsdp_size)).result()

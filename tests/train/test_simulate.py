@@ -1,4 +1,4 @@
-"""The simulated step: what can be checked by hand, and bounds that no order of events can break."""
+"""The simulated step: calculations by hand, and bounds that hold for any order of events."""
 
 import math
 
@@ -29,12 +29,12 @@ def of(
 
 @pytest.mark.parametrize("preset", ["igpt-s", "igpt-l", "igpt-s-bert", "igpt-s-modern"])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
-def test_alone_a_worker_only_computes(preset: str, activation_checkpointing: str) -> None:
-    """A pass forgotten, or the head counted twice: then it would differ from the totals."""
+def test_a_single_worker_only_computes(preset: str, activation_checkpointing: str) -> None:
+    """Its time equals the totals of the estimate."""
     found = simulate.step(of(preset, n=1, activation_checkpointing=activation_checkpointing))
     expected = of(preset, n=1, activation_checkpointing=activation_checkpointing)
     again = estimate(expected)["step_seconds"]
-    if activation_checkpointing == "full":  # blocks alone are computed again; the totals say a third of everything
+    if activation_checkpointing == "full":  # only blocks are recomputed; the totals count a third of everything
         assert 0.97 * again < found["step_seconds"] <= again
     else:
         assert found["step_seconds"] == pytest.approx(again)
@@ -42,15 +42,15 @@ def test_alone_a_worker_only_computes(preset: str, activation_checkpointing: str
 
 
 def test_a_ring_by_hand() -> None:
-    """64 workers on 8 nodes: 63 hops, 8 of them between nodes, and 63/64 of the bytes over the bus."""
+    """64 workers on 8 nodes: 63 hops, 8 of them between nodes, and 63/64 of the bytes."""
     hops = 55 * 3.4e-6 + 8 * 14e-6
     assert Group(64, 8, 360).ring(1e9) == pytest.approx(8.4e-6 + hops + 63 / 64 * 1e9 / 360e9)
     assert Group(8, 1, 340).ring(0) == pytest.approx(8.4e-6 + 7 * 3.4e-6)
     assert Group(1, 1, 340).ring(1e9) == 0
 
 
-def test_the_network_carries_what_the_totals_say() -> None:
-    """A gather, or a sum over the copies, left out or counted twice."""
+def test_the_network_s_bytes_equal_the_totals() -> None:
+    """Each gather and each reduction over replicas is counted once."""
     for shard in (None, 8, 64):
         settings = of("igpt-l", cluster={"mfu": 0.5}, n=64, shard=shard)
         found, totals = simulate.step(settings), estimate(settings)
@@ -68,7 +68,7 @@ def test_the_network_carries_what_the_totals_say() -> None:
     bus=st.floats(1, 1000),
     batch=st.integers(256, 2048),
 )
-def test_no_step_is_faster_than_its_fullest_part_or_slower_than_all_in_turn(
+def test_a_step_takes_between_its_busiest_resource_and_the_sum_of_all(
     preset: str, nodes: int, copies: bool, bus: float, batch: int
 ) -> None:
     cluster = {"bus_gb_per_second": bus, "node_gb_per_second": 2 * bus}
@@ -78,16 +78,16 @@ def test_no_step_is_faster_than_its_fullest_part_or_slower_than_all_in_turn(
     assert sum(parts) >= 1 - 0.01  # the last sums, of a few bytes, are no part's work
 
 
-def test_weights_come_while_the_block_before_computes() -> None:
-    """Without the prefetch, or with it blocked by a gradient on its way out, half as fast a step."""
+def test_weights_are_prefetched_during_the_previous_block() -> None:
+    """Without the prefetch, or if gradients blocked it, the step would take twice as long."""
     slow = of("igpt-l", cluster={"mfu": 0.4}, n=64)
     found = simulate.step(slow)
     assert found["devices"] + found["network"] > 1.2
     assert found["devices"] > 0.97
 
 
-def test_copies_need_less_of_the_network_and_rings_of_a_thousand_need_time() -> None:
-    """iGPT-XL on 1,024 H200s with an image each: what the README says of it."""
+def test_replicas_need_less_of_the_network_than_rings_of_a_thousand_workers() -> None:
+    """iGPT-XL on 1,024 H200s with one image each, as in docs/results.md."""
     by_sharing = {
         fsdp_size: simulate.step(of("igpt-xl", 1024, {"mfu": 0.5}, n=1024, shard=fsdp_size))
         for fsdp_size in (None, 8, 64)
@@ -99,7 +99,7 @@ def test_copies_need_less_of_the_network_and_rings_of_a_thousand_need_time() -> 
     assert 180 * hops > 0.8  # 60 blocks, gathered twice and reduced once: more than twice the work itself
 
 
-def test_what_is_full_first_is_named() -> None:
+def test_the_bottleneck_is_named() -> None:
     first = {
         (preset, batch, shard): simulate.full_first(simulate.sizes(of(preset, batch, {"mfu": 0.5}, n=8, shard=shard)))
         for preset, batch, shard in (("igpt-xl", 1024, None), ("igpt-xl", 1024, 8), ("igpt-s", 128, None))
@@ -110,12 +110,12 @@ def test_what_is_full_first_is_named() -> None:
     assert first["igpt-s", 128, None] == "the network, with 32 workers"
 
 
-def test_more_workers_than_images_is_said() -> None:
+def test_more_workers_than_images_are_reported() -> None:
     (line,) = simulate.lines(of("igpt-xl", 64, n=128))
     assert line == "a batch of 64 has no image for each of 128 workers"
 
 
-def test_what_a_node_reads_and_stores_by_hand() -> None:
+def test_input_and_checkpoint_traffic_of_a_node_by_hand() -> None:
     settings = of("igpt-xl", 1024, n=1024)
     node = simulate.with_images(settings, step_seconds=0.5)
     assert node["images_per_second"] == 1024 / 128 / 0.5

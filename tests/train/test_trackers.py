@@ -1,5 +1,6 @@
-"""Weights & Biases and MLflow get the lines of the metrics, once each, and cannot hurt a run. No server: W&B writes the
-file that it would send, MLflow its folder."""
+"""Weights & Biases and MLflow get each line of the metrics once, and their failures do not affect a run.
+
+There is no server: W&B writes the file that it would send, and MLflow its folder."""
 
 import json
 import logging
@@ -35,7 +36,7 @@ def tracked(track: str, folder: Path) -> Found:
 
 
 def in_wandb(folder: Path) -> Found:
-    """By step, from the files that `wandb sync` would send, oldest first; the server leaves out steps that it has."""
+    """Metrics by step from the files that `wandb sync` would send, oldest first; the server ignores known steps."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: Found = {}
@@ -50,8 +51,8 @@ def in_wandb(folder: Path) -> Found:
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
-    """LevelDB's log format behind its 7 bytes of header: blocks of 32 KiB, pieces of a record each with checksum,
-    length and whether it is all of it, its first, a middle or its last."""
+    """Records of LevelDB's log format after its 7 bytes of header: blocks of 32 KiB of fragments, each with checksum,
+    length and type (full, first, middle or last)."""
     at, record = 7, b""
     while at + 7 <= len(log) + 7:
         left = 32768 - at % 32768
@@ -79,10 +80,10 @@ def in_mlflow(folder: Path) -> Found:
     return found
 
 
-def test_a_tracker_has_every_line_once_whatever_was_resumed(
+def test_a_tracker_has_every_line_once_after_resumes(
     process_group: None, store: TokenStore, tmp_path: Path, track: str
 ) -> None:
-    """A second run beside the first, or steps there twice, or settings that nobody can find."""
+    """A resume continues the same run of the tracker, without duplicate steps, and with the settings."""
     cfg = settings_for(store, tmp_path, run={"track": track})
     loop.train(cfg, CPU)
     first = {line["step"]: line for line in metrics.read(cfg.run.uri)}
@@ -108,7 +109,7 @@ def test_a_tracker_that_fails_costs_a_warning(
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     plain = loop.train(settings_for(store, tmp_path, "plain"), CPU)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port, without a server
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with caplog.at_level(logging.WARNING, "igpt_ray.train.trackers"):
         report = loop.train(settings_for(store, tmp_path, run={"track": "mlflow"}), CPU)
@@ -127,16 +128,16 @@ def test_a_tracker_that_is_not_installed_is_named(
     assert trackers.tracker_of(settings_for(store, tmp_path)) is None
 
 
-def test_runs_of_one_name_in_two_places_are_two(store: TokenStore, tmp_path: Path) -> None:
+def test_runs_of_one_name_in_two_folders_are_different_runs(store: TokenStore, tmp_path: Path) -> None:
     here, there = (settings_for(store, tmp_path / place) for place in ("a", "b"))
     assert trackers.identity(here) != trackers.identity(there)
     assert trackers.identity(here) == trackers.identity(PretrainConfig.model_validate(here.model_dump()))
 
 
-def test_the_profiler_leaves_a_trace_and_a_table_of_three_steps(
+def test_the_profiler_writes_a_trace_and_a_table_of_three_steps(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """Begun and never ended, or a run that it changes."""
+    """The profiler stops after them and does not change the run."""
     plain = loop.train(settings_for(store, tmp_path, "plain"), CPU)
     for at in (5, STEPS_LEFT):
         report = loop.train(settings_for(store, tmp_path, f"at-{at}", run={"profile_at": at}), CPU)

@@ -1,4 +1,4 @@
-"""Conversion: the same weights in every format, and a palette and a pipeline that are stated, never guessed."""
+"""Conversion: the same weights in every format, with an explicit palette and pipeline."""
 
 import json
 import subprocess
@@ -32,8 +32,8 @@ def run(source: str | Path, out: Path, **more: Any) -> dict[str, Any]:
     return convert(ConvertConfig(source=str(source), out=str(out), **more))
 
 
-def test_a_release_goes_to_transformers_and_comes_back_with_its_palette(release: str, tmp_path: Path) -> None:
-    """A bit of a weight, or a colour, rounded in a JSON file on the way."""
+def test_a_round_trip_through_transformers_preserves_weights_and_palette(release: str, tmp_path: Path) -> None:
+    """Neither weights nor colours are rounded, although colours pass through JSON."""
     there = run(release, tmp_path / "hf", to="transformers")
     back = run(tmp_path / "hf", tmp_path / "back", pipeline="reference")
     assert (there["format"], back["format"]) == ("release", "transformers")
@@ -43,8 +43,8 @@ def test_a_release_goes_to_transformers_and_comes_back_with_its_palette(release:
     assert weights.load_config(str(tmp_path / "back")).kind == weights.load_config(release).kind
 
 
-def test_openais_checkpoint_becomes_a_release_that_says_where_it_is_from(palette: Palette, tmp_path: Path) -> None:
-    """A card that lets converted weights pass for ours, or a pipeline guessed for trained on."""
+def test_a_release_from_openais_checkpoint_records_its_origin(palette: Palette, tmp_path: Path) -> None:
+    """The model card must not present converted weights as ours, nor an assumed pipeline as known."""
     palette.save(str(tmp_path / "p.npy"))
     report = run(OPENAI, tmp_path / "r", palette=str(tmp_path / "p.npy"), pipeline="fast")
     assert (report["format"], report["objective"], report["n_layer"]) == ("openai", "masked", 2)
@@ -59,7 +59,7 @@ def test_openais_checkpoint_becomes_a_release_that_says_where_it_is_from(palette
     assert "steps" not in card
 
 
-def test_what_is_missing_or_contradicts_is_refused(release: str, palette: Palette, tmp_path: Path) -> None:
+def test_missing_or_contradictory_settings_are_errors(release: str, palette: Palette, tmp_path: Path) -> None:
     other, small = str(tmp_path / "other.npy"), str(tmp_path / "small.npy")
     Palette(np.roll(palette.colours, 1, 0)).save(other)
     Palette(palette.colours[:3]).save(small)
@@ -86,8 +86,8 @@ def test_what_is_missing_or_contradicts_is_refused(release: str, palette: Palett
 
 
 @pytest.mark.slow
-def test_the_job_prints_one_line_and_refuses_in_one(release: str, tmp_path: Path) -> None:
-    """No cluster is started for it."""
+def test_the_job_prints_its_result_or_its_error_in_one_line(release: str, tmp_path: Path) -> None:
+    """The job does not start a Ray cluster."""
     words = [sys.executable, "jobs/convert.py", "--source", release, "--out", str(tmp_path / "hf")]
     done = subprocess.run([*words, "--to", "transformers"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["out"] == str(tmp_path / "hf")

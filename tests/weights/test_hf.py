@@ -1,4 +1,4 @@
-"""transformers' folders: theirs loaded by us and ours loaded by them compute the same; the rest is refused by name."""
+"""transformers' folders: both libraries load each other's folders with equal results; other folders are errors."""
 
 import json
 import pickle
@@ -35,8 +35,8 @@ def refusal(source: Path | StateDict, **how: int) -> str:
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES)
-def test_their_folder_is_our_network(shape: dict[str, int], tmp_path: Path) -> None:
-    """A Conv1D taken for a Linear, q, k and v in another order, the start vector lost among the colours."""
+def test_a_folder_of_transformers_loads_as_an_equal_network(shape: dict[str, int], tmp_path: Path) -> None:
+    """Covers the layout of Conv1D, the order of q, k and v, and the start vector."""
     hf = random_hf(**shape)
     hf.save_pretrained(tmp_path)
     model = weights.load_hf(tmp_path)
@@ -48,8 +48,8 @@ def test_their_folder_is_our_network(shape: dict[str, int], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES)
-def test_our_folder_is_their_network(shape: dict[str, int], tmp_path: Path) -> None:
-    """A weight they do not find is drawn at random, with no more than a warning; dropout left on while fine-tuning."""
+def test_transformers_loads_our_folder_as_an_equal_network(shape: dict[str, int], tmp_path: Path) -> None:
+    """transformers initialises missing weights randomly with only a warning. Dropout is off."""
     model = random_model(std=0.15, **shape)
     weights.save_hf(model, tmp_path)
     hf, found = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, output_loading_info=True)
@@ -60,7 +60,7 @@ def test_our_folder_is_their_network(shape: dict[str, int], tmp_path: Path) -> N
         torch.testing.assert_close(hf.eval()(shifted(x, model)).logits, model(x), rtol=0, atol=2e-5)
 
 
-def test_there_and_back_changes_no_bit(tmp_path: Path) -> None:
+def test_a_round_trip_changes_no_bit(tmp_path: Path) -> None:
     model = random_model()
     weights.save_hf(model, tmp_path)
     for a, b in zip(weights.load_hf(tmp_path).parameters(), model.parameters(), strict=True):
@@ -68,8 +68,8 @@ def test_there_and_back_changes_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES)
-def test_greedy_completions_are_theirs_token_for_token(shape: dict[str, int]) -> None:
-    """Their network without a cache against ours with one and without, many pictures at once and one by one."""
+def test_greedy_completions_equal_those_of_transformers(shape: dict[str, int]) -> None:
+    """transformers without a cache, ours with and without one, for several images together and one at a time."""
     hf = random_hf(**shape)
     model = weights.load_hf(hf.state_dict(), shape["n_head"])
     T, given = model.config.n_positions, random_tokens(model, 3)[:, :6]
@@ -86,8 +86,8 @@ def test_greedy_completions_are_theirs_token_for_token(shape: dict[str, int]) ->
         assert torch.equal(ours, theirs[:, 1:])
 
 
-def test_the_processor_makes_our_tokens(tmp_path: Path, palette: Palette) -> None:
-    """A picture of the network's own size needs no resize: its tokens are those of our palette."""
+def test_the_saved_processor_gives_our_tokens(tmp_path: Path, palette: Palette) -> None:
+    """An image of the network's size needs no resize, so that its tokens follow from the palette."""
     weights.save_hf(random_model(), tmp_path, palette)
     processor = ImageGPTImageProcessorPil.from_pretrained(tmp_path)
     picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3)).astype(np.uint8)
@@ -99,7 +99,7 @@ def test_the_processor_makes_our_tokens(tmp_path: Path, palette: Palette) -> Non
 # ------------------------------------------------------------------------------------------------ their variety
 
 
-def test_large_models_lie_in_several_files(tmp_path: Path) -> None:
+def test_large_models_are_in_several_files(tmp_path: Path) -> None:
     hf = random_hf(**HF_SHAPES[0])
     hf.save_pretrained(tmp_path, max_shard_size="20KB")
     files = sorted(tmp_path.glob("model-*.safetensors"))
@@ -114,8 +114,8 @@ def test_large_models_lie_in_several_files(tmp_path: Path) -> None:
         assert "model.safetensors.index.json is not what transformers writes" in refusal(tmp_path)
 
 
-def test_a_state_dict_may_lack_the_prefix_and_hold_old_buffers() -> None:
-    """transformers has stored the causal mask, and its base model names no `transformer`."""
+def test_a_state_dict_may_lack_the_prefix_and_contain_old_buffers() -> None:
+    """Old versions of transformers store the causal mask, and its base model has no prefix `transformer`."""
     hf = random_hf(**HF_SHAPES[0])
     own = hf.state_dict()
     bare = {name.removeprefix("transformer."): value for name, value in own.items()}
@@ -130,8 +130,8 @@ def test_a_state_dict_may_lack_the_prefix_and_hold_old_buffers() -> None:
     assert "with and without the prefix" in refusal(own | bare, n_head=4)
 
 
-def test_the_heads_of_a_state_dict_are_known_or_asked_for() -> None:
-    """Nothing in the weights tells; a wrong guess computes something, only not the network."""
+def test_the_number_of_heads_of_a_state_dict_must_be_known_or_given() -> None:
+    """It does not follow from the weights, and a wrong number gives wrong results without an error."""
     small = random_hf(n_layer=1, n_embd=512, n_head=8, n_px=2, n_vocab=4)
     assert weights.load_hf(small.state_dict()).config.n_head == 8
     own = random_hf(**HF_SHAPES[0]).state_dict()
@@ -140,12 +140,12 @@ def test_the_heads_of_a_state_dict_are_known_or_asked_for() -> None:
     assert "n_embd 32 is not a multiple of n_head 5" in refusal(own, n_head=5)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.fixture
 def folder(tmp_path: Path, palette: Palette) -> Path:
-    """A good folder, written by us."""
+    """A valid folder written by `save_hf`."""
     weights.save_hf(random_model(), tmp_path, palette)
     return tmp_path
 
@@ -184,15 +184,17 @@ C_FC = "transformer.h.1.mlp.c_fc"
         (lambda t: t.update({"transformer.ln_f.weight": torch.ones(32).int()}), "no tensor of floating-point numbers"),
     ],
 )
-def test_weights_of_another_network_are_refused(folder: Path, change: Callable[[StateDict], object], said: str) -> None:
-    """A bias of theirs has no place in our network; what is missing would stay at random."""
+def test_weights_of_another_network_are_an_error(
+    folder: Path, change: Callable[[StateDict], object], said: str
+) -> None:
+    """An additional bias has no place in the network, and missing weights would stay random."""
     change_tensors(folder, change)
     assert said in refusal(folder)
     assert said in refusal(load_file(folder / "model.safetensors"), n_head=4)
 
 
-def test_a_dictionary_that_is_no_state_dict_is_refused() -> None:
-    """What `torch.load` gives for a training checkpoint: the weights one level deeper."""
+def test_a_dictionary_that_is_no_state_dict_is_an_error() -> None:
+    """For example a training checkpoint, which has the weights one level deeper."""
     assert "transformer.model is no tensor" in refusal({"model": {}}, n_head=4)
     assert "lacks transformer.wte.weight" in refusal({}, n_head=4)
 
@@ -211,16 +213,16 @@ def test_a_dictionary_that_is_no_state_dict_is_refused() -> None:
         (lambda c: c.update(n_inner=64), "n_inner is 64, but its weights have 128"),
     ],
 )
-def test_a_config_of_another_network_is_refused(
+def test_a_config_of_another_network_is_an_error(
     folder: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
-    """The same shapes with another activation are another network."""
+    """The same shapes with another activation are a different network."""
     change_json(folder / "config.json", change)
     assert said in refusal(folder)
 
 
-def test_a_palette_of_another_size_is_refused(folder: Path) -> None:
-    """The vocabulary is the palette: a picture in 15 of 16 colours, or in a seventeenth that is the start token."""
+def test_a_palette_of_another_size_is_an_error(folder: Path) -> None:
+    """The vocabulary must be the palette and the start token."""
     change_json(folder / "preprocessor_config.json", lambda c: c["clusters"].pop())
     assert "has 15 clusters, but its weights a vocabulary of 16 colours" in refusal(folder)
     change_json(folder / "preprocessor_config.json", lambda c: c.update(clusters=[[0, 0], [1, "a"]]))
@@ -229,8 +231,8 @@ def test_a_palette_of_another_size_is_refused(folder: Path) -> None:
         weights.save_hf(random_model(), folder, Palette(np.zeros((2, 3), np.float32)))
 
 
-def test_a_pickle_is_refused_and_never_opened(folder: Path) -> None:
-    """The older way to store weights runs whatever its author wrote, under either name."""
+def test_a_pickle_is_an_error_and_is_not_opened(folder: Path) -> None:
+    """Weights in the older format could run code of their author, under either file name."""
     trace = folder / "ran"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(trace)))
     weights.load_hf(folder)
@@ -241,7 +243,7 @@ def test_a_pickle_is_refused_and_never_opened(folder: Path) -> None:
     assert not trace.exists()
 
 
-def test_a_cut_file_is_refused(folder: Path) -> None:
+def test_a_truncated_file_is_an_error(folder: Path) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     for length in (0, 7, 100, len(data) - 1):
@@ -249,7 +251,7 @@ def test_a_cut_file_is_refused(folder: Path) -> None:
         assert "model.safetensors is not a safetensors file" in refusal(folder)
 
 
-def test_what_is_no_folder_of_transformers_is_answered_with_what_one_is(tmp_path: Path) -> None:
+def test_the_error_for_another_folder_describes_the_expected_one(tmp_path: Path) -> None:
     assert "no folder of transformers" in refusal(tmp_path / "nowhere")
     for wrong, said in (("{", "config.json is not JSON"), ("[]", "config.json is not what transformers writes")):
         (tmp_path / "config.json").write_text(wrong)
@@ -259,17 +261,17 @@ def test_what_is_no_folder_of_transformers_is_answered_with_what_one_is(tmp_path
 @pytest.mark.parametrize(
     ("theirs", "lacks"), [(ImageGPTModel, "lm_head.weight"), (ImageGPTForImageClassification, "lm_head.weight")]
 )
-def test_their_other_networks_are_refused(
+def test_other_networks_of_transformers_are_an_error(
     theirs: type[ImageGPTModel | ImageGPTForImageClassification], lacks: str, tmp_path: Path
 ) -> None:
-    """Without a head there is nothing to predict pixels with."""
+    """Without a head there are no predictions of pixels."""
     theirs(random_hf(**HF_SHAPES[0]).config).save_pretrained(tmp_path)
     assert f"lacks {lacks}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"objective": "masked"}, {"n_class": 10}, {"rotary": True}])
-def test_what_transformers_has_not_is_not_written(change: dict[str, Any], tmp_path: Path) -> None:
-    """A masked network loaded there would be run with a causal mask, and nobody told."""
+def test_a_network_that_transformers_lacks_is_not_saved(change: dict[str, Any], tmp_path: Path) -> None:
+    """transformers would run a masked network with a causal mask without an error."""
     model = ImageGPT(random_model().config.model_copy(update=change))
     with pytest.raises(CheckpointError, match=r"transformers' ImageGPT has no .*: keep it as a release"):
         weights.save_hf(model, tmp_path / "out")

@@ -1,6 +1,6 @@
-"""OpenAI's checkpoints: real ones load to the last bit without TensorFlow, and what is wrong with others is named.
+"""OpenAI's checkpoints: real ones load bit-exactly without TensorFlow, and errors name what is wrong with others.
 
-`golden/openai_bert_tiny` was written by TensorFlow, with the optimiser's variables beside the weights.
+`golden/openai_bert_tiny` was written by TensorFlow, including the optimiser's variables.
 """
 
 import pickle
@@ -28,7 +28,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The prefix of a copy of the golden checkpoint."""
+    """Prefix of a copy of the golden checkpoint."""
     for path in GOLDEN.glob(f"{NAME}.*"):
         shutil.copyfile(path, tmp_path / path.name)
     return tmp_path / NAME
@@ -44,8 +44,8 @@ def refusal(prefix: Path) -> str:
 # ------------------------------------------------------------------------------------------------ what is good
 
 
-def test_a_masked_checkpoint_computes_what_openais_code_computed() -> None:
-    """A causal mask, a shift or a start vector left in; a loss over all positions; Adam's moments taken for weights."""
+def test_a_masked_checkpoint_gives_the_outputs_of_openais_code() -> None:
+    """No causal mask, shift or start vector; the loss is over masked positions; Adam's moments are not weights."""
     model = weights.load_openai(GOLDEN / NAME).requires_grad_(False)
     assert model.config.objective == "masked"
     assert not model.training
@@ -56,8 +56,8 @@ def test_a_masked_checkpoint_computes_what_openais_code_computed() -> None:
     assert losses.generative(model, x, keep).item() / len(x) == pytest.approx(loss, abs=1e-6)
 
 
-def test_a_checkpoint_may_lie_in_a_bucket(on_moto: str, copy: Path) -> None:
-    """A reader that opens paths instead of places."""
+def test_a_checkpoint_may_be_in_a_bucket(on_moto: str, copy: Path) -> None:
+    """The reader must accept URIs, not only paths."""
     from igpt_ray import storage
 
     for path in copy.parent.iterdir():
@@ -67,8 +67,8 @@ def test_a_checkpoint_may_lie_in_a_bucket(on_moto: str, copy: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_the_checksum_is_crc_32c() -> None:
-    """The values of RFC 3720, section B.4, and a byte-by-byte reference at lengths around every slot's end."""
+def test_the_checksum_is_crc32c() -> None:
+    """Values of RFC 3720, section B.4, and a bytewise reference at many lengths."""
     published = {
         b"123456789": 0xE3069283,
         bytes(32): 0x8A9136AA,
@@ -95,7 +95,7 @@ def slow_crc32c(data: bytes) -> int:
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
-def test_a_missing_data_file_is_named(copy: Path) -> None:
+def test_the_error_names_a_missing_data_file(copy: Path) -> None:
     for missing in sorted(copy.parent.glob("*.data-*")):
         data = missing.read_bytes()
         missing.unlink()
@@ -103,7 +103,7 @@ def test_a_missing_data_file_is_named(copy: Path) -> None:
         missing.write_bytes(data)
 
 
-def test_a_cut_data_file_is_named(copy: Path) -> None:
+def test_the_error_names_a_truncated_data_file(copy: Path) -> None:
     for cut in sorted(copy.parent.glob("*.data-*")):
         data = cut.read_bytes()
         for length in (0, len(data) // 2, len(data) - 1):
@@ -112,8 +112,8 @@ def test_a_cut_data_file_is_named(copy: Path) -> None:
         cut.write_bytes(data)
 
 
-def test_a_flipped_bit_in_a_tensor_is_named(copy: Path) -> None:
-    """The checksums in the index are the only thing that knows."""
+def test_the_error_names_a_tensor_with_a_flipped_bit(copy: Path) -> None:
+    """Only the checksums in the index detect it."""
     bundle = Bundle.open(str(copy))
     for name in ("model/wpe", "model/h1/attn/k_proj", "model/ln_f/g"):
         v = bundle.variables[name]
@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_a_tensor_is_named(copy: Path) -> None:
 
 
 def test_a_damaged_index_never_gives_other_weights(copy: Path) -> None:
-    """Any byte of it: refused, or (in the padding) without effect."""
+    """A damaged byte is an error or, in the padding, has no effect."""
     path = copy.with_name(f"{NAME}.index")
     data, whole = path.read_bytes(), weights.load_openai(copy).state_dict()
     refused = 0
@@ -143,8 +143,8 @@ def test_a_damaged_index_never_gives_other_weights(copy: Path) -> None:
         assert f"{NAME}.index is damaged, or no index" in refusal(copy)
 
 
-def test_a_pickle_is_no_index_and_is_not_run(copy: Path) -> None:
-    """Its author could end it as a table ends; still nothing is unpickled."""
+def test_a_pickle_is_not_opened_as_an_index(copy: Path) -> None:
+    """Even if the pickle ends like a LevelDB table."""
     trace = copy.with_name("ran")
     bomb = pickle.dumps(Bomb(trace))
     path = copy.with_name(f"{NAME}.index")
@@ -156,8 +156,8 @@ def test_a_pickle_is_no_index_and_is_not_run(copy: Path) -> None:
     assert trace.exists()  # the bomb was live
 
 
-def test_the_wrong_name_is_answered_with_the_right_kind_of_name(copy: Path) -> None:
-    """The folder, or one of the files, instead of what they have in common."""
+def test_the_error_for_a_wrong_name_describes_the_right_one(copy: Path) -> None:
+    """Users may give the folder or a file instead of the common prefix."""
     for wrong in (copy.parent, copy.with_name("model.ckpt-8"), copy.with_name(f"{NAME}.index")):
         assert "expected the name that stands before .index, as in DIR/model.ckpt-1000000" in refusal(wrong)
 
@@ -173,7 +173,7 @@ def varint(value: int) -> bytes:
 
 
 def message(**fields: int | bytes) -> bytes:
-    """A protocol buffer; `f3=5` is field 3 as a varint, bytes are a message; field 6 is a fixed32."""
+    """A protocol buffer: `f3=5` is field 3 as a varint, bytes are a message, and field 6 is a fixed32."""
     out = b""
     for name, value in fields.items():
         number = int(name[1:])
@@ -204,7 +204,7 @@ def table(entries: dict[bytes, bytes], compression: int = 0) -> bytes:
 
 
 def write(prefix: Path, arrays: Arrays, header: dict[str, int] | None = None, **change: int | bytes) -> None:
-    """A checkpoint of one data file; `change` goes into the entry of model/wpe."""
+    """Write a checkpoint of one data file, with `change` in the entry of model/wpe."""
     data, types = b"", {"float32": 1, "float64": 2, "float16": 19}
     entries = {b"": message(**({"f1": 1} | (header or {})))}
     for name, array in arrays.items():
@@ -220,13 +220,13 @@ def write(prefix: Path, arrays: Arrays, header: dict[str, int] | None = None, **
 
 @pytest.fixture(scope="module")
 def arrays() -> Arrays:
-    """The golden checkpoint's own variables."""
+    """Variables of the golden checkpoint."""
     bundle = Bundle.open(str(GOLDEN / NAME))
     return {name: bundle.read(name) for name in bundle.variables if name.startswith("model/") and "Adam" not in name}
 
 
-def test_the_writer_of_these_tests_writes_what_is_read(arrays: Arrays, tmp_path: Path) -> None:
-    """Guards the refusals below: they must come from what is wrong, not from the writer."""
+def test_the_writer_of_these_tests_writes_valid_checkpoints(arrays: Arrays, tmp_path: Path) -> None:
+    """The errors below must come from the changes, not from the writer."""
     write(tmp_path / "x", arrays | {"global_step": np.zeros(()), "model/wte/Adam_1": np.zeros(3)})
     whole = weights.load_openai(GOLDEN / NAME)
     for a, b in zip(weights.load_openai(tmp_path / "x").parameters(), whole.parameters(), strict=True):
@@ -260,10 +260,10 @@ def f32(*shape: int) -> NDArray[np.float32]:
         (lambda a: a.update({"model/wte": np.zeros((16, 8))}), "model/wte is of TensorFlow's type 2; only whole"),
     ],
 )
-def test_a_checkpoint_of_another_network_is_refused(
+def test_a_checkpoint_of_another_network_is_an_error(
     arrays: Arrays, change: Callable[[Arrays], object], said: str, tmp_path: Path
 ) -> None:
-    """What does not load would be left as it lay in memory: a model that half works."""
+    """Weights that are not loaded would stay uninitialised."""
     changed = dict(arrays)
     change(changed)
     write(tmp_path / "x", changed)
@@ -286,14 +286,14 @@ def test_a_checkpoint_of_another_network_is_refused(
         ({"f2": b"\xff"}, "it ends too early"),
     ],
 )
-def test_an_index_that_lies_is_refused(arrays: Arrays, change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """Its checksums are in order: an author's doing, who may hope for memory without end or bytes of another file."""
+def test_a_malicious_index_is_an_error(arrays: Arrays, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Its checksums are valid; it requests excessive memory, or bytes of another file."""
     write(tmp_path / "x", arrays, **change)
     assert said in refusal(tmp_path / "x")
 
 
-def test_a_table_of_another_make_is_refused(tmp_path: Path) -> None:
-    """Compressed blocks, doubled names, blocks that lie outside the file, numbers without an end."""
+def test_an_unsupported_or_invalid_table_is_an_error(tmp_path: Path) -> None:
+    """Compressed blocks, duplicate names, blocks outside the file, varints without an end."""
     path = tmp_path / "x.index"
     path.write_bytes(table({b"": b""}, compression=1))
     assert "a block is compressed" in refusal(tmp_path / "x")
@@ -304,8 +304,8 @@ def test_a_table_of_another_make_is_refused(tmp_path: Path) -> None:
     assert "x.index is damaged" in refusal(tmp_path / "x")
 
 
-def test_random_bytes_are_refused_whatever_they_are(tmp_path: Path) -> None:
-    """An IndexError from inside the reader says nothing to a user."""
+def test_random_bytes_are_a_clear_error(tmp_path: Path) -> None:
+    """Instead of an IndexError of the reader."""
     rng = np.random.default_rng(1)
     (tmp_path / "x.data-00000-of-00001").write_bytes(b"")
     for _ in range(40):

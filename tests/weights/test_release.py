@@ -1,4 +1,4 @@
-"""Releases: a round trip to the bit, and nothing that is damaged, foreign or dangerous gets as far as a model."""
+"""Releases: a bit-exact round trip; damaged, foreign or malicious files are errors."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ def about(model: ImageGPT, kind: TokenFormat) -> ReleaseConfig:
 
 @pytest.fixture
 def release(tmp_path: Path, palette: Palette, kind: TokenFormat) -> str:
-    """The URI of a small release with random weights."""
+    """URI of a small release with random weights."""
     uri, model = str(tmp_path / "release"), random_model()
     weights.save_release(uri, model.state_dict(), palette, about(model, kind))
     return uri
 
 
 def replace(uri: str, data: bytes) -> None:
-    """Other weights whose hash is in order: what an author of a hostile release would upload."""
+    """Replace the weights and their hash, as the author of a malicious release could."""
     Path(uri, "model.safetensors").write_bytes(data)
     described = json.loads(Path(uri, "config.json").read_text())
     described["sha256"] = hashlib.sha256(data).hexdigest()
@@ -64,8 +64,8 @@ def refusal(uri: str, kind: type[Exception] = CheckpointError) -> str:
 
 
 @pytest.mark.parametrize("modern", [False, True])
-def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palette, kind: TokenFormat) -> None:
-    """A tensor rounded, transposed or left at its initial value; a model left in training mode."""
+def test_a_release_loads_as_the_saved_model(modern: bool, place: str, palette: Palette, kind: TokenFormat) -> None:
+    """All tensors are equal, and the model is in evaluation mode."""
     model = random_model(qk_norm=modern, rotary=modern)
     weights.save_release(place, model.state_dict(), palette, about(model, kind))
     loaded = weights.load_release(place)
@@ -78,7 +78,7 @@ def test_a_release_gives_back_the_model(modern: bool, place: str, palette: Palet
 
 
 def test_the_weights_are_plain_float32_safetensors(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
-    """Any reader of safetensors sees the network's own names; strided or bfloat16 tensors are made plain."""
+    """Any reader of safetensors can load them; strided and bfloat16 tensors are converted."""
     model = random_model()
     odd = {name: t.bfloat16().t() if t.ndim == 2 else t for name, t in model.state_dict().items()}
     odd = {name: t.t() if t.ndim == 2 else t for name, t in odd.items()}
@@ -89,15 +89,15 @@ def test_the_weights_are_plain_float32_safetensors(tmp_path: Path, palette: Pale
     assert torch.equal(stored["wte.weight"], model.wte.weight.bfloat16().float())
 
 
-def test_the_card_tells_what_the_model_is(release: str, palette: Palette) -> None:
-    """Weights without a word on size, training and palette."""
+def test_the_model_card_describes_the_model(release: str, palette: Palette) -> None:
+    """It has size, training and palette."""
     card = Path(release, "README.md").read_text()
     for said in (f"{random_model().config.n_params:,}", "| steps | 7 |", "1.2500", palette.fingerprint[:16]):
         assert said in card
 
 
-def test_tokens_of_the_same_kind_are_accepted_and_others_named(release: str, kind: TokenFormat) -> None:
-    """The wrong palette or pixel pipeline still gives numbers, only wrong ones."""
+def test_tokens_of_another_format_are_an_error(release: str, kind: TokenFormat) -> None:
+    """Another palette or pixel pipeline would give wrong results without an error."""
     described = weights.load_config(release)
     weights.check_kind(described.kind, kind, "the store")
     for change in ({"n_px": 8}, {"n_vocab": 512}, {"palette": "0" * 64}, {"pipeline": "fast-1"}):
@@ -109,8 +109,8 @@ def test_tokens_of_the_same_kind_are_accepted_and_others_named(release: str, kin
 # ------------------------------------------------------------------------------------------------ what is damaged
 
 
-def test_a_flipped_byte_is_found(release: str) -> None:
-    """One exponent bit makes a weight of 1e38, and a model that still answers."""
+def test_a_flipped_byte_is_detected(release: str) -> None:
+    """One exponent bit can turn a weight into 1e38."""
     path = Path(release, "model.safetensors")
     data = path.read_bytes()
     for position in range(0, len(data), len(data) // 40):
@@ -139,16 +139,16 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     ],
     ids=["no sos", "no c_fc", "another layer", "a bias", "longer", "transposed", "extra axis", "NaN", "infinite"],
 )
-def test_weights_of_another_network_are_refused(
+def test_weights_of_another_network_are_an_error(
     release: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str
 ) -> None:
-    """What does not load is left at its random start: a model that half works."""
+    """Weights that are not loaded would stay random."""
     replace(release, save(change(tensors(release))))
     assert said in refusal(release)
 
 
-def test_a_pickle_is_refused_and_not_run(release: str, tmp_path: Path) -> None:
-    """A model from a stranger must not run the stranger's code, whatever its file is called."""
+def test_a_pickle_is_an_error_and_is_not_opened(release: str, tmp_path: Path) -> None:
+    """A downloaded model must not run its author's code, whatever its file name is."""
     trace, torch_file = tmp_path / "ran", tmp_path / "weights.pt"
     torch.save({"sos": Bomb(trace)}, torch_file)
     for data in (torch_file.read_bytes(), pickle.dumps(Bomb(trace)), pickle.dumps(Bomb(trace), protocol=0)):
@@ -160,13 +160,13 @@ def test_a_pickle_is_refused_and_not_run(release: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 8, b"\xff" * 64, (10**15).to_bytes(8, "little") + b"{}"])
-def test_what_is_no_safetensors_file_is_refused(release: str, data: bytes) -> None:
-    """An empty file cannot be mapped; a header may announce a petabyte."""
+def test_an_invalid_safetensors_file_is_an_error(release: str, data: bytes) -> None:
+    """An empty file cannot be mapped, and a header may declare a petabyte."""
     replace(release, data)
     assert "not a safetensors file" in refusal(release)
 
 
-# ------------------------------------------------------------------------------------------------ what lies around it
+# ------------------------------------------------------------------------------------------------ other files
 
 
 def change_config(uri: str, change: Callable[[dict[str, Any]], object]) -> None:
@@ -189,23 +189,21 @@ def change_config(uri: str, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: c["kind"].update(n_vocab=64), "n_vocab"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(
-    release: str, change: Callable[[dict[str, Any]], object], said: str
-) -> None:
-    """Defaults in place of what is missing; a model whose positions or colours are not those of its tokens."""
+def test_an_invalid_config_is_an_error(release: str, change: Callable[[dict[str, Any]], object], said: str) -> None:
+    """Missing fields have no defaults, and positions and colours must match the tokens."""
     change_config(release, change)
     assert said in refusal(release)
 
 
-def test_a_folder_that_is_no_release_is_answered_with_what_one_is(tmp_path: Path, release: str) -> None:
-    """A typing mistake in the URI, or the folder of the run instead of its release."""
+def test_the_error_for_another_folder_describes_a_release(tmp_path: Path, release: str) -> None:
+    """Users may misspell the URI, or give the folder of the run."""
     assert "expected the release/ folder of a run" in refusal(str(tmp_path))
     Path(release, "config.json").write_text("{")
     assert "config.json is not a release of this version" in refusal(release)
 
 
-def test_a_release_that_was_cut_off_is_none(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
-    """The config is written last: without it there is nothing to load."""
+def test_a_partially_written_release_is_an_error(tmp_path: Path, palette: Palette, kind: TokenFormat) -> None:
+    """The config is written last."""
     model = random_model()
     in_the_way = tmp_path / "config.json"
     in_the_way.mkdir()
@@ -216,16 +214,16 @@ def test_a_release_that_was_cut_off_is_none(tmp_path: Path, palette: Palette, ki
     assert "no release" in refusal(str(tmp_path))
 
 
-def test_missing_files_are_named(release: str, palette: Palette) -> None:
-    """`FileNotFoundError` for a temporary path that nobody knows."""
+def test_the_error_names_missing_files(release: str, palette: Palette) -> None:
+    """Instead of a `FileNotFoundError` with a temporary path."""
     Path(release, "palette.npy").unlink()
     assert "palette.npy does not exist" in refusal(release, NotFound)
     Path(release, "model.safetensors").unlink()
     assert "model.safetensors does not exist" in refusal(release, NotFound)
 
 
-def test_another_palette_beside_the_weights_is_refused(release: str, palette: Palette) -> None:
-    """Every sample in false colours."""
+def test_another_palette_next_to_the_weights_is_an_error(release: str, palette: Palette) -> None:
+    """Every sample would have false colours."""
     Palette(np.roll(palette.colours, 1, 0)).save(storage.join(release, "palette.npy"))
     assert "palette.npy is not the palette" in refusal(release)
     storage.write(storage.join(release, "palette.npy"), b"not a palette")
