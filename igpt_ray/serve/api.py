@@ -116,6 +116,7 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign]
     page = PAGE.read_text()
     headers = {"content-security-policy": _policy(page), "referrer-policy": "no-referrer"}
+    _add_model_routes(app, served)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> Response:
@@ -138,6 +139,10 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [one.listing() for one in served.values()]}
 
+    return app
+
+
+def _add_model_routes(app: FastAPI, served: dict[str, ServedModel]) -> None:
     @app.post("/v1/completions", **_takes(CompletionRequest, stream=True))
     async def completions(request: Request) -> Response:
         body = await parsed(request, CompletionRequest)
@@ -186,14 +191,13 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
         data = []
         for i, (picture, by_pixel) in enumerate(zip(tokens, nats, strict=True)):
             total = float(by_pixel.sum())
-            said = {"index": i, "nats": total, "nats_per_pixel": total / len(by_pixel)}
-            said["bits_per_pixel"] = said["nats_per_pixel"] / math.log(2)
+            nats_per_pixel = total / len(by_pixel)
+            entry = {"index": i, "nats": total, "nats_per_pixel": nats_per_pixel}
+            entry["bits_per_pixel"] = nats_per_pixel / math.log(2)
             if body.per_pixel:
-                said |= {"nats_by_pixel": by_pixel.tolist(), "tokens": picture.tolist()}
-            data.append(said)
+                entry |= {"nats_by_pixel": by_pixel.tolist(), "tokens": picture.tolist()}
+            data.append(entry)
         return JSONResponse({"model": one.name, "pixels": int(nats.size), "data": data})
-
-    return app
 
 
 def _model_of(served: dict[str, ServedModel], body: BaseRequest) -> ServedModel:
