@@ -336,16 +336,19 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def prepared(cluster: str, digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with `palette.npy` and `tokens/` of the coloured digits, made by the flows."""
-    from igpt_ray.flows import prepare
+def prepared(digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with `palette.npy` and `tokens/` of the coloured digits."""
+    from igpt_ray.data.mapper import serial_map
+    from igpt_ray.data.palette_fit import fit_palette
+    from igpt_ray.data.prepare import prepare
 
     root = str(tmp_path_factory.mktemp("prepared"))
     pixels = PixelsConfig(n_px=8, crop="centre")
     palette = storage.join(root, "palette.npy")
-    prepare.fit_palette(PaletteConfig(source=digit_images, out=palette, k=16, pixels=pixels))
+    fit_palette(PaletteConfig(source=digit_images, out=palette, k=16, pixels=pixels), serial_map)
     tokens = storage.join(root, "tokens")
-    prepare.prepare(PrepareConfig(source=digit_images, palette=palette, tokens=tokens, shard_images=50, pixels=pixels))
+    settings = PrepareConfig(source=digit_images, palette=palette, tokens=tokens, shard_images=50, pixels=pixels)
+    prepare(settings, serial_map)
     return root
 
 

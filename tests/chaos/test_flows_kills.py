@@ -162,6 +162,7 @@ def test_a_controller_that_is_lost_with_its_cleaner_leaves_no_room_taken(
     assert (run.weights(), losses) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -196,6 +197,7 @@ def saving(run: Training) -> bool:
     return any(Path(checkpoint.uri_of(run.run, run.committed() + EVERY)).glob("*.distcp"))
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
     assert (run.weights(), losses) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
     assert (run.weights(), losses) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -243,6 +247,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
     assert (run.weights(), losses) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
@@ -262,6 +267,7 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
     assert run.weights() == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhere_with_the_same_bits(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]], metadata: Metadata
 ) -> None:
@@ -292,6 +298,7 @@ def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhe
     assert run.weights() == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from igpt_ray import storage
-from igpt_ray.data import pixels, token_store
+from igpt_ray.data import pixels, prepare, token_store, verify
 from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
+from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.token_store import Manifest, TokenStore, tokens_of
 from igpt_ray.errors import TokenStoreError
-from igpt_ray.flows import prepare, verify
 
-pytestmark = pytest.mark.ray
 PIXELS = PixelsConfig(n_px=8, crop="centre")
 
 
@@ -30,7 +29,8 @@ def tokens(prepared: str, digit_images: str, tmp_path: Path) -> Path:
             tokens=str(tmp_path / "tokens"),
             shard_images=50,
             pixels=PIXELS,
-        )
+        ),
+        serial_map,
     )
     return tmp_path / "tokens"
 
@@ -42,10 +42,10 @@ def test_a_whole_store_passes_and_foreign_files_are_removed_only_when_asked(toke
         path.write_bytes(b"left over")
     mine = tokens / "notes.txt"
     mine.write_text("somebody's")
-    report = verify.verify(VerifyConfig(tokens=str(tokens), remake=9))
+    report = verify.verify(VerifyConfig(tokens=str(tokens), remake=9), serial_map)
     assert (report["shards"], report["images"], report["unnamed_files"]) == (4, 160, 3)
     assert all(path.exists() for path in stray)
-    report = verify.verify(VerifyConfig(tokens=str(tokens), remove=True))
+    report = verify.verify(VerifyConfig(tokens=str(tokens), remove=True), serial_map)
     assert report["removed_files"] == 3
     assert not any(path.exists() for path in stray)
     assert mine.exists()
@@ -66,7 +66,7 @@ def test_damage_is_found_and_the_file_named(tokens: Path, damage: Callable[[Path
     victim = tokens / "train/00001-v0.parquet"
     damage(victim)
     with pytest.raises(TokenStoreError, match=r"1 problem.*train/00001-v0\.parquet.*repeat jobs/prepare\.py"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=0), serial_map)
 
 
 def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], None]) -> None:
@@ -94,7 +94,7 @@ def test_wrong_tokens_labels_and_keys_are_found_even_if_every_hash_agrees(tokens
 
     recommit(tokens, change)
     with pytest.raises(TokenStoreError, match=r"token 99 in a palette of 16.*labels 0 to 77.*a key occurs twice"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=0), serial_map)
 
 
 def test_tokens_that_the_source_does_not_give_are_found(tokens: Path) -> None:
@@ -102,13 +102,13 @@ def test_tokens_that_the_source_does_not_give_are_found(tokens: Path) -> None:
         values[4] = (values[4] + 1) % 16
 
     recommit(tokens, change)
-    verify.verify(VerifyConfig(tokens=str(tokens), remake=0))
+    verify.verify(VerifyConfig(tokens=str(tokens), remake=0), serial_map)
     with pytest.raises(TokenStoreError, match=r"1 of 40 rows differ from the source"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=4))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=4), serial_map)
 
 
 def test_a_source_that_has_changed_is_said_to_have(tokens: Path) -> None:
     picture = next((tokens.parent / "images/test").rglob("*.png"))
     picture.write_bytes(pixels.png(np.zeros((300, 300, 3), np.uint8)))
     with pytest.raises(TokenStoreError, match="the source has changed since"):
-        verify.verify(VerifyConfig(tokens=str(tokens), remake=4))
+        verify.verify(VerifyConfig(tokens=str(tokens), remake=4), serial_map)
