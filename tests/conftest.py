@@ -38,7 +38,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from igpt_ray import storage
+from igpt_ray import object_clients, storage
 from igpt_ray.data import pixels as images
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
@@ -113,7 +113,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
     """A function that points the AWS environment, and so `storage`, at an endpoint with a key (or with none)."""
 
     def point_at(endpoint: str, key: str | None = "any", secret: str | None = "any") -> None:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SKIP_SIGNATURE"):
             monkeypatch.delenv(name, raising=False)
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             monkeypatch.setenv(name, str(tmp_path / "no-such-file"))
@@ -123,10 +123,10 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
                 monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        storage._s3.cache_clear()
+        object_clients.clear_cache()
 
     yield point_at
-    storage._s3.cache_clear()
+    object_clients.clear_cache()
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int, log: Path
 
 def _new_bucket() -> str:
     bucket = f"bucket-{secrets.token_hex(4)}"
-    storage._s3().create_bucket(Bucket=bucket)
+    object_clients.s3_client().create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Keyed, free_port
 
-from igpt_ray import errors, storage
+from igpt_ray import errors, object_clients, storage
 from igpt_ray.errors import NotFound, StorageError
 
 # ------------------------------------------------------------------------------------------------ names
@@ -49,16 +49,16 @@ def test_a_relative_path_means_the_folder_of_the_caller(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("uri", "advice"),
     [
-        ("", "expected a local path, file:// or s3://"),
-        ("gs://bucket/a", "use a local path, file:// or s3://"),
-        ("S3://bucket/a", "use a local path, file:// or s3://"),
+        ("", "expected a local path, file://, s3://"),
+        ("ftp://bucket/a", "expected a local path, file://, s3://"),
+        ("S3://bucket/a", "expected a local path, file://, s3://"),
         ("s3://", "expected s3://bucket/key"),
         ("s3:///a", "expected s3://bucket/key"),
         ("file://a/b", "expected three slashes"),
     ],
 )
 def test_what_names_no_place_is_refused_with_advice(uri: str, advice: str) -> None:
-    """`gs://` or `file://a/b` taken for a local path would write to an odd folder and succeed."""
+    """`ftp://` or `file://a/b` taken for a local path would write to an odd folder and succeed."""
     assert advice in complaint(lambda: storage.absolute(uri))
 
 
@@ -180,7 +180,7 @@ def test_of_many_writers_of_a_new_file_exactly_one_wins(place: str) -> None:
 def test_many_threads_may_be_the_first_to_reach_the_bucket(place: str) -> None:
     """boto3's default session is not safe for that, and `sources.read` starts with sixteen threads."""
     storage.write(storage.join(place, "file"), b"1")
-    storage._s3.cache_clear()
+    object_clients.clear_cache()
     together = threading.Barrier(4)
 
     def read(_: int) -> bytes:
@@ -286,7 +286,7 @@ def test_an_unreachable_endpoint_is_said_by_every_operation(
     aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A typing mistake in the endpoint must not read like a missing file."""
-    monkeypatch.setattr(storage, "RETRIES", 1)
+    monkeypatch.setattr(object_clients, "RETRIES", 1)
     endpoint = f"http://127.0.0.1:{free_port()}"
     aws(endpoint)
     for name, call in every_operation("s3://bucket/data", tmp_path).items():
@@ -379,7 +379,7 @@ def test_a_read_outlives_a_server_that_fails_once(faulty: type[Faulty], fault: s
 
 def test_a_read_gives_up_after_so_many_attempts(faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch) -> None:
     """A retry without an end is a job that hangs."""
-    monkeypatch.setattr(storage, "RETRIES", 3)
+    monkeypatch.setattr(object_clients, "RETRIES", 3)
     faulty.faults = ["half"] * 10
     assert "s3://bucket/file" in complaint(lambda: storage.read("s3://bucket/file"))
     assert faulty.requests == 3
