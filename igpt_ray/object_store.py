@@ -182,12 +182,11 @@ def delete(uri: str) -> None:
 
 def _get(uri: str, start: int, length: int | None) -> Part:
     stop = None if length is None else start + max(length, 1)  # HTTP has no empty range
+    ranged = start > 0 or stop is not None
 
     def attempt(bucket: Bucket) -> Part:
-        ranged = start > 0 or stop is not None
         try:
-            get = _get_by_boto3 if ranged in bucket.by_boto3 else _get_by_obstore
-            part = get(bucket, uri, start, stop)
+            part = _get_by_obstore(bucket, uri, start, stop, ranged)
         except Exception as error:
             if status_of(error) == 416:  # the object ends before `start`
                 return Part(b"", start, 0, None)
@@ -203,13 +202,18 @@ def _get(uri: str, start: int, length: int | None) -> Part:
     return retried(uri, attempt)
 
 
-def _get_by_obstore(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
+def _get_by_obstore(bucket: Bucket, uri: str, start: int, stop: int | None, ranged: bool) -> Part:
     import obstore
 
+    by_boto3 = ranged in bucket.by_boto3
+    if by_boto3 and (start > 0 or not ranged):
+        return _get_by_boto3(uri, start, stop)
     requested: Any = {}
-    if start > 0 or stop is not None:
+    if ranged and not by_boto3:
         requested["range"] = {"offset": start} if stop is None else (start, stop)
     answer = obstore.get(bucket.store, key_of(uri), options=requested)
+    if by_boto3 and stop is not None and answer.meta["size"] > stop:
+        return _get_by_boto3(uri, start, stop)
     return Part(answer.bytes().to_bytes(), answer.range[0], answer.meta["size"], answer.meta["e_tag"])
 
 
@@ -217,7 +221,7 @@ UNUSUAL = ("Content-Length Header missing", "non-partial response")
 """Parts that obstore refuses and boto3 reads: chunks without a length; ranges with status 200, as rclone sends."""
 
 
-def _get_by_boto3(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
+def _get_by_boto3(uri: str, start: int, stop: int | None) -> Part:
     """For servers with `UNUSUAL` answers. Errors are obstore's."""
     from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
     from botocore.parsers import ResponseParserError
