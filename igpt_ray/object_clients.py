@@ -27,8 +27,8 @@ RETRIES = 10
 BACKOFF, MAX_BACKOFF = 0.5, 20.0
 """Seconds before the second attempt, and the limit up to which they double; each wait is shortened by up to half."""
 
-READ_TIMEOUT = 30.0
-"""Seconds without a byte from the server after which an attempt fails."""
+CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0
+"""Seconds for a connection, and seconds without a byte from the server, after which an attempt fails."""
 
 
 class Service(NamedTuple):
@@ -106,11 +106,11 @@ def _connect(scheme: str, name: str) -> Bucket:
 
     options: Any = {
         "allow_http": True,
-        "connect_timeout": timedelta(seconds=5),
+        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
         "read_timeout": timedelta(seconds=READ_TIMEOUT),
         "timeout": timedelta(hours=1),  # of a whole request; READ_TIMEOUT detects a silent server
     }
-    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+    if scheme == "s3" and (bundle := os.environ.get("AWS_CA_BUNDLE")):
         options["root_certificate"] = Path(bundle).read_bytes()
 
     def store(retries: int) -> "ObjectStore":
@@ -143,13 +143,17 @@ def _s3_settings() -> dict[str, Any]:
         "region": client.meta.region_name,
         "disable_bulk_delete": True,
     }
-    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true", "yes", "on"):
+    if not _anonymous():
         session = _s3_session()
         if session.get_credentials() is None:
             raise _no_credentials("s3://", client.meta.endpoint_url)
         # obstore asks again 5 minutes before the end; boto3's temporary credentials are valid for 10 minutes or more.
         settings["credential_provider"] = Boto3CredentialProvider(session, ttl=timedelta(minutes=10))
     return settings
+
+
+def _anonymous() -> bool:
+    return os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
@@ -163,12 +167,14 @@ def _s3_session() -> Any:
 @functools.cache
 def s3_client() -> Any:
     """A boto3 client: its endpoint and region, and requests that obstore cannot do."""
+    from botocore import UNSIGNED
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     try:
+        config = Config(retries={"total_max_attempts": 1}, connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT)
         return _s3_session().client(
-            "s3", config=Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=READ_TIMEOUT)
+            "s3", config=config.merge(Config(signature_version=UNSIGNED)) if _anonymous() else config
         )
     except (BotoCoreError, ValueError) as error:
         raise StorageError(
@@ -185,6 +191,7 @@ def clear_cache() -> None:
 # ------------------------------------------------------------------------------------------------ errors
 
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+WRONG_REGION = "Received redirect without LOCATION"
 
 
 def _text(error: BaseException) -> str:
@@ -209,7 +216,7 @@ def _temporary(error: BaseException) -> bool:
     if isinstance(error, BrokenAnswer) or code_of(error) == "RequestTimeout":
         return True
     status = status_of(error)
-    if not isinstance(error, GenericError) or "redirect" in str(error):
+    if not isinstance(error, GenericError) or WRONG_REGION in str(error):
         return False
     return status is None or status in (408, 409, 429) or (status >= 500 and status != 501)
 
@@ -236,9 +243,9 @@ def _storage_error(uri: str, endpoint: str, error: BaseException) -> StorageErro
         )
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{uri}: {endpoint} refused the request because the clock of this machine is wrong: set it")
-    if "redirect" in text:
+    if WRONG_REGION in text:
         return StorageError(f"{uri}: the bucket is in another region than {endpoint}: set AWS_DEFAULT_REGION to it")
-    if isinstance(error, UnauthenticatedError) and "credential provider" in text:
+    if "token request" in text or (isinstance(error, UnauthenticatedError) and "credential provider" in text):
         return _no_credentials(uri, endpoint)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "Token" in code or status_of(error) == 403:
         payer = "; if the requester pays for this bucket, set AWS_REQUEST_PAYER=requester"

@@ -156,11 +156,18 @@ def walk(uri: str) -> Iterator[tuple[str, int]]:
 def exists(uri: str) -> bool:
     import obstore
 
+    def attempt(bucket: Bucket) -> bool:
+        try:
+            obstore.head(bucket.store, key_of(uri))
+        except Exception as error:
+            if UNUSUAL[0] not in str(error):
+                raise
+        return True
+
     try:
-        retried(uri, lambda bucket: obstore.head(bucket.store, key_of(uri)))
+        return retried(uri, attempt)
     except NotFound:
         return False
-    return True
 
 
 def delete(uri: str) -> None:
@@ -182,17 +189,13 @@ def delete(uri: str) -> None:
 
 def _get(uri: str, start: int, length: int | None) -> Part:
     stop = None if length is None else start + max(length, 1)  # HTTP has no empty range
-    ranged = start > 0 or stop is not None
 
     def attempt(bucket: Bucket) -> Part:
         try:
-            part = _get_by_obstore(bucket, uri, start, stop, ranged)
+            part = _get_part(bucket, uri, start, stop)
         except Exception as error:
-            if status_of(error) == 416:  # the object ends before `start`
+            if status_of(error) == 416 or AZURE_416 in str(error):  # the object ends before `start`
                 return Part(b"", start, 0, None)
-            if uri.startswith("s3:") and any(text in str(error) for text in UNUSUAL):
-                bucket.by_boto3.add(ranged)
-                return attempt(bucket)
             raise
         expected = (part.size if stop is None else min(stop, part.size)) - start
         if (part.start, len(part.data)) != (start, expected):
@@ -202,21 +205,30 @@ def _get(uri: str, start: int, length: int | None) -> Part:
     return retried(uri, attempt)
 
 
-def _get_by_obstore(bucket: Bucket, uri: str, start: int, stop: int | None, ranged: bool) -> Part:
+def _get_part(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
     import obstore
+    from obstore.exceptions import GenericError
 
-    by_boto3 = ranged in bucket.by_boto3
-    if by_boto3 and (start > 0 or not ranged):
+    ranged = start > 0 or stop is not None
+    unusual = ranged in bucket.by_boto3
+    if unusual and (start > 0 or stop is None or False in bucket.by_boto3):
         return _get_by_boto3(uri, start, stop)
-    requested: Any = {}
-    if ranged and not by_boto3:
+    requested: Any = {}  # without a range, the beginning of a small object is read in a usual way
+    if ranged and not unusual:
         requested["range"] = {"offset": start} if stop is None else (start, stop)
-    answer = obstore.get(bucket.store, key_of(uri), options=requested)
-    if by_boto3 and stop is not None and answer.meta["size"] > stop:
+    try:
+        answer = obstore.get(bucket.store, key_of(uri), options=requested)
+    except GenericError as error:
+        if not uri.startswith("s3:") or not any(text in str(error) for text in UNUSUAL):
+            raise
+        bucket.by_boto3.add(ranged)
+        return _get_by_boto3(uri, start, stop)
+    if unusual and stop is not None and answer.meta["size"] > stop:
         return _get_by_boto3(uri, start, stop)
     return Part(answer.bytes().to_bytes(), answer.range[0], answer.meta["size"], answer.meta["e_tag"])
 
 
+AZURE_416 = "Wanted range starting at"
 UNUSUAL = ("Content-Length Header missing", "non-partial response")
 """Parts that obstore refuses and boto3 reads: chunks without a length; ranges with status 200, as rclone sends."""
 

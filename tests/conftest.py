@@ -91,7 +91,7 @@ def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a moto server: complete S3 semantics, conditional writes too; takes any key."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with _serving(command, port, tmp_path_factory.mktemp("moto")):
+    with serving(command, port, tmp_path_factory.mktemp("moto")):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -104,7 +104,7 @@ def rclone_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     port, key, secret = free_port(), secrets.token_hex(8), secrets.token_hex(16)
     command = [str(Path(sys.executable).parent / "rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
     command += ["--auth-key", f"{key},{secret}", "--config", str(folder / "rclone.conf"), str(folder / "buckets")]
-    with _serving(command, port, folder):
+    with serving(command, port, folder):
         yield Keyed(f"http://127.0.0.1:{port}", key, secret)
 
 
@@ -160,7 +160,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
+def serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
     log = folder / "server.log"
     with open(log, "wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)

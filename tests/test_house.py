@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    ("errors", "storage", "settings", "provenance", "rng", "progress"),
+    ("errors", "object_clients", "object_store", "storage", "settings", "provenance", "rng", "progress"),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),
