@@ -31,28 +31,14 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0
 """Seconds for a connection, and seconds without a byte from the server, after which an attempt fails."""
 
 
-class Service(NamedTuple):
-    """What error messages say about one kind of object store."""
-
-    endpoint_setting: str
-    credentials: str
-    anonymous: str
-
-
-SERVICES = {
-    "s3": Service(
-        "AWS_ENDPOINT_URL",
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role",
-        "AWS_SKIP_SIGNATURE=true",
-    ),
-    "gs": Service("GOOGLE_BASE_URL", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
-    "az": Service(
-        "AZURE_STORAGE_ENDPOINT",
-        "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-        "AZURE_SKIP_SIGNATURE=true",
-    ),
+ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
-"""By URI scheme."""
+ANONYMOUS = {"s3": "AWS_SKIP_SIGNATURE", "gs": "GOOGLE_SKIP_SIGNATURE", "az": "AZURE_SKIP_SIGNATURE"}
+"""Environment variables by URI scheme, for error messages."""
 
 
 class Bucket(NamedTuple):
@@ -129,7 +115,7 @@ def _connect(scheme: str, name: str) -> Bucket:
         stores = store(0), store(RETRIES - 1)
     except (BaseError, ValueError) as error:
         raise StorageError(f"{scheme}://{name}: no client with these settings ({_text(error)})") from error
-    endpoint = s3_client().meta.endpoint_url if scheme == "s3" else os.environ.get(SERVICES[scheme].endpoint_setting)
+    endpoint = s3_client().meta.endpoint_url if scheme == "s3" else os.environ.get(ENDPOINTS[scheme])
     return Bucket(*stores, endpoint or f"the {scheme}:// service", set())
 
 
@@ -222,16 +208,16 @@ def _temporary(error: BaseException) -> bool:
 
 
 def _no_credentials(uri: str, endpoint: str) -> StorageError:
-    service = SERVICES[uri.partition(":")[0]]
+    scheme = uri.partition(":")[0]
     return StorageError(
-        f"{uri}: no credentials for {endpoint}: set {service.credentials}; for a public bucket {service.anonymous}"
+        f"{uri}: no credentials for {endpoint}: set {CREDENTIALS[scheme]}; for a public bucket {ANONYMOUS[scheme]}=true"
     )
 
 
 def _storage_error(uri: str, endpoint: str, error: BaseException) -> StorageError:
     from obstore.exceptions import InvalidPathError, PermissionDeniedError, UnauthenticatedError
 
-    service = SERVICES[uri.partition(":")[0]]
+    scheme = uri.partition(":")[0]
     code, text = code_of(error), str(error)
     if code in NO_BUCKET:
         return NotFound(f"bucket {container_of(uri)!r} does not exist at {endpoint}: create it, or correct {uri}")
@@ -250,12 +236,12 @@ def _storage_error(uri: str, endpoint: str, error: BaseException) -> StorageErro
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "Token" in code or status_of(error) == 403:
         payer = "; if the requester pays for this bucket, set AWS_REQUEST_PAYER=requester"
         return StorageError(
-            f"{uri}: {endpoint} refused the key ({code}): check {service.credentials.split(', ')[0]}, and that the"
-            f" role may access this bucket{payer if uri.startswith('s3:') else ''}"
+            f"{uri}: {endpoint} refused the key ({code}): check {CREDENTIALS[scheme].split(', ')[0]}, and that the"
+            f" role may access this bucket{payer if scheme == 's3' else ''}"
         )
     if "kind: Connect" in text:
         return StorageError(
-            f"{uri}: {endpoint} cannot be reached: check {service.endpoint_setting} and the network: {_text(error)}"
+            f"{uri}: {endpoint} cannot be reached: check {ENDPOINTS[scheme]} and the network: {_text(error)}"
         )
     if "kind: Timeout" in text:
         return StorageError(

@@ -47,9 +47,16 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     return _get(uri, start, length).data
 
 
-def write(uri: str, data: bytes) -> None:
-    """Store `data`; objects larger than `UPLOAD_PART` as a multipart upload."""
-    _put(uri, data, len(data))
+def put(uri: str, data: bytes | Path) -> None:
+    """Store bytes or a local file; more than `UPLOAD_PART` bytes as a multipart upload."""
+    import obstore
+
+    if (data.stat().st_size if isinstance(data, Path) else len(data)) > UPLOAD_PART:
+        parts: Any = {"chunk_size": UPLOAD_PART, "max_concurrency": UPLOADS_AT_ONCE}
+        retried(uri, lambda bucket: obstore.put(bucket.uploads, key_of(uri), data, **parts))
+    else:
+        content = data.read_bytes() if isinstance(data, Path) else data
+        retried(uri, lambda bucket: obstore.put(bucket.store, key_of(uri), content, use_multipart=False))
 
 
 def write_new(uri: str, data: bytes) -> bool:
@@ -74,16 +81,9 @@ def write_new(uri: str, data: bytes) -> bool:
         return True
 
     created = retried(uri, attempt)
-    if created is None:
-        created = not exists(uri)
-        if created:
-            write(uri, data)
-    return created
-
-
-def upload(path: Path, uri: str) -> None:
-    """Store a local file of any size."""
-    _put(uri, path, path.stat().st_size)
+    if created is None and (created := not exists(uri)):
+        put(uri, data)
+    return bool(created)
 
 
 def download(uri: str, path: Path) -> None:
@@ -156,18 +156,14 @@ def walk(uri: str) -> Iterator[tuple[str, int]]:
 def exists(uri: str) -> bool:
     import obstore
 
-    def attempt(bucket: Bucket) -> bool:
-        try:
-            obstore.head(bucket.store, key_of(uri))
-        except Exception as error:
-            if UNUSUAL[0] not in str(error):
-                raise
-        return True
-
     try:
-        return retried(uri, attempt)
+        retried(uri, lambda bucket: obstore.head(bucket.store, key_of(uri)))
     except NotFound:
         return False
+    except StorageError as error:
+        if UNUSUAL[0] not in str(error):
+            raise
+    return True
 
 
 def delete(uri: str) -> None:
@@ -256,18 +252,3 @@ def _get_by_boto3(uri: str, start: int, stop: int | None) -> Part:
         raise BrokenAnswer("an answer without length or chunks")  # may be truncated
     position, _, size = answer.get("ContentRange", f"bytes 0-/{len(data)}").removeprefix("bytes ").partition("/")
     return Part(data, int(position.partition("-")[0]), int(size), answer.get("ETag"))
-
-
-def _put(uri: str, data: bytes | Path, size: int) -> None:
-    import obstore
-
-    if size > UPLOAD_PART:
-        retried(
-            uri,
-            lambda bucket: obstore.put(
-                bucket.uploads, key_of(uri), data, chunk_size=UPLOAD_PART, max_concurrency=UPLOADS_AT_ONCE
-            ),
-        )
-    else:
-        content = data.read_bytes() if isinstance(data, Path) else data
-        retried(uri, lambda bucket: obstore.put(bucket.store, key_of(uri), content, use_multipart=False))

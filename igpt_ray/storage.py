@@ -88,7 +88,7 @@ def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
 def write(uri: str, data: bytes) -> None:
     """Store `data` under `uri`, replacing what was there."""
     if is_remote(uri):
-        object_store.write(uri, data)
+        object_store.put(uri, data)
         return
     with _errors(uri), _temporary(uri, len(data)) as temporary:
         temporary.write_bytes(data)
@@ -118,7 +118,7 @@ def upload(path: Path, uri: str) -> None:
     """Store a local file of any size under `uri`."""
     with _errors(uri):
         if is_remote(uri):
-            object_store.upload(path, uri)
+            object_store.put(uri, path)
             return
         with _temporary(uri, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
