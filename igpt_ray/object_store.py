@@ -4,6 +4,7 @@ Every answer is compared with its request: truncated data, another range, or an 
 download is an error. All errors are `StorageError`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,7 +227,7 @@ def _get_part(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
 
 AZURE_416 = "Wanted range starting at"
 UNUSUAL = ("Content-Length Header missing", "non-partial response")
-"""Parts that obstore refuses and boto3 reads: chunks without a length; ranges with status 200, as rclone sends."""
+"""Answers that obstore refuses and boto3 reads: chunks without a length; ranges with status 200, as rclone sends."""
 
 
 def _get_by_boto3(uri: str, start: int, stop: int | None) -> Part:
@@ -250,5 +251,7 @@ def _get_by_boto3(uri: str, start: int, stop: int | None) -> Part:
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     if "content-length" not in headers and headers.get("transfer-encoding") != "chunked":
         raise BrokenAnswer("an answer without length or chunks")  # may be truncated
-    position, _, size = answer.get("ContentRange", f"bytes 0-/{len(data)}").removeprefix("bytes ").partition("/")
-    return Part(data, int(position.partition("-")[0]), int(size), answer.get("ETag"))
+    content_range = answer.get("ContentRange", f"bytes 0-/{len(data)}")
+    if (found := re.fullmatch(r"bytes (\d+)-\d*/(\d+)", content_range)) is None:
+        raise BrokenAnswer(f"Content-Range {content_range}")
+    return Part(data, int(found[1]), int(found[2]), answer.get("ETag"))

@@ -20,7 +20,7 @@ from igpt_ray import object_store
 from igpt_ray.errors import NotFound, StorageError
 
 CACHE = Path.home() / ".cache" / "igpt_ray"
-"""A node's folder for files that can always be computed or downloaded again: color tables, token caches."""
+"""A node's folder for files that can always be computed or downloaded again: colour tables, token caches."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and of an exhausted quota."""

@@ -1,4 +1,4 @@
-"""Places: files and two S3 servers behave alike, writes are whole or absent, and failures say what to do."""
+"""Files by URI: local disks and two S3 servers behave alike, writes are atomic, and errors say what to do."""
 
 import http.server
 import os
@@ -151,7 +151,7 @@ def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_file_of_several_parts_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
-    """Above 8 MiB boto3 uploads in parts: parts in the wrong order, or a server that wants other checksums."""
+    """A multipart upload: parts in the wrong order, or a server that requires other checksums."""
     original, copy = tmp_path / "original", tmp_path / "new" / "folder" / "copy"
     original.write_bytes(os.urandom(1 << 16) * 144)
     storage.upload(original, storage.join(place, "big"))
@@ -268,7 +268,7 @@ def every_operation(base: str, folder: Path) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("place", ["moto", "rclone"], indirect=True)
 def test_a_missing_bucket_is_named_by_every_operation(place: str, tmp_path: Path) -> None:
-    """An empty listing would read as an empty dataset; boto3's upload hides the reason in its text."""
+    """An empty listing would read as an empty dataset."""
     operations = every_operation("s3://no-such-bucket/data", tmp_path)
     del operations["exists"]  # a HEAD request has no body: a missing bucket looks like a missing file
     for name, call in operations.items():
@@ -296,7 +296,7 @@ def test_an_unreachable_endpoint_is_said_by_every_operation(
 
 
 def test_missing_credentials_are_said_by_every_operation(aws: Any, moto_s3: str, tmp_path: Path) -> None:
-    """botocore's own words name neither the place nor the variables."""
+    """The libraries' errors name neither the URI nor the variables."""
     aws(moto_s3, None, None)
     for name, call in every_operation("s3://bucket/data", tmp_path).items():
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in complaint(call), name
@@ -312,7 +312,7 @@ def test_settings_that_make_no_client_are_said(aws: Any, moto_s3: str, monkeypat
 
 
 def test_an_impossible_bucket_name_is_said_on_one_line(aws: Any, moto_s3: str) -> None:
-    """botocore explains names over several lines; logs and jobs print one."""
+    """The libraries explain errors over several lines; logs and jobs print one."""
     aws(moto_s3)
     assert "s3://B_K!/a" in complaint(lambda: storage.read("s3://B_K!/a"))
 
@@ -371,7 +371,7 @@ def faulty(aws: Any) -> Iterator[type[Faulty]]:
 
 @pytest.mark.parametrize("fault", ["503", "half"])
 def test_a_read_outlives_a_server_that_fails_once(faulty: type[Faulty], fault: str) -> None:
-    """botocore repeats requests that are refused, but not answers that break off in the middle."""
+    """A refused request, and an answer that is truncated in the middle."""
     faulty.faults = [fault]
     assert storage.read("s3://bucket/file") == Faulty.body
     assert faulty.requests == 2

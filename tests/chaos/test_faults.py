@@ -130,7 +130,7 @@ def test_a_fault_that_lasts_is_an_error_that_names_the_file(
 def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
     through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """boto3's download waited for ever where the head of an answer was cut; parts must not change places."""
+    """A download that waits for ever where the head of an answer was cut; parts that change places."""
     original = tmp_path / "original"
     original.write_bytes(os.urandom(1 << 16) * 144)
     monkeypatch.setattr(object_store, "PART", 1 << 20)
@@ -145,7 +145,7 @@ def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
 def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
     fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
-    """A missing upload id or tag is a `KeyError` inside boto3, which nobody asks again for."""
+    """obstore does not repeat the requests that begin and complete a multipart upload."""
     original = tmp_path / "original"
     original.write_bytes(bytes(9 << 20))
     with through([]) as proxy:
