@@ -109,8 +109,9 @@ def _connect(scheme: str, name: str) -> Bucket:
             return GCSStore(name, **common)
         if scheme == "az":
             return AzureStore(name, **common)
-        return S3Store(name, **_s3_settings(), **common)
+        return S3Store(name, **s3_settings, **common)
 
+    s3_settings = _s3_settings(name) if scheme == "s3" else {}
     try:
         stores = store(0), store(RETRIES - 1)
     except (BaseError, ValueError) as error:
@@ -119,7 +120,7 @@ def _connect(scheme: str, name: str) -> Bucket:
     return Bucket(*stores, endpoint or f"the {scheme}:// service", set())
 
 
-def _s3_settings() -> dict[str, Any]:
+def _s3_settings(bucket: str) -> dict[str, Any]:
     """Endpoint, region and credentials of boto3's chain."""
     from obstore.auth.boto3 import Boto3CredentialProvider
 
@@ -132,7 +133,7 @@ def _s3_settings() -> dict[str, Any]:
     if not _anonymous():
         session = _s3_session()
         if session.get_credentials() is None:
-            raise _no_credentials("s3://", client.meta.endpoint_url)
+            raise _no_credentials(f"s3://{bucket}", client.meta.endpoint_url)
         # obstore asks again 5 minutes before the end; boto3's temporary credentials are valid for 10 minutes or more.
         settings["credential_provider"] = Boto3CredentialProvider(session, ttl=timedelta(minutes=10))
     return settings
