@@ -43,9 +43,23 @@ class Part(NamedTuple):
     e_tag: str | None
 
 
-def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
+def read(uri: str, start: int = 0, length: int | None = None) -> Part:
     """`length` bytes of an object from `start`, fewer at its end."""
-    return _get(uri, start, length).data
+    stop = None if length is None else start + max(length, 1)  # HTTP has no empty range
+
+    def attempt(bucket: Bucket) -> Part:
+        try:
+            part = _get(bucket, uri, start, stop)
+        except Exception as error:
+            if status_of(error) == 416 or AZURE_416 in str(error):  # the object ends before `start`
+                return Part(b"", start, 0, None)
+            raise
+        expected = (part.size if stop is None else min(stop, part.size)) - start
+        if (part.start, len(part.data)) != (start, expected):
+            raise BrokenAnswer(f"{len(part.data)} bytes from {part.start} instead of {expected} from {start}")
+        return part._replace(data=part.data[:length])
+
+    return retried(uri, attempt)
 
 
 def put(uri: str, data: bytes | Path) -> None:
@@ -92,12 +106,12 @@ def download(uri: str, path: Path) -> None:
 
     Raises `StorageError` if the object is replaced meanwhile.
     """
-    first = _get(uri, 0, PART)
+    first = read(uri, 0, PART)
     with open(path, "wb") as f:
         f.write(first.data)
 
     def fetch(start: int) -> None:
-        part = _get(uri, start, PART)
+        part = read(uri, start, PART)
         if (part.size, part.e_tag) != (first.size, first.e_tag):
             raise StorageError(f"{uri} was replaced during its download: repeat the command")
         with open(path, "r+b") as f:
@@ -184,25 +198,7 @@ def delete(uri: str) -> None:
 # ------------------------------------------------------------------------------------------------ requests
 
 
-def _get(uri: str, start: int, length: int | None) -> Part:
-    stop = None if length is None else start + max(length, 1)  # HTTP has no empty range
-
-    def attempt(bucket: Bucket) -> Part:
-        try:
-            part = _get_part(bucket, uri, start, stop)
-        except Exception as error:
-            if status_of(error) == 416 or AZURE_416 in str(error):  # the object ends before `start`
-                return Part(b"", start, 0, None)
-            raise
-        expected = (part.size if stop is None else min(stop, part.size)) - start
-        if (part.start, len(part.data)) != (start, expected):
-            raise BrokenAnswer(f"{len(part.data)} bytes from {part.start} instead of {expected} from {start}")
-        return part._replace(data=part.data[:length])
-
-    return retried(uri, attempt)
-
-
-def _get_part(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
+def _get(bucket: Bucket, uri: str, start: int, stop: int | None) -> Part:
     import obstore
     from obstore.exceptions import GenericError
 

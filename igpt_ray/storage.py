@@ -28,6 +28,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REMOTE = ("s3://", "gs://", "az://")
 
 
+Version = tuple[int, str | None]
+"""Bytes of a file, and its ETag in a bucket or its modification time on a disk."""
+
+
 class Entry(NamedTuple):
     """One stored file."""
 
@@ -76,13 +80,20 @@ def name(uri: str) -> str:
 
 def read(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """`length` bytes of a file from `start`, fewer at its end; by default all. Raises `NotFound` or `StorageError`."""
+    return read_versioned(uri, start, length)[0]
+
+
+def read_versioned(uri: str, start: int = 0, length: int | None = None) -> tuple[bytes, Version]:
+    """`read`, and the version of the file: parts of one file belong together if their versions are equal."""
     if is_remote(uri):
-        return object_store.read(uri, start, length)
+        part = object_store.read(uri, start, length)
+        return part.data, (part.size, part.e_tag)
     with _errors(uri), open(uri, "rb") as f:
+        status = os.fstat(f.fileno())
         f.seek(start)
         if length is not None:  # Python would allocate all of `length` first
-            length = min(length, max(0, os.fstat(f.fileno()).st_size - start))
-        return f.read(length)
+            length = min(length, max(0, status.st_size - start))
+        return f.read(length), (status.st_size, str(status.st_mtime_ns))
 
 
 def write(uri: str, data: bytes) -> None:
