@@ -30,6 +30,9 @@ BACKOFF, MAX_BACKOFF = 0.5, 20.0
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0
 """Seconds for a connection, and seconds without a byte from the server, after which an attempt fails."""
 
+UPLOADS_AT_ONCE = 4
+"""Concurrent parts of an upload, whose read timeout is as many times longer: it includes the time to send the part."""
+
 
 ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 CREDENTIALS = {
@@ -93,16 +96,15 @@ def _connect(scheme: str, name: str) -> Bucket:
     options: Any = {
         "allow_http": True,
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
-        "read_timeout": timedelta(seconds=READ_TIMEOUT),
         "timeout": timedelta(hours=1),  # of a whole request; READ_TIMEOUT detects a silent server
     }
     if scheme == "s3" and (bundle := os.environ.get("AWS_CA_BUNDLE")):
         options["root_certificate"] = Path(bundle).read_bytes()
 
-    def store(retries: int) -> "ObjectStore":
+    def store(retries: int, read_timeout: float) -> "ObjectStore":
         backoff = {"init_backoff": timedelta(seconds=BACKOFF), "max_backoff": timedelta(seconds=MAX_BACKOFF), "base": 2}
         common: Any = {
-            "client_options": options,
+            "client_options": options | {"read_timeout": timedelta(seconds=read_timeout)},
             "retry_config": {"max_retries": retries, "backoff": backoff, "retry_timeout": timedelta(minutes=4)},
         }
         if scheme == "gs":
@@ -113,7 +115,7 @@ def _connect(scheme: str, name: str) -> Bucket:
 
     s3_settings = _s3_settings(name) if scheme == "s3" else {}
     try:
-        stores = store(0), store(RETRIES - 1)
+        stores = store(0, READ_TIMEOUT), store(RETRIES - 1, UPLOADS_AT_ONCE * READ_TIMEOUT)
     except (BaseError, ValueError) as error:
         raise StorageError(f"{scheme}://{name}: no client with these settings ({_text(error)})") from error
     endpoint = s3_client().meta.endpoint_url if scheme == "s3" else os.environ.get(ENDPOINTS[scheme])
@@ -178,6 +180,7 @@ def clear_cache() -> None:
 # ------------------------------------------------------------------------------------------------ errors
 
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+REPEATED = " retries, max_retries: "  # obstore has already repeated this part of an upload
 WRONG_REGION = "Received redirect without LOCATION"
 
 
@@ -203,7 +206,7 @@ def _temporary(error: BaseException) -> bool:
     if isinstance(error, BrokenAnswer) or code_of(error) == "RequestTimeout":
         return True
     status = status_of(error)
-    if not isinstance(error, GenericError) or WRONG_REGION in str(error):
+    if not isinstance(error, GenericError) or WRONG_REGION in str(error) or REPEATED in str(error):
         return False
     return status is None or status in (408, 409, 429) or (status >= 500 and status != 501)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from igpt_ray.errors import NotFound, StorageError
 from igpt_ray.object_clients import (
     NO_BUCKET,
+    UPLOADS_AT_ONCE,
     BrokenAnswer,
     Bucket,
     bucket_of,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 PART, PARTS_AT_ONCE = 16 << 20, 8
 """Bytes per part of a large download, and the number of concurrent parts."""
 
-UPLOAD_PART, UPLOADS_AT_ONCE = 8 << 20, 4
-"""The same for uploads. All concurrent parts must reach the server within READ_TIMEOUT: about 1 MB/s."""
+UPLOAD_PART = 8 << 20
+"""Bytes per part of a large upload."""
 
 
 class Part(NamedTuple):
