@@ -72,15 +72,40 @@ def data(settings: BenchDataConfig) -> Report:
         pack_tars(bucket / "files", bucket / "tars")
         job.connect()
         Palette.load("openai").save(str(bucket / "palette.npy"))
+        requests = processor_ms_a_read(bucket / "reads")
         rounds = [one_round(str(bucket), settings.n_px) for _ in range(settings.rounds)]
         whole = [full_preparation(settings, bucket, n) for n in settings.whole]
     return {
         "files": n_files,
         "images_per_alternative": settings.n,
         "rounds": settings.rounds,
+        "processor_ms_a_read": requests,
         "alternatives": {name: summary(name, rounds) for name in rounds[0]},
         "whole": whole,
     }
+
+
+def processor_ms_a_read(folder: Path, n: int = 400, n_bytes: int = 110_000, rounds: int = 5) -> dict[str, float]:
+    """Processor time of a read of a small object from the S3 server, by boto3 and by this library in turns; medians."""
+    import boto3
+
+    folder.mkdir()
+    for i in range(n):
+        (folder / str(i)).write_bytes(os.urandom(n_bytes))
+    client = boto3.Session().client("s3")
+    ways: dict[str, Callable[[str], bytes]] = {
+        "boto3": lambda key: client.get_object(Bucket="bucket", Key=key)["Body"].read(),
+        "igpt_ray": lambda key: storage.read(f"s3://bucket/{key}"),
+    }
+    times = defaultdict(list)
+    for _ in range(rounds):
+        for way, read in ways.items():
+            cpu = time.process_time()
+            for i in range(n):
+                assert len(read(f"{folder.name}/{i}")) == n_bytes
+            times[way].append((time.process_time() - cpu) / n * 1000)
+    shutil.rmtree(folder)
+    return {way: round(float(np.median(found)), 3) for way, found in times.items()}
 
 
 class Rate(NamedTuple):

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    ("errors", "storage", "settings", "provenance", "rng", "interrupt", "progress"),
+    (
+        *("errors", "object_clients", "object_store", "storage", "settings", "provenance", "rng", "interrupt"),
+        "progress",
+    ),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),

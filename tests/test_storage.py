@@ -1,4 +1,4 @@
-"""Places: files and two S3 servers behave alike, writes are whole or absent, and failures say what to do."""
+"""Files by URI: local disks and two S3 servers behave alike, writes are atomic, and errors say what to do."""
 
 import http.server
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Keyed, free_port
 
-from igpt_ray import errors, storage
+from igpt_ray import errors, object_clients, storage
 from igpt_ray.errors import NotFound, StorageError
 
 # ------------------------------------------------------------------------------------------------ names
@@ -49,16 +49,16 @@ def test_a_relative_path_means_the_folder_of_the_caller(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("uri", "advice"),
     [
-        ("", "expected a local path, file:// or s3://"),
-        ("gs://bucket/a", "use a local path, file:// or s3://"),
-        ("S3://bucket/a", "use a local path, file:// or s3://"),
+        ("", "expected a local path, file://, s3://"),
+        ("ftp://bucket/a", "expected a local path, file://, s3://"),
+        ("S3://bucket/a", "expected a local path, file://, s3://"),
         ("s3://", "expected s3://bucket/key"),
         ("s3:///a", "expected s3://bucket/key"),
         ("file://a/b", "expected three slashes"),
     ],
 )
 def test_what_names_no_place_is_refused_with_advice(uri: str, advice: str) -> None:
-    """`gs://` or `file://a/b` taken for a local path would write to an odd folder and succeed."""
+    """`ftp://` or `file://a/b` taken for a local path would write to an odd folder and succeed."""
     assert advice in complaint(lambda: storage.absolute(uri))
 
 
@@ -151,7 +151,7 @@ def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_file_of_several_parts_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
-    """Above 8 MiB boto3 uploads in parts: parts in the wrong order, or a server that wants other checksums."""
+    """A multipart upload: parts in the wrong order, or a server that requires other checksums."""
     original, copy = tmp_path / "original", tmp_path / "new" / "folder" / "copy"
     original.write_bytes(os.urandom(1 << 16) * 144)
     storage.upload(original, storage.join(place, "big"))
@@ -180,7 +180,7 @@ def test_of_many_writers_of_a_new_file_exactly_one_wins(place: str) -> None:
 def test_many_threads_may_be_the_first_to_reach_the_bucket(place: str) -> None:
     """boto3's default session is not safe for that, and `sources.read` starts with sixteen threads."""
     storage.write(storage.join(place, "file"), b"1")
-    storage._s3.cache_clear()
+    object_clients.clear_cache()
     together = threading.Barrier(4)
 
     def read(_: int) -> bytes:
@@ -268,7 +268,7 @@ def every_operation(base: str, folder: Path) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("place", ["moto", "rclone"], indirect=True)
 def test_a_missing_bucket_is_named_by_every_operation(place: str, tmp_path: Path) -> None:
-    """An empty listing would read as an empty dataset; boto3's upload hides the reason in its text."""
+    """An empty listing would read as an empty dataset."""
     operations = every_operation("s3://no-such-bucket/data", tmp_path)
     del operations["exists"]  # a HEAD request has no body: a missing bucket looks like a missing file
     for name, call in operations.items():
@@ -286,7 +286,7 @@ def test_an_unreachable_endpoint_is_said_by_every_operation(
     aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A typing mistake in the endpoint must not read like a missing file."""
-    monkeypatch.setattr(storage, "RETRIES", 1)
+    monkeypatch.setattr(object_clients, "RETRIES", 1)
     endpoint = f"http://127.0.0.1:{free_port()}"
     aws(endpoint)
     for name, call in every_operation("s3://bucket/data", tmp_path).items():
@@ -296,7 +296,7 @@ def test_an_unreachable_endpoint_is_said_by_every_operation(
 
 
 def test_missing_credentials_are_said_by_every_operation(aws: Any, moto_s3: str, tmp_path: Path) -> None:
-    """botocore's own words name neither the place nor the variables."""
+    """The libraries' errors name neither the URI nor the variables."""
     aws(moto_s3, None, None)
     for name, call in every_operation("s3://bucket/data", tmp_path).items():
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in complaint(call), name
@@ -312,7 +312,7 @@ def test_settings_that_make_no_client_are_said(aws: Any, moto_s3: str, monkeypat
 
 
 def test_an_impossible_bucket_name_is_said_on_one_line(aws: Any, moto_s3: str) -> None:
-    """botocore explains names over several lines; logs and jobs print one."""
+    """The libraries explain errors over several lines; logs and jobs print one."""
     aws(moto_s3)
     assert "s3://B_K!/a" in complaint(lambda: storage.read("s3://B_K!/a"))
 
@@ -371,7 +371,7 @@ def faulty(aws: Any) -> Iterator[type[Faulty]]:
 
 @pytest.mark.parametrize("fault", ["503", "half"])
 def test_a_read_outlives_a_server_that_fails_once(faulty: type[Faulty], fault: str) -> None:
-    """botocore repeats requests that are refused, but not answers that break off in the middle."""
+    """A refused request, and an answer that is truncated in the middle."""
     faulty.faults = [fault]
     assert storage.read("s3://bucket/file") == Faulty.body
     assert faulty.requests == 2
@@ -379,7 +379,7 @@ def test_a_read_outlives_a_server_that_fails_once(faulty: type[Faulty], fault: s
 
 def test_a_read_gives_up_after_so_many_attempts(faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch) -> None:
     """A retry without an end is a job that hangs."""
-    monkeypatch.setattr(storage, "RETRIES", 3)
+    monkeypatch.setattr(object_clients, "RETRIES", 3)
     faulty.faults = ["half"] * 10
     assert "s3://bucket/file" in complaint(lambda: storage.read("s3://bucket/file"))
     assert faulty.requests == 3

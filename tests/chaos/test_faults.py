@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from botocore.retries.standard import ExponentialBackoff
 from conftest import Keyed
 from faults import ANYTHING, FaultProxy, running, seeded
 
-from igpt_ray import storage
+from igpt_ray import object_clients, object_store, storage
 from igpt_ray.data import sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.mapper import serial_map
@@ -39,9 +38,9 @@ def through(on_rclone: str, rclone_s3: Keyed, aws: Callable[..., None], monkeypa
 
     Less silence, and shorter waits between attempts: what takes minutes with the usual numbers takes a second.
     """
-    monkeypatch.setattr(storage, "SILENCE", 0.4)
-    for scale, seconds in (("throttling_base_scale", 0.02), ("non_throttling_base_scale", 0.01)):
-        monkeypatch.setitem(ExponentialBackoff._DEFAULT_BACKOFF_CONFIG, scale, seconds)
+    monkeypatch.setattr(object_clients, "READ_TIMEOUT", 0.4)
+    monkeypatch.setattr(object_clients, "BACKOFF", 0.01)
+    monkeypatch.setattr(object_clients, "MAX_BACKOFF", 0.2)
 
     @contextmanager
     def block(schedule: Sequence[str | None]) -> Iterator[FaultProxy]:
@@ -100,13 +99,15 @@ def test_a_server_that_never_answers_is_named_soon_by_every_operation(
     through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts upon attempts: ten of ours around eleven of the client's, a minute each, were 110 minutes."""
-    monkeypatch.setattr(storage, "RETRIES", 3)
+    monkeypatch.setattr(object_clients, "RETRIES", 3)
     storage.write(storage.join(on_rclone, "file"), bytes(2000))
     with through([]) as proxy:
-        endpoint = storage._s3().meta.endpoint_url
+        endpoint = object_clients.s3_client().meta.endpoint_url
         for name, call in operations(on_rclone, tmp_path).items():
             proxy.fail_next(["hang"] * 100)
-            with pytest.raises(StorageError, match=rf"{on_rclone}.*{endpoint}.*nothing for 0\.4 s, 3 times in a row"):
+            with pytest.raises(
+                StorageError, match=rf"{on_rclone}.*{endpoint}.*sent nothing for 0\.4 s, 3 times in a row"
+            ):
                 call()
             assert proxy.faults == 3, name
 
@@ -116,7 +117,7 @@ def test_a_fault_that_lasts_is_an_error_that_names_the_file(
     fault: str, through: Through, on_rclone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a file, an empty listing, or a wait without an end."""
-    monkeypatch.setattr(storage, "RETRIES", 3)
+    monkeypatch.setattr(object_clients, "RETRIES", 3)
     storage.write(storage.join(on_rclone, "file"), bytes(2000))
     with through([]) as proxy:
         for start in (0, 5):
@@ -129,10 +130,10 @@ def test_a_fault_that_lasts_is_an_error_that_names_the_file(
 def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
     through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """boto3's download waited for ever where the head of an answer was cut; parts must not change places."""
+    """A download that waits for ever where the head of an answer was cut; parts that change places."""
     original = tmp_path / "original"
     original.write_bytes(os.urandom(1 << 16) * 144)
-    monkeypatch.setattr(storage, "PART", 1 << 20)
+    monkeypatch.setattr(object_store, "PART", 1 << 20)
     with through(seeded(4, 10_000, 0.3, [*ANYTHING, "stall 300"])) as proxy:
         storage.upload(original, f"{on_rclone}/big")
         storage.download(f"{on_rclone}/big", tmp_path / "copy")
@@ -144,7 +145,7 @@ def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
 def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
     fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
-    """A missing upload id or tag is a `KeyError` inside boto3, which nobody asks again for."""
+    """obstore does not repeat the requests that begin and complete a multipart upload."""
     original = tmp_path / "original"
     original.write_bytes(bytes(9 << 20))
     with through([]) as proxy:
@@ -184,7 +185,7 @@ def test_a_source_that_falls_silent_for_good_is_an_error_in_every_layout(
     """pyarrow and the threads that read ahead must hand on the error as it is: not a hang, not a damaged file."""
     LAYOUTS[layout](on_rclone, tiny())
     plan = sources.plan(on_rclone, 3)
-    monkeypatch.setattr(storage, "RETRIES", 2)
+    monkeypatch.setattr(object_clients, "RETRIES", 2)
     for fault in ("hang", "stall 300"):
         with through([fault] * 1000), pytest.raises(StorageError, match=on_rclone):
             everything(plan)
@@ -249,8 +250,8 @@ def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_c
     """503 from the first request of a checkpoint on: the steps do not wait, the next checkpoint is left out and said
     to be, and the last one is worth the wait."""
     if seconds == 60:
-        for scale in ("throttling_base_scale", "non_throttling_base_scale"):
-            monkeypatch.setitem(ExponentialBackoff._DEFAULT_BACKOFF_CONFIG, scale, 1.0)  # as in earnest
+        monkeypatch.setattr(object_clients, "BACKOFF", 0.5)  # the defaults
+        monkeypatch.setattr(object_clients, "MAX_BACKOFF", 20.0)
     cfg = test_training.settings_for(
         store, tmp_path, run={"root": on_rclone, "checkpoint_every": 2, "keep_every": None}
     )

@@ -78,7 +78,7 @@ def test_a_preparation_on_a_full_disk_is_an_error_and_a_repeat_completes(
     written = {path: path.stat().st_mtime_ns for path in (disk / "tokens").rglob("*.parquet")}
     assert 0 < len(written) < 6
     assert not list(storage.leftovers(settings.tokens))
-    with pytest.raises(StorageError, match="make room and repeat"):
+    with pytest.raises(StorageError, match="free space and repeat"):
         prepare(settings, serial_map)
 
     ballast.unlink()

@@ -225,8 +225,10 @@ def test_sequential_reads_use_few_large_requests_and_skips_small_ones(
     with open(path, "wb") as f:
         f.truncate(200 << 20)
     asked: list[int] = []
-    real = storage.read
-    monkeypatch.setattr(storage, "read", lambda uri, start, length: asked.append(length) or real(uri, start, length))
+    real = storage.read_versioned
+    monkeypatch.setattr(
+        storage, "read_versioned", lambda uri, start, length: asked.append(length) or real(uri, start, length)
+    )
     with Window(str(path), 200 << 20) as window:
         for start in range(0, 100 << 20, 100_000):
             window.read(start, 512)
@@ -236,6 +238,20 @@ def test_sequential_reads_use_few_large_requests_and_skips_small_ones(
         for start in range(0, 200 << 20, 20 << 20):
             window.read(start, 512)
     assert asked == [ranges.FIRST] * 10
+
+
+@pytest.mark.parametrize("place", ["local", "moto"], indirect=True)
+@pytest.mark.parametrize("kind", [Window, RangeFile])
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(place: str, kind: type) -> None:
+    """The header of one tar with the pictures of another of the same size."""
+    uri = storage.join(place, "file")
+    storage.write(uri, bytes(4 << 20))
+    reader = kind(uri, 4 << 20)
+    read = reader.read if kind is Window else lambda start, length: (reader.seek(start), reader.read(length))[1]
+    assert read(0, 512) == bytes(512)
+    storage.write(uri, b"1" * (4 << 20))
+    with pytest.raises(SourceError, match=f"{uri} has changed while it was read"):
+        read(3 << 20, 512)
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from aws import ACCOUNT, HERE, REGION, Account, Call, allowed
 
-from igpt_ray import storage, weights
+from igpt_ray import object_clients, storage, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "arn:aws:s3:::some-data"
@@ -299,10 +299,8 @@ def here(call: Call, bucket: str) -> Call:
 def aws_at_moto(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket on the moto server: `on_moto` for a test that also has a moto account in its own process."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto_s3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_s3", storage._s3)
-        storage._s3.cache_clear()
-        bucket = "bucket-of-roles"
-        storage._s3().create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
-        yield f"s3://{bucket}"
-    storage._s3.cache_clear()
+    object_clients.clear_cache()
+    bucket = "bucket-of-roles"
+    object_clients.s3_client().create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    yield f"s3://{bucket}"
+    object_clients.clear_cache()

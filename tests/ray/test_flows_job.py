@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
-from igpt_ray import storage
+from igpt_ray import object_clients, storage
 from igpt_ray.data import sources
 from igpt_ray.data.config import PaletteConfig, PixelsConfig
 from igpt_ray.data.make_shard import MakeShard, Task
@@ -73,7 +73,7 @@ def test_bad_places_are_one_line_that_says_what_to_do(
             capsys, prepare.fit_palette, palette(nothing)
         )
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage._s3.cache_clear()
+    object_clients.clear_cache()
     said = error_line(capsys, prepare.fit_palette, palette(on_rclone))
     assert "refused the key" in said
     assert "AWS_SECRET_ACCESS_KEY" in said

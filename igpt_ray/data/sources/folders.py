@@ -62,7 +62,7 @@ class Files:
         """Raises `StorageError` if a file cannot be fetched."""
         items = [(path, key_of(path), label) for path, label in zip(self.paths, self.labels, strict=True)]
         items = [item for item in items if key_filter is None or key_filter(item[1])]
-        ahead = READ_AHEAD if storage.is_s3(self.root) else READ_AHEAD_DISK
+        ahead = READ_AHEAD if storage.is_remote(self.root) else READ_AHEAD_DISK
         for part in fetched(batched(items, FILES_PER_FETCH), self._fetch, ahead):
             yield from part
 

@@ -15,6 +15,21 @@ LARGEST = 8 << 20
 """Request size doubles up to this limit during sequential reads. At most two blocks are in memory."""
 
 
+class _Reader:
+    """Reads parts of one file. Raises `SourceError` if the file is replaced between two reads."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self._version: storage.Version | None = None
+
+    def __call__(self, start: int, length: int) -> bytes:
+        data, version = storage.read_versioned(self.uri, start, length)
+        self._version = self._version or version
+        if version != self._version:
+            raise SourceError(f"{self.uri} has changed while it was read: repeat the command when it is complete")
+        return data
+
+
 class _Prefetch(NamedTuple):
     start: int
     data: "Future[bytes]"
@@ -30,6 +45,7 @@ class Window:
     def __init__(self, uri: str, size: int):
         self.uri = uri
         self.size = size
+        self._fetch = _Reader(uri)
         self._start = size  # so that the first read counts as a seek
         self._block = b""
         self._request = FIRST
@@ -73,11 +89,11 @@ class Window:
         if prefetch and prefetch.start <= start < prefetch.start + len(block):
             self._start, self._block = prefetch.start, block
         else:
-            self._start, self._block = start, storage.read(self.uri, start, min(self._request, self.size - start))
+            self._start, self._block = start, self._fetch(start, min(self._request, self.size - start))
         ahead = self._start + len(self._block)
         if sequential and self._block and ahead < self.size:
             length = min(self._request, self.size - ahead)
-            self._prefetch = _Prefetch(ahead, self._thread.submit(storage.read, self.uri, ahead, length))
+            self._prefetch = _Prefetch(ahead, self._thread.submit(self._fetch, ahead, length))
 
 
 class RangeFile(io.RawIOBase):
@@ -87,6 +103,7 @@ class RangeFile(io.RawIOBase):
         self.uri = uri
         self.size = size
         self.position = 0
+        self._fetch = _Reader(uri)
 
     def readable(self) -> bool:
         return True
@@ -105,7 +122,7 @@ class RangeFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         remaining = max(0, self.size - self.position)
         length = remaining if size is None or size < 0 else min(size, remaining)
-        data = storage.read(self.uri, self.position, length) if length else b""
+        data = self._fetch(self.position, length) if length else b""
         self.position += len(data)
         return data
 
