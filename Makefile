@@ -20,8 +20,13 @@ serve: .venv/demo  ## serve the demo's release
 	@echo "  curl -s http://127.0.0.1:$(PORT)/v1/completions -F n=2 -F image=@$(OUT)/picture.png"
 	$(BIN)/python jobs/serve.py --release digits=$(OUT)/release --heads digit=$(OUT)/probe --open --port $(PORT)
 
-test: .venv/dev  ## everything; `make test ARGS="-m 'not ray and not slow'"` takes a minute or two
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/dev  ## every claim of the README, in minutes
+	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not long"
+	$(BIN)/python -m pytest -m "ray and not slow and not long"
+
+test-all: .venv/dev  ## also kills, faults, load and deployment; not the tests marked long
+	$(BIN)/python -m pytest -n 2 -m "not ray and not long"
+	$(BIN)/python -m pytest -m "ray and not long"
 
 lint: .venv/dev  ## style and types
 	$(BIN)/ruff check .
