@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt_ray import rng
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
 from igpt_ray.generate.kv_cache import KVCache

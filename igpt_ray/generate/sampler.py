@@ -13,7 +13,7 @@ from torch import Tensor
 from igpt_ray.data import pixels as images
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.model.image_gpt import ImageGPT
 

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.generate import engine
 from igpt_ray.serve.middleware import PUBLIC, APIError, Keys, RequestGuard

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray.data.token_store import TokenFormat, Tokens
+from igpt_ray.data.token_format import TokenFormat, Tokens
 from igpt_ray.errors import EndpointError, ImageError
 
 Nats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.generate.engine import Engine, Generation, Request
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from igpt_ray import storage
-from igpt_ray.data.token_store import Strict
+from igpt_ray.data.token_format import Strict
 from igpt_ray.errors import CheckpointError, NotFound, StorageError
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from igpt_ray import storage, weights
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.check import API, check_file, deployment_of

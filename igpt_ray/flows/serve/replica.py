@@ -10,7 +10,7 @@ import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from igpt_ray import weights
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.features import Features, Pooling
 from igpt_ray.evaluate.heads import Head, load_head
