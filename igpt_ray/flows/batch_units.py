@@ -48,7 +48,7 @@ def plan_batch(settings: BatchConfig) -> BatchPlan:
     """Check that model, store and split fit together, before any worker starts."""
     if settings.endpoint:
         server = make_client(settings)
-        kind, sha256 = server.kind(), server.model_info()["sha256"]
+        kind, sha256 = server.token_format(), server.model_info()["sha256"]
     else:
         release = weights.load_config(settings.release)
         weights.check_next(release, settings.release)

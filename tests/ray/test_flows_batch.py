@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
     out = {"out": str(tmp_path)}
     with pytest.raises(SourceError, match="has no split 'val': it has test, train"):
         batch.score(ScoreConfig(release=released, source=digit_images, split="val", **out))
-    with pytest.raises(EndpointError, match="has no model 'cats': digits"):
+    with pytest.raises(EndpointError, match="has no model 'cats': it has digits"):
         batch.score(ScoreConfig(endpoint=place.url, model="cats", tokens=store, **out))
     with pytest.raises(EndpointError, match="expected http"):
         batch.score(ScoreConfig(endpoint="ftp://x", tokens=store, **out))
