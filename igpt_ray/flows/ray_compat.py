@@ -1,0 +1,72 @@
+"""All uses of Ray's private names, tried on Ray 2.60.
+
+They connect to the GCS only. The public `ray.util.state` needs the dashboard, which a cluster may disable or bind to
+the head's loopback address (as cluster/aws.yaml does). The command `ray drain-node` calls the same private method.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+from igpt_ray.errors import SettingError
+
+TRIED_ON = "2.60"
+
+
+@contextmanager
+def _private_names() -> Iterator[None]:
+    """Raises `SettingError` where Ray lacks a private name or takes other arguments."""
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SettingError(
+            f"Ray {ray.__version__} lacks an internal interface that igpt_ray uses ({error}); it was tried on Ray"
+            f" {TRIED_ON}: pip install 'ray=={TRIED_ON}.*'"
+        ) from error
+
+
+@_private_names()
+def drain_node(address: str, node: str, reason: str, deadline_ms: int) -> tuple[bool, str]:
+    """Drain a node that will be preempted. Returns whether the GCS accepts the request, and its reason if not.
+
+    `address` is the GCS's, host:port. `deadline_ms` is a Unix time in milliseconds; 0 is no deadline.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    preemption = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, rejection = GcsClient(address=address).drain_node(node, preemption, reason, deadline_ms)
+    return accepted, rejection
+
+
+@_private_names()
+def nodes_at(address: str, ip: str) -> list[str]:
+    """The ids of the live nodes with this IP address, in the cluster whose GCS is at `address`."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    nodes = GcsClient(address=address).get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values()
+    return [info.node_id.hex() for info in nodes if info.node_manager_address == ip]
+
+
+@_private_names()
+def remove_placement_groups_of(actor_class: str) -> None:
+    """Remove the placement groups that actors of this class created in this job."""
+    import ray._private.state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    job, state = ray.get_runtime_context().get_job_id(), ray._private.state.state
+    for data in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        creator = state.actor_table(group.creator_actor_id.hex())
+        if creator.get("ActorClassName") == actor_class and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+@_private_names()
+def head_labels() -> dict[str, str]:
+    """The labels of the head node."""
+    return next(node["Labels"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
