@@ -228,7 +228,7 @@ def test_the_check_finds_wrong_values_too() -> None:
     for path, value, match in (
         (("http_options", "port"), "many", "port"),
         (("applications", 0, "import_path"), "igpt_ray.flows.serve:run", "import_path"),
-        (("applications", 0, "deployments", 0, "name"), "release-s2", "no such deployment: there are api, release-s1"),
+        (("applications", 0, "deployments", 0, "name"), "release-s2", "expected one of api, release-s1"),
         (("applications", 0, "args", "replicas"), 0, "replicas"),
         (("applications", 0, "args"), {"release": "s1=/x", "open": True}, "not a loopback address"),
         (("applications",), [], "at least one"),
