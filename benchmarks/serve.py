@@ -274,8 +274,8 @@ def attended_to(
     n_px = int(len(asked[0].tokens) ** 0.5)
     tickets: list[Generation] = []
     row, end = np.full(len(asked), np.nan), np.full(len(asked), np.nan)
-    begun = [int(np.flatnonzero(~one.given)[0]) for one in asked]
-    pixels = sum(int((~one.given).sum()) for one in asked)
+    begun = [int(np.flatnonzero(~one.prompt_mask)[0]) for one in asked]
+    pixels = sum(int((~one.prompt_mask).sum()) for one in asked)
     started = time.perf_counter()
     while np.isnan(end).any():
         now = time.perf_counter() - started

@@ -263,7 +263,7 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         seeds = self.body.seeds
         data = [{"index": i, "seed": seeds[i], **self._encoded(x)} for i, x in enumerate(self.tokens)]
-        generated = int((~self.engine_request.given).sum()) * self.body.n
+        generated = int((~self.engine_request.prompt_mask).sum()) * self.body.n
         return {**self._head(), "data": data, "usage": {"painted_pixels": generated}}
 
     def _head(self) -> dict[str, Any]:

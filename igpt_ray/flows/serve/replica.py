@@ -76,8 +76,8 @@ class Replica:
     async def ready(self) -> bool:
         """Generate one pixel; returns True when it is done."""
         T = self.release_config.model.n_positions
-        given = np.arange(T) < T - 1
-        async for _ in self.complete(Request(np.zeros(T, np.uint16), given, (0,))):
+        prompt_mask = np.arange(T) < T - 1
+        async for _ in self.complete(Request(np.zeros(T, np.uint16), prompt_mask, (0,))):
             pass
         return True
 
