@@ -1,20 +1,20 @@
-"""The errors a user can mend. Each message says what was expected, what came, and what to do.
+"""User errors. Each message states what was expected, what came, and what to do.
 
     IgptError (ValueError)
-    ├── SettingError         a setting that cannot work
-    ├── StorageError         a place that cannot be reached, read or written
-    │   └── NotFound         nothing is there
-    ├── ImageError           bytes that are not a picture we read
-    ├── SourceError          a folder of images that does not look like one
-    ├── PaletteError         a palette that is malformed, or not the one expected
-    ├── TokenStoreError      a token store that is incomplete, damaged or of another kind
-    ├── CheckpointError      a checkpoint or release that is incomplete, damaged or of another shape
-    ├── FeatureError         features that nothing can be concluded from
-    ├── TrainingError        a run that cannot go on
-    └── EndpointError        a server that does not answer, or refuses
+    ├── SettingError     a setting that cannot work
+    ├── StorageError     a location that cannot be reached, read or written
+    │   └── NotFound     no object exists at this location
+    ├── ImageError       bytes that are not an image in a supported format
+    ├── SourceError      a source of images that cannot be planned, or not read within its limits
+    ├── PaletteError     a palette that is malformed, or not the expected one
+    ├── TokenStoreError  a token store that is incomplete, damaged or incompatible
+    ├── CheckpointError  a checkpoint or release that is incomplete, damaged or incompatible
+    ├── FeatureError     features or embeddings that are insufficient for the computation
+    ├── TrainingError    a training run that cannot continue
+    └── EndpointError    an igpt_ray server that does not answer, or rejects a request
 
-All take one message, so that they survive pickling between Ray processes.
-Jobs print them as one line; anything else is a bug and keeps its traceback.
+All take one message, so that they can be pickled between Ray processes. Commands print them as one line; any other
+exception is a bug and keeps its traceback.
 """
 
 
@@ -27,40 +27,40 @@ class SettingError(IgptError):
 
 
 class StorageError(IgptError):
-    """A place that cannot be reached, read or written."""
+    """A location that cannot be reached, read or written."""
 
 
 class NotFound(StorageError):
-    """Nothing is stored under this name."""
+    """No object exists at this location."""
 
 
 class ImageError(IgptError):
-    """Bytes that are not a picture we read."""
+    """Bytes that are not an image in a supported format."""
 
 
 class SourceError(IgptError):
-    """A source of images that cannot be planned or read within its budget."""
+    """A source of images that cannot be planned, or not read within its limits."""
 
 
 class PaletteError(IgptError):
-    """A palette that is malformed, or not the one expected."""
+    """A palette that is malformed, or not the expected one."""
 
 
 class TokenStoreError(IgptError):
-    """A token store that is incomplete, damaged or of another kind."""
+    """A token store that is incomplete, damaged or incompatible."""
 
 
 class CheckpointError(IgptError):
-    """A checkpoint or release that is incomplete, damaged or of another shape."""
+    """A checkpoint or release that is incomplete, damaged or incompatible."""
 
 
 class FeatureError(IgptError):
-    """Features or embeddings that nothing can be concluded from."""
+    """Features or embeddings that are insufficient for the computation."""
 
 
 class TrainingError(IgptError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class EndpointError(IgptError):
-    """A server of ours that does not answer, or refuses."""
+    """An igpt_ray server that does not answer, or rejects a request."""

@@ -187,7 +187,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
     for wrong in ({}, {"open": True, "keys": keys}, {"open": True, "host": "0.0.0.0"}):
         with pytest.raises(ValueError, match=r"say who may ask|must be a loopback address"):
             ServeConfig(release=release, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="two are called 'a'"):
+    with pytest.raises(ValueError, match="two entries have the name 'a'"):
         ServeConfig(release=("a=/x", "a=/y"), open=True)
 
 
