@@ -185,7 +185,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
     with pytest.raises(FeatureError, match="no release served is the one that the head pets was fitted on"):
         serve.build(ServeConfig(release=other, heads=head, open=True))
     for wrong in ({}, {"open": True, "keys": keys}, {"open": True, "host": "0.0.0.0"}):
-        with pytest.raises(ValueError, match=r"say who may ask|must be a loopback address"):
+        with pytest.raises(ValueError, match=r"set either --keys|must be a loopback address"):
             ServeConfig(release=release, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two entries have the name 'a'"):
         ServeConfig(release=("a=/x", "a=/y"), open=True)
@@ -220,7 +220,7 @@ def test_every_misspelt_or_missing_key_of_the_cluster_s_file_is_found(path: tupl
         if dropped and path[-1] in ("deployments", "autoscaling_config", "max_ongoing_requests", "slots", "gpus"):
             check.check_config(said, "it")
             continue
-        with pytest.raises(SettingError, match=rf"it.*{path[-1]}|say who may ask|no release to serve"):
+        with pytest.raises(SettingError, match=rf"it.*{path[-1]}|set either --keys|no release to serve"):
             check.check_config(said, "it")
 
 
