@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 class Metrics:
-    """The lines of `<run>/metrics.jsonl` up to `step`, to which lines are added. Later lines are dropped."""
+    """The lines of `<run>/metrics.jsonl` up to `step`, and new lines. Later lines of the file are dropped."""
 
     def __init__(self, run: str, step: int, tensorboard: bool = False):
         self.uri = storage.join(run, "metrics.jsonl")
@@ -32,7 +32,7 @@ class Metrics:
         self.flusher()()
 
     def flusher(self) -> Callable[[], None]:
-        """A function, for another thread, that stores the lines as they are now."""
+        """A function for another thread that stores the current lines."""
         return partial(self._store, self.lines.copy())
 
     def _store(self, lines: list[Line]) -> None:
