@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 from igpt_ray.errors import SettingError
 from igpt_ray.train.config import PretrainConfig
