@@ -34,7 +34,7 @@ def drain_node(address: str, node: str, reason: str, deadline_ms: int) -> tuple[
 
     `address` is the GCS's, host:port. `deadline_ms` is a Unix time in milliseconds; 0 is no deadline.
     """
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     preemption = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
@@ -45,7 +45,7 @@ def drain_node(address: str, node: str, reason: str, deadline_ms: int) -> tuple[
 @_private_names()
 def nodes_at(address: str, ip: str) -> list[str]:
     """The ids of the live nodes with this IP address, in the cluster whose GCS is at `address`."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
     nodes = GcsClient(address=address).get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values()
