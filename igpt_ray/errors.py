@@ -1,25 +1,16 @@
 """User errors. Each message states what was expected, what came, and what to do.
 
-    IgptError (ValueError)
-    ├── SettingError     a setting that cannot work
-    ├── StorageError     a location that cannot be reached, read or written
-    │   └── NotFound     no object exists at this location
-    ├── ImageError       bytes that are not an image in a supported format
-    ├── SourceError      a source of images that cannot be planned, or not read within its limits
-    ├── PaletteError     a palette that is malformed, or not the expected one
-    ├── TokenStoreError  a token store that is incomplete, damaged or incompatible
-    ├── CheckpointError  a checkpoint or release that is incomplete, damaged or incompatible
-    ├── FeatureError     features or embeddings that are insufficient for the computation
-    ├── TrainingError    a training run that cannot continue
-    └── EndpointError    an igpt_ray server that does not answer, or rejects a request
-
 All take one message, so that they can be pickled between Ray processes. Commands print them as one line; any other
 exception is a bug and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
 
 class IgptError(ValueError):
-    """Root of the tree above."""
+    """Root of all user errors."""
 
 
 class SettingError(IgptError):
@@ -64,3 +55,15 @@ class TrainingError(IgptError):
 
 class EndpointError(IgptError):
     """An igpt_ray server that does not answer, or rejects a request."""
+
+
+@contextmanager
+def private_names_of(package: str, tried_on: str) -> Iterator[None]:
+    """Raises `SettingError` where a package lacks a private name that is used, because no API guarantees it."""
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SettingError(
+            f"{package} {metadata.version(package)} lacks an internal interface that igpt_ray uses ({error}); it was"
+            f" tried on {package} {tried_on}: install that version"
+        ) from error

@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def ray_cluster(logs: Path, n_cpus: int, env: Mapping[str, str]) -> Iterator[dic
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += ["--min-worker-port=0", "--max-worker-port=0"] + [f"--{name}={free_port()}" for name in ports]
     try:
-        with _process(command, client, logs / "cluster.log") as alive:
-            _until(lambda: _answers(f"{client['RAY_API_SERVER_ADDRESS']}/api/version", client), alive, "Ray")
+        with _group(command, client, logs / "cluster.log") as process:
+            _until(lambda: _answers(f"{client['RAY_API_SERVER_ADDRESS']}/api/version", client), process, "Ray")
             yield client
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -89,8 +89,8 @@ def s3_server(folder: Path, bucket: str, logs: Path) -> Iterator[dict[str, str]]
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    with _process(command, dict(os.environ), logs / "s3.log") as alive:
-        _until(lambda: _listens(port), alive, "the S3 server")
+    with _group(command, os.environ, logs / "s3.log") as process:
+        _until(lambda: _listens(port), process, "the S3 server")
         yield env
 
 
@@ -102,7 +102,7 @@ def submit(words: list[str], client: Mapping[str, str], log: Path, on_line: Call
     """
     command = ["ray", "job", "submit", "--working-dir", str(ROOT), "--", "python", *words]
     lines = []
-    with open(log, "w") as file, _group(command, dict(client), subprocess.PIPE) as process:
+    with open(log, "w") as file, _group(command, client) as process:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
@@ -121,32 +121,29 @@ def submitted(words: list[str], client: Mapping[str, str], log: Path, ready: str
     """Submit a job that serves, wait until the URL `ready` answers, and stop the job at the end of the block."""
     name = f"serve-{secrets.token_hex(4)}"
     command = ["ray", "job", "submit", "--working-dir", str(ROOT), "--submission-id", name, "--", "python", *words]
-    with open(log, "w") as file, _group(command, dict(client), file) as process:
+    with _group(command, client, log) as process:
         try:
-            _until(lambda: _answers(ready, {}), lambda: process.poll() is None, f"{words[0]} (its log: {log})")
+            _until(lambda: _answers(ready, {}), process, f"{words[0]} (its log: {log})")
             yield
         finally:
             subprocess.run(["ray", "job", "stop", name], env=dict(client), capture_output=True, check=False)
 
 
 @contextmanager
-def _process(command: list[str], env: dict[str, str], log: Path) -> Iterator[Callable[[], bool]]:
-    """Run a server for the duration of the block. Yields a function that returns whether it is running."""
-    with open(log, "w") as file, _group(command, env, file) as process:
-        yield lambda: process.poll() is None
+def _group(command: list[str], env: Mapping[str, str], log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run a process in its own session, so that Ctrl-C does not reach it. Its descendants are killed at the end.
 
-
-@contextmanager
-def _group(command: list[str], env: dict[str, str], output: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run a process in its own session, so that Ctrl-C does not reach it. Its descendants are killed at the end."""
+    Its output goes to `log`, or else to a pipe.
+    """
     import psutil
 
-    process = subprocess.Popen(
-        command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    with open(log, "w") if log else nullcontext(subprocess.PIPE) as output:
+        process = subprocess.Popen(
+            command, env=dict(env), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
     try:
         yield process
-        if output is subprocess.PIPE:
+        if log is None:
             process.wait()
     finally:
         descendants: list[psutil.Process] = []
@@ -163,10 +160,10 @@ def _group(command: list[str], env: dict[str, str], output: Any) -> Iterator[sub
                 descendant.kill()
 
 
-def _until(ready: Callable[[], bool], alive: Callable[[], bool], name: str) -> None:
+def _until(ready: Callable[[], bool], process: subprocess.Popen[str], name: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not ready():
-        if not alive():
+        if process.poll() is not None:
             raise StageFailed(f"{name} exited during its start")
         if time.monotonic() > deadline:
             raise StageFailed(f"{name} did not answer within {START_TIMEOUT_S} s")

@@ -1,34 +1,19 @@
-"""All uses of Ray's private names, tried on Ray 2.60.
+"""All uses of Ray's private names.
 
 They connect to the GCS only. The public `ray.util.state` needs the dashboard, which a cluster may disable or bind to
 the head's loopback address (as cluster/aws.yaml does). The command `ray drain-node` calls the same private method.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import ray
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from igpt_ray.errors import SettingError
+from igpt_ray.errors import private_names_of
 
 TRIED_ON = "2.60"
 
 
-@contextmanager
-def _private_names() -> Iterator[None]:
-    """Raises `SettingError` where Ray lacks a private name or takes other arguments."""
-    try:
-        yield
-    except (ImportError, AttributeError, TypeError) as error:
-        raise SettingError(
-            f"Ray {ray.__version__} lacks an internal interface that igpt_ray uses ({error}); it was tried on Ray"
-            f" {TRIED_ON}: pip install 'ray=={TRIED_ON}.*'"
-        ) from error
-
-
-@_private_names()
+@private_names_of("ray", TRIED_ON)
 def drain_node(address: str, node: str, reason: str, deadline_ms: int) -> tuple[bool, str]:
     """Drain a node that will be preempted. Returns whether the GCS accepts the request, and its reason if not.
 
@@ -42,7 +27,7 @@ def drain_node(address: str, node: str, reason: str, deadline_ms: int) -> tuple[
     return accepted, rejection
 
 
-@_private_names()
+@private_names_of("ray", TRIED_ON)
 def nodes_at(address: str, ip: str) -> list[str]:
     """The ids of the live nodes with this IP address, in the cluster whose GCS is at `address`."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -52,7 +37,7 @@ def nodes_at(address: str, ip: str) -> list[str]:
     return [info.node_id.hex() for info in nodes if info.node_manager_address == ip]
 
 
-@_private_names()
+@private_names_of("ray", TRIED_ON)
 def remove_placement_groups_of(actor_class: str) -> None:
     """Remove the placement groups that actors of this class created in this job."""
     import ray._private.state
@@ -66,7 +51,7 @@ def remove_placement_groups_of(actor_class: str) -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-@_private_names()
+@private_names_of("ray", TRIED_ON)
 def head_labels() -> dict[str, str]:
     """The labels of the head node."""
     return next(node["Labels"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])

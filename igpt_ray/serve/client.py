@@ -9,6 +9,7 @@ import base64
 import json
 import time
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import numpy as np
 import urllib3
@@ -48,11 +49,8 @@ class Client:
     """One model of a server; an empty `model` is the server's first. Threads may share a client."""
 
     def __init__(self, endpoint: str, key: str, model: str = ""):
-        try:
-            url = urllib3.util.parse_url(endpoint)
-        except urllib3.exceptions.LocationParseError:
-            url = urllib3.util.Url()
-        if url.scheme not in ("http", "https") or not url.host or url.query:
+        url = urlsplit(endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query:
             raise EndpointError(f"--endpoint {endpoint}: expected http://host:port or https://host")
         self.endpoint = endpoint.rstrip("/")
         self.model = model

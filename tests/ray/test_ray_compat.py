@@ -19,5 +19,5 @@ def test_private_names_of_ray_are_in_one_file() -> None:
 
 def test_a_ray_without_a_private_name_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray._raylet, "GcsClient")
-    with pytest.raises(SettingError, match=r"lacks an internal interface .*GcsClient.* it was tried on Ray 2.60"):
+    with pytest.raises(SettingError, match=r"lacks an internal interface .*GcsClient.* it was tried on ray 2.60"):
         ray_compat.nodes_at("127.0.0.1:1", "127.0.0.1")
