@@ -32,7 +32,7 @@ from igpt_ray.data.image_files import header_of, scaled_jpeg
 from igpt_ray.data.make_shard import MakeShard, Task, path_of
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources.units import batched
-from igpt_ray.data.token_store import TokenFormat
+from igpt_ray.data.token_format import TokenFormat
 from igpt_ray.flows import job, local_cluster, prepare
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.settings import Count, PoolConfig, Section, Uri

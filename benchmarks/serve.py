@@ -284,8 +284,8 @@ def serve_arrivals(
     n, n_px = len(requests), int(len(requests[0].tokens) ** 0.5)
     generations: list[Generation] = []
     row, end = np.full(n, np.nan), np.full(n, np.nan)
-    starts = [int(np.flatnonzero(~request.given)[0]) for request in requests]
-    pixels = sum(int((~request.given).sum()) for request in requests)
+    starts = [int(np.flatnonzero(~request.prompt_mask)[0]) for request in requests]
+    pixels = sum(int((~request.prompt_mask).sum()) for request in requests)
     started = time.perf_counter()
     while np.isnan(end).any():
         now = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """Image GPT ("Generative Pretraining from Pixels") as a distributed system on Ray.
 
-`load` opens a release for use in Python; `TokenStore` and `Palette` are the data formats. They are imported when first
-used, so that `import igpt_ray` is quick and needs neither torch nor ray.
+`load` opens a release for use in Python; `TokenStore` and `Palette` are the data formats. They are imported on first
+use, so that `import igpt_ray` is fast and needs neither torch nor ray.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """The command line: one table of commands, run as `igpt <command>`, `python -m igpt_ray <command>` or a file in jobs/.
 
-A command reads its settings from words, joins or starts Ray where it needs a cluster, calls one flow, and prints what
-the flow returns as one JSON line. Neither torch nor ray is imported before the settings are valid.
+A command parses its settings, joins or starts Ray if it needs a cluster, calls one flow, and prints the flow's result
+as one JSON line. Neither torch nor ray is imported before the settings are valid.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from igpt_ray.interrupt import exits_on_interrupt
 
 
 class Command(NamedTuple):
-    """Where a command's parts are; `module:name`, imported when the command runs."""
+    """A command. `flow` and `settings` are `module:name`, imported when the command runs."""
 
     summary: str
     flow: str
@@ -39,13 +39,13 @@ COMMANDS = {
         "--source s3://bucket/imagenet --palette openai --tokens s3://bucket/tokens",
     ),
     "verify": Command(
-        "check every byte of a token store, and remake some shards from the source",
+        "verify every byte of a token store, and some shards against the source",
         "igpt_ray.flows.verify:verify",
         "igpt_ray.data.config:VerifyConfig",
         "--tokens s3://bucket/tokens",
     ),
     "estimate": Command(
-        "memory, traffic, hours and money of a training run, before it starts",
+        "estimate memory, traffic, hours and cost of a training run",
         "igpt_ray.flows.estimate:report",
         "igpt_ray.train.config:EstimateConfig",
         "igpt-l --workers.n 64 --cluster.device h200",
@@ -66,43 +66,43 @@ COMMANDS = {
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/labelled --run.root s3://bucket/runs",
     ),
     "evaluate": Command(
-        "nats per token of a release on a split; accuracy of a fine-tuned one",
+        "nats per token of a release on a split; accuracy of a fine-tuned release",
         "igpt_ray.flows.evaluate:evaluate",
         "igpt_ray.evaluate.config:EvaluateConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --split val",
     ),
     "features": Command(
-        "features of every layer, to Parquet",
+        "write features of every layer to Parquet",
         "igpt_ray.flows.features:extract",
         "igpt_ray.evaluate.config:FeaturesConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/features",
     ),
     "probe": Command(
-        "linear probe of every layer",
+        "fit a linear probe to every layer",
         "igpt_ray.flows.probe:probe_layers",
         "igpt_ray.evaluate.config:ProbeConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/probe",
     ),
     "complete": Command(
-        "complete the lower part of images, and draw the result",
+        "complete the lower part of images, and draw figures",
         "igpt_ray.flows.batch:complete",
         "igpt_ray.generate.config:CompleteConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/completions",
     ),
     "score": Command(
-        "nats of every image, to Parquet",
+        "write the nats of every image to Parquet",
         "igpt_ray.flows.batch:score",
         "igpt_ray.evaluate.config:ScoreConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/scores",
     ),
     "audit": Command(
-        "bias audit: iEAT, and completions by group",
+        "audit bias: iEAT, and completions by group",
         "igpt_ray.flows.audit:run_audit",
         "igpt_ray.evaluate.config:AuditConfig",
         "--release s3://bucket/runs/s1/release --ieat s3://bucket/stimuli --out s3://bucket/audit",
     ),
     "report": Command(
-        "one page about a release: likelihood, probes, fine-tuning, completions",
+        "report on a release: likelihood, probes, fine-tuning, completions",
         "igpt_ray.flows.report:write_report",
         "igpt_ray.flows.config:ReportConfig",
         "--release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/report",
@@ -121,7 +121,7 @@ COMMANDS = {
         "--release s3://bucket/runs/s1/release --keys keys.txt",
     ),
     "watch": Command(
-        "drain this node when its cloud announces that it takes the node back",
+        "drain this node when its cloud announces its preemption",
         "igpt_ray.flows.watch:watch",
         "igpt_ray.flows.config:WatchConfig",
         "--cloud aws",
@@ -137,7 +137,7 @@ def main() -> None:
         summaries = "\n".join(f"  {command:10} {parts.summary}" for command, parts in COMMANDS.items())
         usage = "usage: igpt COMMAND [--setting VALUE ...]\n\nImage GPT on Ray, from images to an HTTP endpoint."
         options = "settings of a command, with units: igpt COMMAND --help; version: igpt --version"
-        sys.stdout.write(f"{usage}\n\n{summaries}\n\n{options}\n")  # one write, so that `| head` does not break it
+        sys.stdout.write(f"{usage}\n\n{summaries}\n\n{options}\n")  # one write, so that `| head` does not raise
     elif name == "--version":
         from igpt_ray import __version__
 
@@ -151,9 +151,9 @@ def main() -> None:
 
 
 def run(name: str, words: list[str] | None = None, prog: str | None = None) -> None:
-    """Run a command with `words` as its settings (by default those of the program), and print its JSON line.
+    """Run a command with `words` as its settings (by default sys.argv), and print its JSON line.
 
-    Ends the program with exit code 2 if the settings are refused, 1 if the flow fails, 130 or 143 after an interrupt.
+    Exits with code 2 if the settings are invalid, 1 if the flow fails, 130 or 143 after an interrupt.
     """
     command = COMMANDS[name]
     with exits_on_interrupt():
@@ -164,7 +164,7 @@ def run(name: str, words: list[str] | None = None, prog: str | None = None) -> N
 
 
 def parse(name: str, words: list[str], prog: str) -> Any:
-    """The settings of a command. Prints help or the reason and ends the program where words are not settings."""
+    """The settings of a command. Prints help or the error and exits if `words` are not valid settings."""
     import tyro
 
     command = COMMANDS[name]

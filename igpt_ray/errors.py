@@ -1,25 +1,16 @@
-"""The errors a user can mend. Each message says what was expected, what came, and what to do.
+"""User errors. Each message states what was expected, what came, and what to do.
 
-    IgptError (ValueError)
-    ├── SettingError         a setting that cannot work
-    ├── StorageError         a place that cannot be reached, read or written
-    │   └── NotFound         nothing is there
-    ├── ImageError           bytes that are not a picture we read
-    ├── SourceError          a folder of images that does not look like one
-    ├── PaletteError         a palette that is malformed, or not the one expected
-    ├── TokenStoreError      a token store that is incomplete, damaged or of another kind
-    ├── CheckpointError      a checkpoint or release that is incomplete, damaged or of another shape
-    ├── FeatureError         features that nothing can be concluded from
-    ├── TrainingError        a run that cannot go on
-    └── EndpointError        a server that does not answer, or refuses
-
-All take one message, so that they survive pickling between Ray processes.
-Jobs print them as one line; anything else is a bug and keeps its traceback.
+All take one message, so that they can be pickled between Ray processes. Commands print them as one line; any other
+exception is a bug and keeps its traceback.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 
 
 class IgptError(ValueError):
-    """Root of the tree above."""
+    """Root of all user errors."""
 
 
 class SettingError(IgptError):
@@ -27,40 +18,52 @@ class SettingError(IgptError):
 
 
 class StorageError(IgptError):
-    """A place that cannot be reached, read or written."""
+    """A location that cannot be reached, read or written."""
 
 
 class NotFound(StorageError):
-    """Nothing is stored under this name."""
+    """No object exists at this location."""
 
 
 class ImageError(IgptError):
-    """Bytes that are not a picture we read."""
+    """Bytes that are not an image in a supported format."""
 
 
 class SourceError(IgptError):
-    """A source of images that cannot be planned or read within its budget."""
+    """A source of images that cannot be planned, or not read within its limits."""
 
 
 class PaletteError(IgptError):
-    """A palette that is malformed, or not the one expected."""
+    """A palette that is malformed, or not the expected one."""
 
 
 class TokenStoreError(IgptError):
-    """A token store that is incomplete, damaged or of another kind."""
+    """A token store that is incomplete, damaged or incompatible."""
 
 
 class CheckpointError(IgptError):
-    """A checkpoint or release that is incomplete, damaged or of another shape."""
+    """A checkpoint or release that is incomplete, damaged or incompatible."""
 
 
 class FeatureError(IgptError):
-    """Features or embeddings that nothing can be concluded from."""
+    """Features or embeddings that are insufficient for the computation."""
 
 
 class TrainingError(IgptError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class EndpointError(IgptError):
-    """A server of ours that does not answer, or refuses."""
+    """An igpt_ray server that does not answer, or rejects a request."""
+
+
+@contextmanager
+def private_names_of(package: str, tried_on: str) -> Iterator[None]:
+    """Raises `SettingError` where a package lacks a private name that is used, because no API guarantees it."""
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SettingError(
+            f"{package} {metadata.version(package)} lacks an internal interface that igpt_ray uses ({error}); it was"
+            f" tried on {package} {tried_on}: install that version"
+        ) from error

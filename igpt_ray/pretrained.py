@@ -16,7 +16,7 @@ from PIL import Image
 
 from igpt_ray import rng, storage, weights
 from igpt_ray.data import pixels
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import CheckpointError, ImageError, SettingError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.heads import Head, load_head

@@ -1,4 +1,4 @@
-"""What is written beside every artefact: resolved settings, package versions, git revision."""
+"""Provenance of artefacts."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 
 def provenance(settings: BaseModel) -> dict[str, Any]:
-    """What is written beside every artefact: resolved settings, package versions, git revision."""
+    """The provenance stored with an artefact: resolved settings, package versions, git revision."""
     packages = ("igpt_ray", "ray", "torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "pillow")
-    versions = {p: v for p in packages if (v := _version(p)) is not None}
+    versions = {package: version for package in packages if (version := _version(package))}
     return {"settings": settings.model_dump(mode="json"), "versions": versions, "git": _git_revision()}
 
 
@@ -24,7 +24,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The checkout's commit, or IGPT_REVISION where there is no .git: in submitted jobs and installed packages."""
+    """The checkout's commit, or IGPT_REVISION without a .git folder (submitted jobs, installed packages)."""
     here = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     if not (here / ".git").exists():

@@ -1,4 +1,4 @@
-"""What all settings share: the strict base class, and types of fields. Each wing has its own in `config.py`."""
+"""The strict base class and the field types of all settings. Each sub-package defines its settings in `config.py`."""
 
 import re
 from typing import Annotated
@@ -15,8 +15,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _named(entries: tuple[str, ...]) -> tuple[str, ...]:
-    """Each `name=URI`. A bare URI is called after its last folder that tells something: release/ of a run does not."""
-    found: dict[str, str] = {}
+    """Entries as `name=URI`. The default name is the URI's last folder that is not called release."""
+    uris: dict[str, str] = {}
     for entry in entries:
         name, equals, uri = entry.partition("=")
         if not equals or "/" in name:
@@ -24,15 +24,15 @@ def _named(entries: tuple[str, ...]) -> tuple[str, ...]:
             parts = [part for part in storage.absolute(uri).split("/") if part and part != "release"]
             name = parts[-1] if parts else ""
         if not NAME.fullmatch(name):
-            raise ValueError(f"{entry!r} has no name for requests to use: write name={uri}, of letters, digits, . _ -")
-        if name in found:
-            raise ValueError(f"two are called {name!r}: write name=URI with different names")
-        found[name] = storage.absolute(uri)
-    return tuple(f"{name}={uri}" for name, uri in found.items())
+            raise ValueError(f"{entry!r} yields no valid name: write name={uri} with letters, digits, '.', '_' or '-'")
+        if name in uris:
+            raise ValueError(f"two entries have the name {name!r}: write name=URI with different names")
+        uris[name] = storage.absolute(uri)
+    return tuple(f"{name}={uri}" for name, uri in uris.items())
 
 
 Named = Annotated[
-    tuple[str, ...], AfterValidator(_named), BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)
+    tuple[str, ...], AfterValidator(_named), BeforeValidator(lambda uri: (uri,) if isinstance(uri, str) else uri)
 ]
 
 
@@ -41,10 +41,10 @@ class Section(BaseModel):
 
 
 class PoolConfig(Section):
-    """Ray Data actors that share the work."""
+    """Pool of Ray Data actors."""
 
     size: Annotated[int, Field(ge=0)] = 0
-    """Largest number of actors; 0 is one for each free CPU (or GPU, if they use one)."""
+    """Maximum number of actors; 0 is one per free CPU (or GPU, if they use one)."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per actor."""
     gpus: Annotated[float, Field(ge=0)] = 0

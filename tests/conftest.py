@@ -320,6 +320,13 @@ def cluster() -> Iterator[str]:
     del os.environ["RAY_ADDRESS"]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cluster(request: pytest.FixtureRequest) -> None:
+    """The tests of tests/ray that are marked `ray` run on the session's cluster."""
+    if request.path.parent.name == "ray" and request.node.get_closest_marker("ray"):
+        request.getfixturevalue("cluster")
+
+
 @pytest.fixture(scope="session")
 def digit_images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Coloured digits in class folders, train and test."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpt_ray.data.loader import Batch
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.rng import seed_of, uniforms
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from igpt_ray import storage
 from igpt_ray.data import node_cache
-from igpt_ray.data.token_store import Tokens, TokenStore, tokens_of
+from igpt_ray.data.token_format import Tokens
+from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import TokenStoreError
 
 Rows = NDArray[np.int64]

@@ -13,7 +13,8 @@ from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.pixels import configured_view
 from igpt_ray.data.sources import TRAIN, KeyFilter, UnreadableImage, WorkUnit
-from igpt_ray.data.token_store import Quarantined, Shard, Statistics, TokenFormat
+from igpt_ray.data.token_format import TokenFormat
+from igpt_ray.data.token_store import Quarantined, Shard, Statistics
 from igpt_ray.errors import ImageError, NotFound
 
 ENCODE_BATCH = 64

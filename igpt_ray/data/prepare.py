@@ -16,7 +16,8 @@ from igpt_ray.data.config import OPENAI_PALETTE, PrepareConfig
 from igpt_ray.data.make_shard import MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.palette import Palette, sidecar
-from igpt_ray.data.token_store import Manifest, Quarantined, Shard, TokenFormat, TokenStore
+from igpt_ray.data.token_format import TokenFormat
+from igpt_ray.data.token_store import Manifest, Quarantined, Shard, TokenStore
 from igpt_ray.errors import NotFound, PaletteError, SourceError, TokenStoreError
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance

@@ -21,37 +21,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from igpt_ray import storage
 from igpt_ray.data import pixels
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.token_format import Strict, TokenFormat, Tokens
 from igpt_ray.errors import NotFound, TokenStoreError
 
 FORMAT = "igpt_ray tokens 1"
 SHEET = 64
 """Images on a contact sheet."""
-Tokens = NDArray[np.uint16]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TokenFormat(Strict):
-    """What tokens mean. Two stores, or a store and a release, are compatible only if these fields are equal."""
-
-    n_px: int
-    n_vocab: int
-    palette: str
-    """Fingerprint of the palette."""
-    pipeline: str
-    """Name and version of the pixel pipeline."""
-
-    @property
-    def n_positions(self) -> int:
-        return self.n_px * self.n_px
 
 
 class Statistics(Strict):

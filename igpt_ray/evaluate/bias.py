@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import TokenFormat, Tokens
+from igpt_ray.data.token_format import TokenFormat, Tokens
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
 from igpt_ray.evaluate import features, likelihood
 from igpt_ray.evaluate.heads import load_head

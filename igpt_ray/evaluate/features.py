@@ -30,7 +30,8 @@ from torch import Tensor
 
 from igpt_ray import storage, weights
 from igpt_ray.data import token_store
-from igpt_ray.data.token_store import Shard, Strict, Tokens, TokenStore, tokens_of
+from igpt_ray.data.token_format import Strict, Tokens
+from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, NotFound, SettingError
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT, mean_over_positions

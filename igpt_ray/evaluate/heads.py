@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpt_ray import storage
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import FeatureError, NotFound
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.features import POOLINGS, Pooling

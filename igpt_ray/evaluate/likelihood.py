@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from igpt_ray.data.image_files import RGB
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.evaluate.linear_probe import Judgement
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT

@@ -1,4 +1,4 @@
-"""The Ray pipelines: prepare, train, infer, serve; and local.py, a whole cluster on one machine for the demo.
+"""The Ray pipelines, one module a command. Only this sub-package, jobs/ and benchmarks/ import ray.
 
-Only this folder and jobs/ import ray. Each flow takes settings and returns the dictionary its job prints.
+A flow takes settings and returns the dictionary that its command prints as JSON.
 """

@@ -8,6 +8,7 @@ from typing import Any
 import ray.data
 
 from igpt_ray.errors import IgptError
+from igpt_ray.flows.ray_compat import head_labels
 from igpt_ray.settings import PoolConfig
 
 MAX_BLOCKS = 10_000
@@ -53,7 +54,7 @@ def _head_label() -> dict[str, str]:
     GPU nodes lack the label, so the autoscaler does not start them for their CPUs when all other nodes are busy. Ray
     has no API that lists the node types which the autoscaler may start.
     """
-    labels = next(node["Labels"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+    labels = head_labels()
     return {PART: labels[PART]} if PART in labels else {}
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from igpt_ray import rng, storage, weights
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.evaluate import bias, features, ieat
 from igpt_ray.evaluate.bias import Stimuli

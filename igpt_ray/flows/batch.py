@@ -26,7 +26,8 @@ from igpt_ray import rng, storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import WorkUnit
-from igpt_ray.data.token_store import Shard, TokenFormat, Tokens, TokenStore, evenly, tokens_of
+from igpt_ray.data.token_format import TokenFormat, Tokens
+from igpt_ray.data.token_store import Shard, TokenStore, evenly, tokens_of
 from igpt_ray.errors import ImageError, SettingError, SourceError
 from igpt_ray.evaluate.config import ScoreConfig
 from igpt_ray.evaluate.likelihood import Likelihood, image_nats

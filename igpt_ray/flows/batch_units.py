@@ -12,7 +12,8 @@ from igpt_ray import storage, weights
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import UnreadableImage, WorkUnit
-from igpt_ray.data.token_store import Shard, TokenFormat, Tokens, TokenStore, tokens_of
+from igpt_ray.data.token_format import TokenFormat, Tokens
+from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
 from igpt_ray.errors import ImageError, NotFound, SourceError
 from igpt_ray.evaluate.config import ScoreConfig
 from igpt_ray.generate.config import BatchConfig, CompleteConfig
@@ -47,7 +48,7 @@ def plan_batch(settings: BatchConfig) -> BatchPlan:
     """Check that model, store and split fit together, before any worker starts."""
     if settings.endpoint:
         server = make_client(settings)
-        kind, sha256 = server.kind(), server.model_info()["sha256"]
+        kind, sha256 = server.token_format(), server.model_info()["sha256"]
     else:
         release = weights.load_config(settings.release)
         weights.check_next(release, settings.release)

@@ -1,4 +1,4 @@
-"""The estimate of a run as a command: prints its arithmetic, starts nothing, and needs no cluster."""
+"""The command `estimate`, which needs no cluster."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from igpt_ray.train.parallelize import sharding_dry_run
 
 
 def report(settings: EstimateConfig) -> dict[str, Any]:
-    """Print memory, traffic, hours and money of a run, and the simulation of one step; returns the estimate."""
-    found = estimate(settings)
+    """Print memory, traffic, hours and cost of a run, and the simulation of one step. Returns the estimate."""
+    result = estimate(settings)
     fewest, most = sharding_dry_run(settings.model, settings.workers)
-    print("\n".join([*lines(settings, found), "", *simulate.lines(settings)]))
-    print(f"the device mesh, built in this process without weights: a worker holds {fewest:,} to {most:,} parameters")
-    return found
+    print("\n".join([*lines(settings, result), "", *simulate.lines(settings)]))
+    print(f"sharding dry run on tensors without memory: {fewest:,} to {most:,} parameters per worker")
+    return result

@@ -9,7 +9,8 @@ import torch
 
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels
-from igpt_ray.data.token_store import Shard, Tokens, TokenStore, tokens_of
+from igpt_ray.data.token_format import Tokens
+from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
 from igpt_ray.errors import SettingError
 from igpt_ray.evaluate.config import EvaluateConfig
 from igpt_ray.evaluate.features import Labels

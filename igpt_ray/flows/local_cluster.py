@@ -1,7 +1,7 @@
-"""A Ray cluster and an S3 server on this machine, for as long as a `with` block lasts; and jobs submitted to it.
+"""A Ray cluster and an S3 server on this machine for the duration of a `with` block, for the demo and the tests.
 
-The demo and the tests stand on this. Servers listen on free ports under random keys (the S3 server and Ray's
-dashboard on loopback only), and what was started is stopped, whatever ends the block.
+Servers listen on free ports and require random keys. The S3 server and Ray's dashboard listen on loopback only. All
+started processes are stopped when the block ends, also by an exception.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,26 +16,26 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from igpt_ray.errors import IgptError
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository: what is submitted as working directory."""
+"""The repository, the working directory of submitted jobs."""
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 5
-OUR_LINE = re.compile(r"\d\d:\d\d:\d\d .*")
-"""What flows log, with or without Ray's prefix of the process it came from."""
+FLOW_LINE = re.compile(r"\d\d:\d\d:\d\d .*")
+"""A log line of a flow, after Ray's optional process prefix."""
 
 
 class StageFailed(IgptError):
-    """A submitted job, or a server, that did not do its work; the message says where its log is."""
+    """A submitted job or a server failed. The message names the log."""
 
 
 def free_port() -> int:
-    """A port nobody listens on now. Ephemeral, hence above the range that Ray claims for workers."""
+    """A free port, from the ephemeral range, which is above Ray's range for workers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -44,9 +43,9 @@ def free_port() -> int:
 
 @contextmanager
 def ray_cluster(logs: Path, n_cpus: int, env: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """`ray start --head` with a dashboard, token authentication and `env`; yields what a client's environment needs.
+    """Start a Ray head with a dashboard, token authentication and `env`. Yields the environment for clients.
 
-    Nodes hand their environment to the jobs, as instance roles would: `env` carries the object store's key.
+    Jobs inherit the node's environment, so `env` contains the object store's credentials.
     """
     scratch = tempfile.mkdtemp(prefix="igpt-")  # short: Ray puts Unix sockets below it
     dashboard = free_port()
@@ -66,8 +65,8 @@ def ray_cluster(logs: Path, n_cpus: int, env: Mapping[str, str]) -> Iterator[dic
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += ["--min-worker-port=0", "--max-worker-port=0"] + [f"--{name}={free_port()}" for name in ports]
     try:
-        with _process(command, client, logs / "cluster.log") as alive:
-            _until(lambda: _answers(f"{client['RAY_API_SERVER_ADDRESS']}/api/version", client), alive, "Ray")
+        with _group(command, client, logs / "cluster.log") as process:
+            _until(lambda: _answers(f"{client['RAY_API_SERVER_ADDRESS']}/api/version", client), process, "Ray")
             yield client
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -75,7 +74,7 @@ def ray_cluster(logs: Path, n_cpus: int, env: Mapping[str, str]) -> Iterator[dic
 
 @contextmanager
 def s3_server(folder: Path, bucket: str, logs: Path) -> Iterator[dict[str, str]]:
-    """rclone's S3 server over `folder`, with one bucket and a random key; yields the environment that reaches it."""
+    """Run rclone's S3 server on `folder`, with one bucket and a random key. Yields the environment for clients."""
     (folder / bucket).mkdir(parents=True, exist_ok=True)
     config = folder / ".rclone.conf"
     config.touch()
@@ -90,26 +89,27 @@ def s3_server(folder: Path, bucket: str, logs: Path) -> Iterator[dict[str, str]]
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    with _process(command, dict(os.environ), logs / "s3.log") as alive:
-        _until(lambda: _listens(port), alive, "the S3 server")
+    with _group(command, os.environ, logs / "s3.log") as process:
+        _until(lambda: _listens(port), process, "the S3 server")
         yield env
 
 
-def submit(words: list[str], client: Mapping[str, str], log: Path, show: Callable[[str], None]) -> dict[str, Any]:
-    """`ray job submit -- python jobs/...`, followed to its end; returns the job's JSON line.
+def submit(words: list[str], client: Mapping[str, str], log: Path, on_line: Callable[[str], None]) -> dict[str, Any]:
+    """Run `ray job submit -- python jobs/...` to its end. Returns the job's JSON line.
 
-    Our own log lines go to `show`, everything to the file `log`. Raises `StageFailed` with the job's error.
+    The whole output goes to the file `log`; log lines of flows also go to `on_line`. Raises `StageFailed` with the
+    job's error.
     """
     command = ["ray", "job", "submit", "--working-dir", str(ROOT), "--", "python", *words]
     lines = []
-    with open(log, "w") as file, _group(command, dict(client), subprocess.PIPE) as process:
+    with open(log, "w") as file, _group(command, client) as process:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             file.flush()
             lines.append(line.strip())
-            if ours := OUR_LINE.search(line):
-                show(ours[0])
+            if flow_line := FLOW_LINE.search(line):
+                on_line(flow_line[0])
     if process.returncode != 0:
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
         raise StageFailed(f"{words[0]}: {errors[-1]} (its log: {log})")
@@ -118,67 +118,55 @@ def submit(words: list[str], client: Mapping[str, str], log: Path, show: Callabl
 
 @contextmanager
 def submitted(words: list[str], client: Mapping[str, str], log: Path, ready: str) -> Iterator[None]:
-    """A job that serves until it is stopped: submitted, waited for at the URL `ready`, stopped at the end."""
+    """Submit a job that serves, wait until the URL `ready` answers, and stop the job at the end of the block."""
     name = f"serve-{secrets.token_hex(4)}"
     command = ["ray", "job", "submit", "--working-dir", str(ROOT), "--submission-id", name, "--", "python", *words]
-    with open(log, "w") as file, _group(command, dict(client), file) as process:
+    with _group(command, client, log) as process:
         try:
-            _until(lambda: _answers(ready, {}), lambda: process.poll() is None, f"{words[0]} (its log: {log})")
+            _until(lambda: _answers(ready, {}), process, f"{words[0]} (its log: {log})")
             yield
         finally:
             subprocess.run(["ray", "job", "stop", name], env=dict(client), capture_output=True, check=False)
 
 
 @contextmanager
-def _process(command: list[str], env: dict[str, str], log: Path) -> Iterator[Callable[[], bool]]:
-    """A server for the length of the block; yields a function that tells whether it still runs."""
-    with open(log, "w") as file, _group(command, env, file) as process:
-        yield lambda: process.poll() is None
+def _group(command: list[str], env: Mapping[str, str], log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run a process in its own session, so that Ctrl-C does not reach it. Its descendants are killed at the end.
 
+    Its output goes to `log`, or else to a pipe.
+    """
+    import psutil
 
-@contextmanager
-def _group(command: list[str], env: dict[str, str], output: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, so that Ctrl-C reaches us first; ended with all its children."""
-    process = subprocess.Popen(
-        command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    with open(log, "w") if log else nullcontext(subprocess.PIPE) as output:
+        process = subprocess.Popen(
+            command, env=dict(env), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
     try:
         yield process
-        if output is subprocess.PIPE:
+        if log is None:
             process.wait()
     finally:
-        children = _descendants(process.pid)
+        descendants: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            descendants = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for pid in children:
-            _kill(pid)
+        for descendant in descendants:
+            with suppress(psutil.NoSuchProcess):
+                descendant.kill()
 
 
-def _descendants(pid: int) -> list[int]:
-    import psutil
-
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _until(ready: Callable[[], bool], alive: Callable[[], bool], what: str) -> None:
+def _until(ready: Callable[[], bool], process: subprocess.Popen[str], name: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not ready():
-        if not alive():
-            raise StageFailed(f"{what} ended while it was starting")
+        if process.poll() is not None:
+            raise StageFailed(f"{name} exited during its start")
         if time.monotonic() > deadline:
-            raise StageFailed(f"{what} did not answer within {START_TIMEOUT_S} s")
+            raise StageFailed(f"{name} did not answer within {START_TIMEOUT_S} s")
         time.sleep(0.2)
 
 

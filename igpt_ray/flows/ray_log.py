@@ -6,11 +6,12 @@ import re
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from igpt_ray.flows.ray_compat import redirect_worker_output
 
 OUR_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 """Start of a line of `igpt_ray.progress.LogHandler`, which Ray sends from the workers to the driver."""
@@ -31,18 +32,8 @@ class RayLog:
         logging.getLogger("py.warnings").addHandler(logging.StreamHandler(self.file))
 
     def attach(self) -> None:
-        """Take the place of Ray's printer of worker output. Called after ray.init().
-
-        The names are private (tried with Ray 2.60); without them, Ray prints the lines itself.
-        """
-        try:
-            from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
-            from ray._private.worker import print_to_stdstream
-        except ImportError:
-            return
-        self.print_autoscaler = partial(print_to_stdstream, ignore_prefix=False)
-        dispatcher.remove_handler("ray_print_logs")
-        dispatcher.add_handler("igpt_ray", self.handle)
+        """Take the place of Ray's printer of worker output. Called after ray.init()."""
+        self.print_autoscaler = redirect_worker_output(self.handle)
 
     def handle(self, batch: dict[str, Any]) -> None:
         """`batch` holds lines of one process: `lines`, `pid`, and `actor_name` or `task_name`."""

@@ -17,13 +17,9 @@ from functools import partial
 from typing import Any
 
 import ray
-import ray._private.state
 import ray.train
-from ray import PlacementGroupID
-from ray.core.generated import gcs_pb2
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup
@@ -33,6 +29,7 @@ from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.flows import run_status
 from igpt_ray.flows.job import log_to_stderr, user_error
+from igpt_ray.flows.ray_compat import remove_placement_groups_of
 from igpt_ray.interrupt import run_interruptible
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.provenance import provenance
@@ -71,14 +68,16 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
             if interrupt is not None and "left" in report:
                 saved = f"step {report['left']} is saved, the same command resumes the run"
                 raise type(interrupt)(saved) from None
-        except (TrainingFailedError, RayActorError) as error:  # lost workers or controller
+        except (ray.train.TrainingFailedError, RayActorError) as error:  # lost workers or controller
             if known := user_error(error):
                 raise known from error
             failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
             if failures > settings.workers.max_failures:
                 raise
             log.warning("lost workers or controller, resuming from the last checkpoint: %s", error)
-            _remove_orphaned_placement_groups()
+            # Orphans would block new workers until the job ends. Ray Train's own cleanup does not know a group while
+            # its workers start, and may be lost as well.
+            remove_placement_groups_of("TrainController")
     bar.close()
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -138,19 +137,6 @@ def _release_reservations(workers: WorkersConfig) -> None:
     for i in range(workers.n):
         with suppress(ValueError):  # no reservation has that name
             remove_placement_group(get_placement_group(f"seat-{i}"))
-
-
-def _remove_orphaned_placement_groups() -> None:
-    """Remove the placement groups of lost controllers, which would block new workers until the job ends.
-
-    Ray Train's own cleanup does not know a group while its workers start, and may be lost as well.
-    """
-    job, state = ray.get_runtime_context().get_job_id(), ray._private.state
-    for data in state.state._connect_and_get_accessor().get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(data)
-        made_by = state.actors(group.creator_actor_id.hex()).get("ActorClassName")
-        if made_by == "TrainController" and group.creator_job_id.hex() == job:
-            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def _warn_if_short(workers: WorkersConfig) -> None:

@@ -9,14 +9,12 @@ import time
 from typing import Any
 
 import ray.util
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from igpt_ray.errors import SettingError, StorageError
 from igpt_ray.flows import preemption
 from igpt_ray.flows.config import WatchConfig
 from igpt_ray.flows.job import log_to_stderr
+from igpt_ray.flows.ray_compat import drain_node, nodes_at
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +22,8 @@ log = logging.getLogger(__name__)
 def watch(settings: WatchConfig) -> dict[str, Any]:
     """Poll until there is a preemption notice, then drain the node. Returns the notice and Ray's answer."""
     log_to_stderr()
-    gcs = GcsClient(address=_address(settings))
-    node = settings.node or _this_node(gcs)
+    address = _address(settings)
+    node = settings.node or _this_node(address)
     endpoint = settings.metadata or preemption.ENDPOINTS[settings.cloud]
     notice = preemption.poll(settings.cloud, endpoint, settings.rebalance)  # an error of the first poll is the user's
     while notice is None:
@@ -37,24 +35,21 @@ def watch(settings: WatchConfig) -> dict[str, Any]:
     seconds = None if notice.deadline is None else max(0.0, notice.deadline - time.time())
     log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s left")
     milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
-    accepted, why_not = gcs.drain_node(
-        node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, f"{settings.cloud}: {notice.why}", milliseconds
-    )
+    accepted, why_not = drain_node(address, node, f"{settings.cloud}: {notice.why}", milliseconds)
     return {"node": node, "notice": notice.why, "seconds": seconds, "accepted": accepted, "why_not": why_not}
 
 
 def _address(settings: WatchConfig) -> str:
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     if not address:
-        raise SettingError("--address is not set: name the address of the head, host:port, as for `ray start`")
+        raise SettingError("--address is not set: set it to the head's address, host:port, as for `ray start`")
     return address
 
 
-def _this_node(gcs: GcsClient) -> str:
+def _this_node(address: str) -> str:
     """The id of the Ray node at this machine's address."""
     ip = ray.util.get_node_ip_address()
-    nodes = gcs.get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values()
-    alive = [info.node_id.hex() for info in nodes if info.node_manager_address == ip]
+    alive = nodes_at(address, ip)
     if len(alive) != 1:
         raise SettingError(f"{len(alive)} nodes have the address {ip}, expected one: set --node")
     return alive[0]

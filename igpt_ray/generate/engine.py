@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt_ray import rng
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
 from igpt_ray.generate.kv_cache import KVCache
@@ -32,7 +32,7 @@ class Request:
 
     tokens: NDArray[np.integer]
     """(T,) tokens in raster order. Values outside the prompt are ignored."""
-    given: NDArray[np.bool_]
+    prompt_mask: NDArray[np.bool_]
     """(T,) True for the pixels of the prompt, which stay as they are."""
     seeds: tuple[int, ...]
     temperature: float = 1
@@ -44,11 +44,11 @@ class Generation:
     """A request in progress. Any thread may read it; only the engine writes."""
 
     def __init__(self, request: Request):
-        T, free_pixels = len(request.given), np.flatnonzero(~request.given)
+        T, free_pixels = len(request.prompt_mask), np.flatnonzero(~request.prompt_mask)
         self.request = request
         self.tokens: Tokens = np.zeros((len(request.seeds), T), np.uint16)
         """(samples, T): the prompt at first, then each pixel as it is generated."""
-        self.tokens[:, request.given] = request.tokens[request.given]
+        self.tokens[:, request.prompt_mask] = request.tokens[request.prompt_mask]
         self.position = int(free_pixels[0]) if len(free_pixels) else T
         """Number of positions that all samples have completed."""
         self.end = int(free_pixels[-1]) + 1 if len(free_pixels) else T
@@ -126,16 +126,14 @@ class Engine:
         return finished
 
     def _check(self, request: Request) -> None:
-        T, V = self._shape.n_positions, self._shape.n_vocab
-        if request.tokens.shape != (T,) or request.given.shape != (T,):
+        T, V, tokens, mask = self._shape.n_positions, self._shape.n_vocab, request.tokens, request.prompt_mask
+        if tokens.shape != (T,) or mask.shape != (T,):
+            raise SettingError(f"tokens are {tokens.shape} and prompt_mask {mask.shape}, expected ({T},) of both")
+        if not np.issubdtype(tokens.dtype, np.integer) or mask.dtype != np.bool_:
             raise SettingError(
-                f"tokens are {request.tokens.shape} and given {request.given.shape}, expected ({T},) of both"
+                f"tokens are {tokens.dtype} and prompt_mask {mask.dtype}, expected integers and booleans"
             )
-        if not np.issubdtype(request.tokens.dtype, np.integer) or request.given.dtype != np.bool_:
-            raise SettingError(
-                f"tokens are {request.tokens.dtype} and given {request.given.dtype}, expected integers and booleans"
-            )
-        for colour in request.tokens[request.given]:
+        for colour in tokens[mask]:
             if not 0 <= colour < V:
                 raise SettingError(f"a prompt pixel has the token {colour}, expected 0 to {V - 1}")
         if not 1 <= len(request.seeds) <= self.slots:
@@ -196,7 +194,7 @@ class Engine:
             torch.tensor([request.top_p for request in requests], dtype=torch.float64),
         ).tolist()
         for sample, t, colour in zip(samples, positions, colours, strict=True):
-            if not sample.generation.request.given[t]:
+            if not sample.generation.request.prompt_mask[t]:
                 sample.generation.tokens[sample.number, t] = colour
                 self.generated += 1
 
@@ -206,7 +204,7 @@ class Engine:
         for generation in dict.fromkeys(held.generation for held in self._samples_of_slots if held is not None):
             generation.position += 1
             if generation.position == generation.end:
-                generation.position = len(generation.request.given)
+                generation.position = len(generation.request.prompt_mask)
                 if not generation.cancelled:
                     generation.finished = True
                     finished.append(generation)

@@ -13,7 +13,7 @@ from torch import Tensor
 from igpt_ray.data import pixels as images
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.model.image_gpt import ImageGPT
 
@@ -31,13 +31,13 @@ def complete(
     temperature: float = 1,
     top_k: int = 0,
     top_p: float = 1,
-    given: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
 ) -> Tensor:
     """Complete each image n times: prompt tokens (B, S) -> (B * n, T); the samples of an image are consecutive.
 
-    With `given` (B, T), True for the pixels of the prompt, `tokens` are (B, T) as well, and ignored elsewhere. `seeds`
-    holds one seed per sample (B * n). Computes in the precision of the model. Raises `SettingError` if the prompt is
-    longer than an image.
+    With `prompt_mask` (B, T), True for the pixels of the prompt, `tokens` are (B, T) as well, and ignored elsewhere.
+    `seeds` holds one seed per sample (B * n). Computes in the precision of the model. Raises `SettingError` if the
+    prompt is longer than an image.
     """
     from igpt_ray.generate.engine import Engine, Request  # imported here because the engine imports this module
 
@@ -45,7 +45,7 @@ def complete(
     if S > T:
         raise SettingError(f"the prompt has {S} pixels, expected at most the {T} of an image")
     pixels = F.pad(tokens.cpu(), (0, T - S)).numpy()
-    forced = ((torch.arange(T) < S).expand(B, T) if given is None else given.cpu()).numpy()
+    forced = ((torch.arange(T) < S).expand(B, T) if prompt_mask is None else prompt_mask.cpu()).numpy()
     engine = Engine(model, min(len(seeds), SLOTS), "float32" if model.wpe.dtype == torch.float32 else "bfloat16")
     generations = []
     for sample in range(0, B * n, n):

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.generate import engine
 from igpt_ray.serve.middleware import PUBLIC, APIError, Keys, RequestGuard
@@ -267,7 +267,7 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         seeds = self.body.seeds
         data = [{"index": i, "seed": seeds[i], **self._encoded(x)} for i, x in enumerate(self.tokens)]
-        generated = int((~self.engine_request.given).sum()) * self.body.n
+        generated = int((~self.engine_request.prompt_mask).sum()) * self.body.n
         return {**self._head(), "data": data, "usage": {"painted_pixels": generated}}
 
     def _head(self) -> dict[str, Any]:

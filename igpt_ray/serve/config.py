@@ -12,56 +12,54 @@ class ServeConfig(Section):
     """Serve releases over HTTP."""
 
     release: Named = ()
-    """Releases, each a URI or name=URI; the name is what requests call it by. The first answers who names none."""
+    """Releases to serve, each a URI or name=URI. Requests select a model by name; the default is the first."""
     heads: Named = ()
-    """Probes that POST /v1/classify offers, each the `out` folder of jobs/probe.py or name=URI. They go to the release
-    they were fitted on; a fine-tuned release brings its own."""
+    """Probes for POST /v1/classify, each the `out` folder of jobs/probe.py or name=URI. A probe is served with the
+    release that it was fitted on. A fine-tuned release includes its own head."""
     keys: str = ""
-    """Who may ask: env:NAME or the URI of a file, with a line for each key, its sha256 and a name."""
+    """API keys: env:NAME or the URI of a file, with one line per key: its sha256 and a name."""
     open: bool = False
-    """Ask for no key. Only on a loopback address."""
+    """Serve without keys. Requires a loopback address."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
     """Port to listen on."""
     replicas: Count = 1
-    """Copies of each model."""
+    """Replicas of each release."""
     slots: Count = 32
-    """Pictures that a copy paints at once; a request for n of them takes n."""
+    """Samples that a replica generates at once. A request for n completions takes n slots."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the weights that paint; scores, features and classes stay float32, as evaluation is."""
+    """Precision of the weights for completions. Scores, features and classes are float32, as in evaluation."""
     queue: Count = 256
-    """Requests that may wait or be worked on; the next is answered 429."""
+    """Maximum number of requests that are queued or in progress; further requests get status 429."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per replica."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per replica."""
     check: OptionalUri = ""
-    """A file for `serve deploy` to check instead: every key, and what it serves. Nothing is started."""
+    """URI of a file for `serve deploy`: check its keys and print its releases, without starting anything."""
 
     @model_validator(mode="after")
-    def _someone_may_ask(self) -> Self:
+    def _has_release_and_keys(self) -> Self:
         if self.check:
             return self
         if not self.release:
-            raise ValueError("no release to serve: name one with --release")
+            raise ValueError("no release to serve: set --release")
         if self.open == bool(self.keys):
-            raise ValueError(
-                "say who may ask: --keys env:NAME or a file of hashed keys, or --open for a loopback address"
-            )
+            raise ValueError("set either --keys (env:NAME or a file of hashed keys) or --open (loopback address only)")
         if self.open and not is_loopback(self.host):
             raise ValueError(
-                f"--open asks nobody for a key, so --host {self.host} must be a loopback address: give --keys"
+                f"--open serves without keys, so --host {self.host} must be a loopback address: set --keys"
             )
         return self
 
     @property
     def releases(self) -> dict[str, str]:
-        return dict(named.split("=", 1) for named in self.release)
+        return dict(entry.split("=", 1) for entry in self.release)
 
     @property
     def probes(self) -> dict[str, str]:
-        return dict(named.split("=", 1) for named in self.heads)
+        return dict(entry.split("=", 1) for entry in self.heads)
 
 
 def is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.generate.engine import Engine, Generation, Request
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class EngineLoop:
         """
         started, n_px = time.perf_counter(), self.n_px
         loop, advanced = asyncio.get_running_loop(), asyncio.Event()
-        free_rows = np.flatnonzero(~request.given) // n_px
+        free_rows = np.flatnonzero(~request.prompt_mask) // n_px
         generation = self.engine.submit(request)
         # Subscribed before the first check of the position, so that no later advance is missed.
         subscriber = Subscriber(generation.position // n_px, lambda: loop.call_soon_threadsafe(advanced.set))

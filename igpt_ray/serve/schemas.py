@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from igpt_ray.data import image_files, pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.evaluate.features import Pooling
 from igpt_ray.generate.engine import Request

@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from igpt_ray import storage
-from igpt_ray.data.token_store import Strict
+from igpt_ray.data.token_format import Strict
 from igpt_ray.errors import CheckpointError, NotFound, StorageError
+from igpt_ray.train.torch_compat import tree_flatten, tree_unflatten
 
 log = logging.getLogger(__name__)
 

@@ -124,7 +124,7 @@ class RunConfig(Section):
     """Steps between figures of sample completions, `<run>/samples/`; None for never. Worker 0 then needs memory for
     the unsharded network."""
     tensorboard: bool = False
-    """Also write the metrics as TensorBoard events, `<run>/tensorboard/`."""
+    """Also write the metrics as TensorBoard events, `<run>/tensorboard/`. Needs the extra [track]."""
     track: Literal["wandb", "mlflow"] | None = None
     """Also send the metrics to Weights & Biases or MLflow. Needs the extra [track], and their variables on worker 0."""
     profile_at: Count | None = None

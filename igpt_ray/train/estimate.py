@@ -1,8 +1,8 @@
-"""What a run will take, before it starts: parameters, FLOPs, memory of a worker, traffic, hours, money.
+"""Estimate of a run: parameters, FLOPs, memory per worker, traffic, hours and cost.
 
-Every figure is arithmetic that a reader can repeat; `lines` shows it. FLOPs count matrix products only, forward and
-backward (three times the forward). Attention is counted twice: in full, as formulas usually do and as torch's counter
-does, and causally, which is what a flash kernel computes; MFU is given by the second.
+`lines` shows the arithmetic behind every number. FLOPs count matrix products only, forward and backward (three times
+the forward pass). There are two counts of attention: full, as in the usual formulas and in torch's counter, and causal,
+as computed by a flash kernel. MFU uses the causal count.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from igpt_ray.train.optim import ROUNDS
 
 GB = 1e9
 SAVED_WIDTHS = 18
-"""What a block keeps of each position for its backward pass, in widths C: what ln_1 gives (1), q, k, v (3), attention
-(1), what ln_2 gives (1), and three times 4C in the MLP."""
+"""Elements that a block saves per position for its backward pass, in widths C: the output of ln_1 (1), q, k, v (3),
+attention (1), the output of ln_2 (1), and three tensors of 4C in the MLP."""
 PRODUCT_WIDTHS = 11
-"""What a block keeps of each position if it makes the rest again: what goes into it (1), and what products give: q, k
-and v (3), attention (1), its projection (1), and the MLP's two (4 and 1)."""
+"""The same with selective activation checkpointing: the block's input (1) and the outputs of matrix products: q, k, v
+(3), attention (1), its projection (1), and the MLP's two (4 and 1)."""
 SAVED_FLOAT32_WIDTHS = 4
-"""And always in float32: what goes into each norm, and what it is before its gain."""
+"""Elements that a block also saves in float32: each norm's input, and its value before the gain."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator by its data sheet (NVIDIA's, SXM form)."""
+    """An accelerator's data sheet (NVIDIA, SXM)."""
 
     tflops: float
     """Dense bf16."""
@@ -41,9 +41,9 @@ DEVICES: dict[DeviceName, Device] = {
 
 
 def flops_per_token(model: ModelConfig, causal: bool) -> int:
-    """Of one training step, forward and backward: 6 for each weight that multiplies, and attention.
+    """FLOPs per token of a forward and backward pass: 6 per weight of a matrix product, and attention.
 
-    A masked network attends in full in any case.
+    A masked network always has full attention.
     """
     d, n = model.n_embd, model.n_positions
     products = 6 * (12 * model.n_layer * d * d + model.n_vocab * d)
@@ -52,37 +52,36 @@ def flops_per_token(model: ModelConfig, causal: bool) -> int:
 
 
 def muon_flops(model: ModelConfig) -> int:
-    """Of Muon in one step, on any batch: ROUNDS of X X', its square, and their product with X, for every matrix."""
+    """FLOPs of Muon per step: for every matrix X, ROUNDS times X X', its square, and the product of both with X."""
     d = model.n_embd
     shapes = 4 * [(d, d)] + 2 * [(d, 4 * d)]  # q, k, v, c_proj; c_fc, c_proj
     return model.n_layer * ROUNDS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
 
 
 def flops_per_step(model: ModelConfig, optim: OptimConfig, causal: bool) -> int:
-    """Of all workers together."""
+    """FLOPs per step, summed over all workers."""
     muon = muon_flops(model) if optim.muon_lr is not None else 0
     return optim.batch_size * model.n_positions * flops_per_token(model, causal) + muon
 
 
 def state_bytes(model: ModelConfig, optim: OptimConfig, fsdp_size: int) -> float:
-    """Of a worker's shard at rest, one of `fsdp_size`: float32 weights, gradients, and Adam's two moments, or Muon's
-    one."""
+    """Bytes of a worker's shard between steps: float32 weights, gradients, and Adam's two moments or Muon's one."""
     one_moment = 12 * model.n_layer * model.n_embd**2 if optim.muon_lr is not None else 0
     return 4 * (4 * model.n_params - one_moment) / fsdp_size
 
 
 def gathered_bytes(model: ModelConfig, width: int) -> float:
-    """Of weights in the type of the step: two blocks (one at work, one on its way), and what stays gathered."""
+    """Bytes of gathered weights: two blocks (one in use, one prefetched), the embeddings and the output layer."""
     d = model.n_embd
     block = 12 * d * d + 2 * d
     return width * (2 * block + model.n_params - model.n_layer * block)
 
 
 def block_bytes(model: ModelConfig, width: int) -> int:
-    """What a block saves of each position for its backward pass, in bytes per width C.
+    """Bytes per position that a block saves for its backward pass, divided by the width C.
 
-    Queries and keys that were normed or turned lie beside the c_attn output that the values still need, and
-    attention's output is copied; their norms save as any norm, but in float32 the input is there already.
+    Normalised or rotated queries and keys are saved in addition to the c_attn output, which the values need, and
+    attention's output is copied. The norms of queries and keys save as any norm; in float32 their input exists already.
     """
     widths, float32_widths = SAVED_WIDTHS, SAVED_FLOAT32_WIDTHS
     if model.modern:
@@ -96,24 +95,24 @@ def activation_bytes(model: ModelConfig, images: int, width: int, activation_che
     """Bytes of the activations of one forward pass: tensors saved by blocks and ln_f, and the logits in the
     precision of the step and in float32, with their gradient.
 
-    With activation checkpointing, every block keeps its input (full) or its matrix products (selective), and one block
-    at a time keeps all activations.
+    With activation checkpointing, every block saves its input (full) or its matrix products (selective), and one block
+    at a time saves all activations.
     """
     block = block_bytes(model, width)
-    kept = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[activation_checkpointing]
-    widths = model.n_layer * kept + (0 if activation_checkpointing == "none" else block) + width + 2 * 4
+    saved = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[activation_checkpointing]
+    widths = model.n_layer * saved + (0 if activation_checkpointing == "none" else block) + width + 2 * 4
     return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
 
 
 def images_that_fit(model: ModelConfig, optim: OptimConfig, workers: WorkersConfig, share: int, memory: float) -> int:
-    """The most of a worker's `share` of a batch that one forward pass takes in 0.9 of `memory` bytes; at least 1."""
+    """Largest micro-batch, at most `share` images, whose forward pass fits in 0.9 of `memory` bytes; at least 1."""
     width = width_of(workers)
-    left = 0.9 * memory - state_bytes(model, optim, workers.fsdp_size) - gathered_bytes(model, width)
-    return max(1, min(share, int(left / activation_bytes(model, 1, width, workers.activation_checkpointing))))
+    free = 0.9 * memory - state_bytes(model, optim, workers.fsdp_size) - gathered_bytes(model, width)
+    return max(1, min(share, int(free / activation_bytes(model, 1, width, workers.activation_checkpointing))))
 
 
 def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
-    """Images that a worker takes at once, and how often in a step."""
+    """A worker's micro-batch, and the number of micro-batches per step."""
     workers, batch_size = settings.workers, settings.optim.batch_size
     share, memory = -(-batch_size // workers.n), DEVICES[settings.cluster.device].memory_gb * GB
     fitting = images_that_fit(settings.model, settings.optim, workers, share, memory)
@@ -122,27 +121,28 @@ def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
 
 
 def buses(workers: WorkersConfig, cluster: ClusterConfig) -> tuple[float, float]:
-    """GB/s of the workers that share the weights, and of those that hold copies of one share of them.
+    """GB/s of the ring of an FSDP group, and of the ring over the replicas of a shard.
 
-    A ring over whole nodes has all of their network; groups of copies share it, one for each share on a node.
+    A ring over whole nodes has their full network bandwidth. The rings over replicas divide it, one per shard on a
+    node.
     """
-    here = cluster.devices_per_node
-    fsdp_size = cluster.node_gb_per_second if workers.fsdp_size <= here else cluster.bus_gb_per_second
-    return fsdp_size, cluster.bus_gb_per_second / min(workers.fsdp_size, here)
+    per_node = cluster.devices_per_node
+    shard_bus = cluster.node_gb_per_second if workers.fsdp_size <= per_node else cluster.bus_gb_per_second
+    return shard_bus, cluster.bus_gb_per_second / min(workers.fsdp_size, per_node)
 
 
 def width_of(workers: WorkersConfig) -> int:
-    """Bytes of a number inside the step."""
+    """Bytes of an element in `workers.precision`."""
     return 2 if workers.precision == "bfloat16" else 4
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by the name that CUDA gives it ("NVIDIA H200"); None if its sheet is not here."""
+    """Dense bf16 FLOP/s of a device by its CUDA name, such as "NVIDIA H200"; None if it is not in `DEVICES`."""
     return next((sheet.tflops * 1e12 for name, sheet in DEVICES.items() if name in device.lower()), None)
 
 
 def estimate(settings: EstimateConfig) -> dict[str, Any]:
-    """Everything, for `settings` on `settings.cluster`, as plain numbers."""
+    """The estimate as numbers; the names are those of the command's JSON line."""
     model, optim, workers, cluster = settings.model, settings.optim, settings.workers, settings.cluster
     device = DEVICES[cluster.device]
     width = width_of(workers)
@@ -154,17 +154,16 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
         "gathered_weights": gathered_bytes(model, width),
         "activations": activation_bytes(model, images, width, workers.activation_checkpointing),
     }
-    passes_done = (
-        4 if workers.activation_checkpointing == "full" else 3
-    ) / 3  # forward, backward (twice the work), forward again
-    work = passes_done * flops_per_step(model, optim, causal=True)
+    recompute = 4 / 3 if workers.activation_checkpointing == "full" else 1  # backward costs two forward passes
+    work = recompute * flops_per_step(model, optim, causal=True)
     step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
-    fsdp_size, copies = workers.fsdp_size, workers.n // workers.fsdp_size
-    bus, bus_between = buses(workers, cluster)
-    # In a ring each worker hands on all but its own share: of weights there, weights back, gradients; of sums, twice.
+    fsdp_size, replicas = workers.fsdp_size, workers.n // workers.fsdp_size
+    shard_bus, replica_bus = buses(workers, cluster)
+    # In a ring, each worker sends all but its own part: of weights in the forward and the backward pass, of gradients;
+    # and twice in the all-reduce over replicas.
     traffic = (fsdp_size - 1) / fsdp_size * model.n_params * (2 * width * passes + 4)
-    between = 2 * (copies - 1) / copies * model.n_params * 4 / fsdp_size
-    traffic_seconds = traffic / (bus * GB) + between / (bus_between * GB)
+    between = 2 * (replicas - 1) / replicas * model.n_params * 4 / fsdp_size
+    traffic_seconds = traffic / (shard_bus * GB) + between / (replica_bus * GB)
     seconds = optim.steps * max(step_seconds, traffic_seconds)
     hours = seconds / 3600
     return {
@@ -192,77 +191,80 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
     }
 
 
-def lines(settings: EstimateConfig, found: dict[str, Any]) -> list[str]:
-    """The table: what, how much, and the arithmetic behind it."""
+def lines(settings: EstimateConfig, result: dict[str, Any]) -> list[str]:
+    """The estimate as a table: quantity, value, arithmetic."""
     m, o, w, c = settings.model, settings.optim, settings.workers, settings.cluster
-    device, memory = DEVICES[c.device], found["memory_gb"]
+    device, memory = DEVICES[c.device], result["memory_gb"]
     width = width_of(w)
+    muon = "" if o.muon_lr is None else " (12 in the blocks: Muon)"
     rows = [
-        ("parameters", f"{found['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
-        ("tokens", f"{found['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
-        ("FLOPs per token", f"{found['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: attention in full"),
-        ("  causal", f"{found['flops_per_token_causal']:.4g}", _computed(m)),
-        ("FLOPs", f"{found['flops']:.4g}", "in full" + (", Muon's included" if o.muon_lr is not None else "")),
-        ("memory per worker", f"{found['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(found)}"),
+        ("parameters", f"{result['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
+        ("tokens", f"{result['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
+        ("FLOPs per token", f"{result['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: full attention"),
+        ("  causal", f"{result['flops_per_token_causal']:.4g}", _causal_arithmetic(m)),
+        ("FLOPs", f"{result['flops']:.4g}", "full attention" + (", including Muon" if o.muon_lr is not None else "")),
+        ("memory per worker", f"{result['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(result)}"),
         (
-            "  at rest",
+            "  between steps",
             f"{memory['weights_gradients_adam']:.2f} GB",
-            f"16 bytes{_muons(o)} x parameters / {w.fsdp_size} workers",
+            f"16 bytes{muon} x parameters / {w.fsdp_size} workers",
         ),
-        ("  gathered", f"{memory['gathered_weights']:.2f} GB", f"{width} bytes x (2 blocks + embeddings, head)"),
+        (
+            "  gathered",
+            f"{memory['gathered_weights']:.2f} GB",
+            f"{width} bytes x (2 blocks + embeddings, output layer)",
+        ),
         (
             "  activations",
             f"{memory['activations']:.2f} GB",
-            f"{found['images_per_pass']} images x {m.n_positions} x ({_blocks(m, w, width)} + {width + 8} d"
+            f"{result['images_per_pass']} images x {m.n_positions} x ({_blocks(m, w, width)} + {width + 8} d"
             f" + {2 * width + 4} V) bytes",
         ),
         (
             "step",
-            f"{found['step_seconds']:.4g} s",
+            f"{result['step_seconds']:.4g} s",
             f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
             f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
-            f" {found['passes_per_step']} pass(es)",
+            f" {result['passes_per_step']} pass(es)",
         ),
         (
             "traffic",
-            f"{found['traffic_seconds']:.4g} s",
-            f"{_traffic(w, c, found)} per worker and step,"
-            f" {'hidden' if found['traffic_seconds'] <= found['step_seconds'] else 'the LIMIT'}",
+            f"{result['traffic_seconds']:.4g} s",
+            f"{_traffic(w, c, result)} per worker and step,"
+            f" {'hidden' if result['traffic_seconds'] <= result['step_seconds'] else 'the LIMIT'}",
         ),
-        ("speed", f"{found['tokens_per_second']:,} tokens/s", "over all workers"),
-        ("time", f"{found['hours']:,} h", f"{found['device_hours']:,} {c.device} hours"),
+        ("speed", f"{result['tokens_per_second']:,} tokens/s", "over all workers"),
+        ("time", f"{result['hours']:,} h", f"{result['device_hours']:,} {c.device} hours"),
     ]
     if c.price is not None:
-        rows.append(("money", f"${found['dollars']:,}", f"at ${c.price:g} for an hour of one {c.device}"))
-    return [f"{what:18} {much:>20}   {why}" for what, much, why in rows]
+        rows.append(("cost", f"${result['dollars']:,}", f"at ${c.price:g} per {c.device} hour"))
+    return [f"{name:18} {value:>20}   {arithmetic}" for name, value, arithmetic in rows]
 
 
-def _traffic(workers: WorkersConfig, cluster: ClusterConfig, found: dict[str, Any]) -> str:
-    bus, bus_between = buses(workers, cluster)
-    said = f"{found['traffic_gb_per_step']:.3g} GB at {bus:g} GB/s"
+def _traffic(workers: WorkersConfig, cluster: ClusterConfig, result: dict[str, Any]) -> str:
+    shard_bus, replica_bus = buses(workers, cluster)
+    text = f"{result['traffic_gb_per_step']:.3g} GB at {shard_bus:g} GB/s"
     if workers.fsdp_size < workers.n:
-        said += f" and {found['traffic_gb_between_copies']:.3g} GB at {bus_between:g} GB/s between copies"
-    return said
-
-
-def _muons(optim: OptimConfig) -> str:
-    return "" if optim.muon_lr is None else " (12 in the blocks: Muon)"
+        text += f" and {result['traffic_gb_between_copies']:.3g} GB at {replica_bus:g} GB/s between replicas"
+    return text
 
 
 def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:
-    """What `activation_bytes` takes for the blocks, in its letters."""
+    """The blocks' part of `activation_bytes`, as a formula."""
     block = block_bytes(model, width)
     if workers.activation_checkpointing == "none":
         return f"{block} L d"
     return f"{width * (PRODUCT_WIDTHS if workers.activation_checkpointing == 'selective' else 1)} L d + {block} d"
 
 
-def _computed(model: ModelConfig) -> str:
+def _causal_arithmetic(model: ModelConfig) -> str:
     if model.objective == "masked":
-        return "the same: a masked network attends in full"
-    return "6 (12 L d^2 + V d) + 6 L n d: what is computed"
+        return "the same: a masked network has full attention"
+    return "6 (12 L d^2 + V d) + 6 L n d: as computed"
 
 
-def _fits(found: dict[str, Any]) -> str:
-    mend = "more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
-    return "fits" if found["fits"] else f"does NOT fit: {mend}"
+def _fits(result: dict[str, Any]) -> str:
+    remedy = (
+        "use more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
+    )
+    return "fits" if result["fits"] else f"does NOT fit: {remedy}"

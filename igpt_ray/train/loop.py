@@ -65,7 +65,7 @@ def train(
     saver = checkpoint.Saver(run.uri, run.keep, run.keep_every)
     resumed = checkpoint.load_newest(run.uri, model, optimizer)
     step = resumed.step if resumed else 0
-    lines = metrics.Metrics(run.uri, step, run.tensorboard)
+    lines = metrics.Metrics(run.uri, step, run.tensorboard and rank == 0)
     patience = cfg.tune.patience if isinstance(cfg, FinetuneRunConfig) else None
     stopping = EarlyStopping(patience, lines.lines)
     if resumed is None:

@@ -2,7 +2,6 @@
 
 Object stores cannot append, so each flush rewrites the whole file. The training loop flushes before it commits a
 checkpoint, so the lines up to the step of any checkpoint exist; a resumed run drops the lines after its step.
-TensorBoard's event file is written from the same lines.
 """
 
 import json
@@ -13,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ray import storage
-from igpt_ray.errors import NotFound
+from igpt_ray.errors import NotFound, SettingError
 
 Line = dict[str, Any]
 
 
 class Metrics:
-    """The lines of `<run>/metrics.jsonl` up to `step`, to which lines are added. Later lines are dropped."""
+    """The lines of `<run>/metrics.jsonl` up to `step`, and new lines. Later lines of the file are dropped."""
 
     def __init__(self, run: str, step: int, tensorboard: bool = False):
         self.uri = storage.join(run, "metrics.jsonl")
         self.lines = [line for line in read(run) if line["step"] <= step]
-        self.events = Events(run) if tensorboard else None
+        self.events = Events(run, step) if tensorboard else None
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
@@ -33,7 +32,7 @@ class Metrics:
         self.flusher()()
 
     def flusher(self) -> Callable[[], None]:
-        """A function, for another thread, that stores the lines as they are now."""
+        """A function for another thread that stores the current lines."""
         return partial(self._store, self.lines.copy())
 
     def _store(self, lines: list[Line]) -> None:
@@ -43,28 +42,32 @@ class Metrics:
 
 
 class Events:
-    """TensorBoard's event file of a run, `<run>/tensorboard/events.out.tfevents.0`, with every number of every line."""
+    """Every number of every line after `step`, in a TensorBoard event file of this process, `<run>/tensorboard/*`.
 
-    def __init__(self, run: str):
-        from tensorboardX.proto.event_pb2 import Event  # comes with ray[train]
-        from tensorboardX.record_writer import RecordWriter
+    TensorBoard hides the events after `step` that earlier files of the run contain (`purge_step`). Raises
+    `SettingError` if the package tensorboard is not installed.
+    """
 
-        self.uri = storage.join(run, "tensorboard", "events.out.tfevents.0")
+    def __init__(self, run: str, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SettingError("--run.tensorboard needs the extra [track]: pip install 'igpt_ray[track]'") from error
+        self.uri = storage.join(run, "tensorboard")
         self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name, "events")
-        self.event, self.records = Event, RecordWriter(str(self.path))
-        self.records.write(Event(file_version="brain.Event:2").SerializeToString())
-        self.written = 0
+        self.writer = SummaryWriter(self.folder.name, purge_step=step + 1)
+        self.step = step
+        """Step of the last line written."""
 
     def store(self, lines: list[Line]) -> None:
-        for line in lines[self.written :]:
-            event = self.event(step=line["step"], wall_time=line.get("time", 0))
-            for name in line.keys() - {"step", "time"}:
-                event.summary.value.add(tag=name, simple_value=line[name])
-            self.records.write(event.SerializeToString())
-        self.written = len(lines)
-        self.records.flush()
-        storage.upload(self.path, self.uri)
+        for line in lines:
+            if line["step"] > self.step:
+                self.step = line["step"]
+                for name in line.keys() - {"step", "time"}:
+                    self.writer.add_scalar(name, line[name], self.step, line.get("time"))
+        self.writer.flush()
+        for path in Path(self.folder.name).iterdir():
+            storage.upload(path, storage.join(self.uri, path.name))
 
 
 def read(run: str) -> list[Line]:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train.config import WorkersConfig
+from igpt_ray.train.torch_compat import fake_store
 
 
 def mesh_of(device_type: str, fsdp_size: int | None) -> DeviceMesh:
@@ -77,11 +78,9 @@ def sharding_dry_run(model: ModelConfig, workers: WorkersConfig) -> tuple[int, i
     Uses torch's fake process group for the first and the last rank, and tensors without memory (meta). The calling
     process must have no process group.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     held = []
     for rank in (workers.fsdp_size - 1, 0):  # rows are split in equal parts, and the last rank gets the rest
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=workers.n)
+        dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=workers.n)
         with torch.device("meta"):
             network = ImageGPT(model)
         shard(network, mesh_of("cpu", workers.shard), workers)

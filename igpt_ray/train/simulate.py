@@ -1,12 +1,13 @@
-"""A training step on a large cluster, event by event: what waits for what, and which part is full first.
+"""Discrete-event simulation of a training step on a large cluster: waiting times and bottleneck.
 
-`estimate.py` divides totals. Here every block is gathered one block ahead (as FSDP2 prefetches), its passes wait for
-its weights, its gradient is summed over the workers that share the weights and then over the copies (HSDP), and every
-link carries one thing at a time. All workers are alike, so one stands for all: there are no stragglers.
+`estimate.py` divides totals. The simulation models the order of events: a block's weights are gathered one block ahead
+(FSDP2's prefetch), its passes wait for them, its gradient is reduced within the FSDP group and then over the replicas
+(HSDP), and a link carries one collective at a time. All workers are equal, so that one is simulated, without
+stragglers.
 
-Collectives are rings, whose time is what NCCL itself reckons with (`src/graph/tuning.cc`, protocol Simple): a start,
-a hop for each other member, and the bytes over the bus. All-reduces of a few bytes are trees. The hops are what a ring
-over a thousand workers spends its time on.
+Collectives are rings with the times of NCCL's own model (`src/graph/tuning.cc`, protocol Simple): a start, a hop per
+further member, and the bytes over the bus. All-reduces of a few bytes are trees. In a ring over a thousand workers, the
+hops take most of the time.
 """
 
 import math
@@ -17,22 +18,22 @@ from igpt_ray.train.config import ClusterConfig, EstimateConfig, WorkersConfig
 from igpt_ray.train.estimate import DEVICES, GB, buses, flops_per_token, images_per_pass, muon_flops, width_of
 
 START, NODE_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6
-"""Seconds: to start a collective, for a hop inside a node, and for one between nodes."""
+"""Seconds to start a collective, of a hop within a node, and of a hop between nodes."""
 BUSY = 0.9
-"""A part that works this share of a step is called full."""
+"""Devices that compute for less than this share of a step count as waiting."""
 COUNTS = 11
-"""Cluster sizes of a table: 1, 2, 4 ... 1,024 nodes."""
+"""Number of cluster sizes in the table: 1, 2, 4 ... 1,024 nodes."""
 
 
 @dataclass
 class Stream:
-    """Something that does one thing at a time, in the order asked."""
+    """A device or link, which runs one operation at a time, first come first served."""
 
     free: float = 0.0
     busy: float = 0.0
 
     def do(self, ready: float, seconds: float) -> float:
-        """When it is done, if it may not begin before `ready`."""
+        """Run an operation that may start at `ready`. Returns its end."""
         self.free = max(self.free, ready) + seconds
         self.busy += seconds
         return self.free
@@ -40,14 +41,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Group:
-    """Workers that take part in a collective: `members`, on `nodes` nodes, over a bus."""
+    """The workers of a collective: their number, the number of their nodes, and the bandwidth of the bus."""
 
     members: int
     nodes: int
     gb_per_second: float
 
     def ring(self, n_bytes: float) -> float:
-        """Seconds to gather `n_bytes`, or to reduce as many to a share each."""
+        """Seconds of an all-gather or a reduce-scatter of `n_bytes` in total."""
         if self.members == 1:
             return 0.0
         between = self.nodes if self.nodes > 1 else 0
@@ -55,116 +56,116 @@ class Group:
         return START + hops + n_bytes * (self.members - 1) / self.members / (self.gb_per_second * GB)
 
     def tree(self) -> float:
-        """Seconds for a sum of a few bytes, there and back."""
+        """Seconds of an all-reduce of a few bytes."""
         if self.members == 1:
             return 0.0
-        here = math.ceil(self.members / self.nodes) - 1
-        return START + 2 * (here * NODE_HOP + math.ceil(math.log2(self.nodes)) * NETWORK_HOP)
+        local_hops = math.ceil(self.members / self.nodes) - 1
+        return START + 2 * (local_hops * NODE_HOP + math.ceil(math.log2(self.nodes)) * NETWORK_HOP)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How workers hang together: those that share the weights, those that hold the same share of them, all."""
+    """A worker's FSDP group, the replicas of its shard, and all workers."""
 
-    fsdp_size: Group
-    copies: Group
-    everyone: Group
+    shards: Group
+    replicas: Group
+    all: Group
 
     @classmethod
     def of(cls, workers: WorkersConfig, cluster: ClusterConfig) -> "Topology":
-        here = cluster.devices_per_node
-        nodes, n_copies = math.ceil(workers.n / here), workers.n // workers.fsdp_size
-        bus, bus_between = buses(workers, cluster)
+        nodes, n_replicas = math.ceil(workers.n / cluster.devices_per_node), workers.n // workers.fsdp_size
+        shard_bus, replica_bus = buses(workers, cluster)
         return cls(
-            fsdp_size=Group(workers.fsdp_size, math.ceil(workers.fsdp_size / here), bus),
-            copies=Group(n_copies, min(nodes, n_copies), bus_between),
-            everyone=Group(workers.n, nodes, cluster.bus_gb_per_second),
+            shards=Group(workers.fsdp_size, math.ceil(workers.fsdp_size / cluster.devices_per_node), shard_bus),
+            replicas=Group(n_replicas, min(nodes, n_replicas), replica_bus),
+            all=Group(workers.n, nodes, cluster.bus_gb_per_second),
         )
 
 
 def step(settings: EstimateConfig) -> dict[str, Any]:
-    """One step: its seconds, how long of that the devices compute, and what share of it every link is busy."""
+    """Simulate one step. Returns its seconds, and the share of them in which the devices and each link are busy."""
     model, optim, workers = settings.model, settings.optim, settings.workers
-    there = Topology.of(workers, settings.cluster)
+    topology = Topology.of(workers, settings.cluster)
     flops_per_second = DEVICES[settings.cluster.device].tflops * 1e12 * settings.cluster.mfu
     _, passes = images_per_pass(settings)
-    share = math.ceil(optim.batch_size / workers.n) / passes  # on average: passes differ by an image at most
+    share = math.ceil(optim.batch_size / workers.n) / passes  # average, because passes differ by at most an image
     block_params = 12 * model.n_embd**2 + 2 * model.n_embd
     other_params = model.n_params - model.n_layer * block_params
     forward = share * model.n_positions * flops_per_token(model, causal=True) / 3 / flops_per_second
     head = forward * 2 * model.n_vocab * model.n_embd * 3 / flops_per_token(model, causal=True)
     block = (forward - head) / model.n_layer
-    again = block if workers.activation_checkpointing == "full" else 0.0
+    recompute = block if workers.activation_checkpointing == "full" else 0.0
 
-    device, fsdp_size = Stream(), Stream()
-    inside = there.fsdp_size.nodes == 1
-    between = Stream() if inside else fsdp_size  # what carries the sums over copies
-    gather, reduce = (there.fsdp_size.ring(block_params * width) for width in (width_of(workers), 4))
+    shards, replicas = topology.shards, topology.replicas
+    device, shard_link = Stream(), Stream()
+    in_node = shards.nodes == 1
+    replica_link = Stream() if in_node else shard_link
+    gather, reduce = (shards.ring(block_params * width) for width in (width_of(workers), 4))
 
-    def summed(ready: float, seconds: float, n_params: int) -> None:
-        """A gradient, first to the workers that own its shares, then over the copies of a share, twice around."""
-        done = fsdp_size.do(ready, seconds)
-        if there.copies.members > 1:
-            between.do(done, 2 * there.copies.ring(4 * n_params / there.fsdp_size.members))
+    def reduce_gradient(ready: float, seconds: float, n_params: int) -> None:
+        """Reduce-scatter in the FSDP group, then all-reduce (two rings) over the replicas."""
+        done = shard_link.do(ready, seconds)
+        if replicas.members > 1:
+            replica_link.do(done, 2 * replicas.ring(4 * n_params / shards.members))
 
-    def blocks(seconds: float, last_pass: bool = False) -> None:
-        ready = fsdp_size.do(device.free, gather)
+    def run_blocks(seconds: float, last_pass: bool = False) -> None:
+        ready = shard_link.do(device.free, gather)
         for i in range(model.n_layer):
-            begun = max(device.free, ready)
-            coming = fsdp_size.do(begun, gather) if i < model.n_layer - 1 else 0.0
+            start = max(device.free, ready)
+            next_ready = shard_link.do(start, gather) if i < model.n_layer - 1 else 0.0
             done = device.do(ready, seconds)
             if last_pass:
-                summed(done, reduce, block_params)
-            ready = coming
+                reduce_gradient(done, reduce, block_params)
+            ready = next_ready
 
-    device.do(fsdp_size.do(0.0, there.fsdp_size.ring(other_params * width_of(workers))), 0.0)
+    device.do(shard_link.do(0.0, shards.ring(other_params * width_of(workers))), 0.0)
     for i in range(passes):
-        blocks(block)
-        device.do(0.0, 3 * head)  # there and back
-        blocks(2 * block + again, last_pass=i == passes - 1)
-    summed(device.free, there.fsdp_size.ring(4 * other_params), other_params)
-    end = max(device.free, fsdp_size.free, between.free) + 3 * there.everyone.tree()
+        run_blocks(block)
+        device.do(0.0, 3 * head)  # forward and backward
+        run_blocks(2 * block + recompute, last_pass=i == passes - 1)
+    reduce_gradient(device.free, shards.ring(4 * other_params), other_params)
+    end = max(device.free, shard_link.free, replica_link.free) + 3 * topology.all.tree()
     if optim.muon_lr is not None:
         end = device.do(end, muon_flops(model) / flops_per_second / workers.n)
     return {
         "workers": workers.n,
         "step_seconds": end,
         "devices": device.busy / end,
-        "node_links": fsdp_size.busy / end if inside else 0.0,
-        "network": between.busy / end,
+        "node_links": shard_link.busy / end if in_node else 0.0,
+        "network": replica_link.busy / end,
         "tokens_per_second": round(optim.batch_size * model.n_positions / end),
     }
 
 
 def fits(settings: EstimateConfig) -> bool:
-    """Whether there is an image for every worker in every step."""
+    """Whether the batch has an image for every worker."""
     return settings.optim.batch_size >= settings.workers.n
 
 
 def sizes(settings: EstimateConfig) -> list[dict[str, Any]]:
-    """The same run on clusters of 1, 2, 4 ... nodes, as long as every worker has an image of the batch."""
-    found = []
+    """The simulated step on clusters of 1, 2, 4 ... nodes, as far as every worker has an image of the batch."""
+    steps = []
     for nodes in (2**i for i in range(COUNTS)):
         n = nodes * settings.cluster.devices_per_node
         fsdp_size = math.gcd(n, settings.workers.shard) if settings.workers.shard else None
         workers = settings.workers.model_copy(update={"n": n, "shard": fsdp_size})
         other = settings.model_copy(update={"workers": workers})
         if fits(other):
-            found.append(step(other))
-    return found
+            steps.append(step(other))
+    return steps
 
 
-def full_first(found: list[dict[str, Any]]) -> str:
-    """What a larger cluster would wait for: on the smallest that leaves its devices idle, the part that is fullest."""
-    for size in found:
+def bottleneck(steps: list[dict[str, Any]]) -> str:
+    """The busiest link of the smallest cluster whose devices wait; the batch if there is no such cluster."""
+    for size in steps:
         if size["devices"] < BUSY:
             part = max(("node_links", "network"), key=lambda name: size[name])
             return f"the {part.replace('_', ' ')}, with {size['workers']:,} workers"
-    return f"the batch, with {2 * found[-1]['workers']:,} workers: more of them than images"
+    return f"the batch, which is smaller than {2 * steps[-1]['workers']:,} workers"
 
 
-def with_images(settings: EstimateConfig, step_seconds: float) -> dict[str, float]:
-    """What a node reads and writes beside its steps."""
+def node_io(settings: EstimateConfig, step_seconds: float) -> dict[str, float]:
+    """Images and checkpoints that a node reads and writes, and the time between failures of the cluster."""
     model, cluster = settings.model, settings.cluster
     nodes = math.ceil(settings.workers.n / cluster.devices_per_node)
     images_per_second = settings.optim.batch_size / nodes / step_seconds
@@ -181,22 +182,22 @@ def with_images(settings: EstimateConfig, step_seconds: float) -> dict[str, floa
 
 
 def lines(settings: EstimateConfig) -> list[str]:
-    """What a step waits for, on this cluster and on others; and what happens beside the steps."""
+    """The simulated step on this cluster and on other sizes, and the I/O of a node."""
     if not fits(settings):
         return [f"a batch of {settings.optim.batch_size} has no image for each of {settings.workers.n:,} workers"]
-    here, others = step(settings), sizes(settings)
-    node = with_images(settings, here["step_seconds"])
+    this, others = step(settings), sizes(settings)
+    node = node_io(settings, this["step_seconds"])
     table = [f"{'workers':>10} {'step':>10} {'devices':>10} {'node links':>10} {'network':>10} {'tokens/s':>14}"]
-    for size in [*others, here] if here["workers"] not in {size["workers"] for size in others} else others:
+    for size in [*others, this] if this["workers"] not in {size["workers"] for size in others} else others:
         shares = " ".join(f"{size[part]:10.0%}" for part in ("devices", "node_links", "network"))
-        mark = "  <-" if size["workers"] == here["workers"] else ""
+        mark = "  <-" if size["workers"] == this["workers"] else ""
         table.append(
             f"{size['workers']:10,} {size['step_seconds']:8.3g} s {shares} {size['tokens_per_second']:14,}{mark}"
         )
     return [
-        "simulated, with what waits for what, and the share of a step that each part is busy:",
+        "simulation of a step, with the share of it in which each part is busy:",
         *table,
-        f"full first: {full_first(others)}",
+        f"bottleneck: {bottleneck(others)}",
         f"each node reads {node['images_per_second']:.3g} images/s ({node['mb_per_second']:.2g} MB/s) from its cache of"
         f" {node['cache_gb']:.3g} GB a view, filled in {node['fill_seconds']:.3g} s",
         f"each node stores {node['checkpoint_gb']:.3g} GB of a checkpoint in {node['checkpoint_seconds']:.3g} s; a"

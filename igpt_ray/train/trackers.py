@@ -1,8 +1,7 @@
-"""A run's metrics in Weights & Biases or MLflow: the lines of `metrics.py`, live, from worker 0. Extra: [track].
+"""Trackers: worker 0 sends the lines of `metrics.py` to Weights & Biases or MLflow. Extra: [track].
 
-Where they go and who may write there is said by their own environment variables (`WANDB_API_KEY`, `WANDB_MODE`,
-`MLFLOW_TRACKING_URI` ...), which the worker must have. A run that is resumed goes on in the same place, and a step that
-it takes again is not there twice. A tracker that fails costs a warning and no step.
+Worker 0 needs the environment variables of the service (`WANDB_API_KEY`, `WANDB_MODE`, `MLFLOW_TRACKING_URI` ...). A
+resumed run continues in the same place, and repeated steps are logged once.
 """
 
 import hashlib
@@ -10,15 +9,15 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 from igpt_ray.errors import SettingError
 from igpt_ray.train.config import PretrainConfig
+from igpt_ray.train.metrics import Line
 
 log = logging.getLogger(__name__)
 
 PROJECT = "igpt_ray"
-Line = dict[str, Any]
 
 
 class Tracker(Protocol):
@@ -29,58 +28,56 @@ class Tracker(Protocol):
     def finish(self) -> None: ...
 
 
-class Beside:
-    """Talks to a tracker in a thread, so that a slow one takes no time of the steps; one that fails is left."""
+class BackgroundTracker:
+    """Calls a tracker in a thread, so that it does not delay steps. An error disables it with a warning."""
 
     def __init__(self, kind: type[Tracker], cfg: PretrainConfig):
         self.thread = ThreadPoolExecutor(1)
-        self.tracker: Tracker | None = None
-        self.thread.submit(self._or_leave, self._begin, kind, cfg)
+        self.failed = False
+
+        def start() -> None:
+            self.tracker = kind(cfg)
+
+        self._submit(start)
 
     def log(self, line: Line) -> None:
-        self.thread.submit(self._or_leave, self._log, line)
+        self._submit(lambda: self.tracker.log(line))
 
     def finish(self) -> None:
-        """Wait until everything is handed over."""
-        self.thread.submit(self._or_leave, self._finish)
+        """Wait until the tracker has all lines."""
+        self._submit(lambda: self.tracker.finish())
         self.thread.shutdown()
 
-    def _begin(self, kind: type[Tracker], cfg: PretrainConfig) -> None:
-        self.tracker = kind(cfg)
+    def _submit(self, call: Callable[[], None]) -> None:
+        self.thread.submit(self._run, call)
 
-    def _log(self, line: Line) -> None:
-        if self.tracker is not None:
-            self.tracker.log(line)
-
-    def _finish(self) -> None:
-        if self.tracker is not None:
-            self.tracker.finish()
-
-    def _or_leave(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _run(self, call: Callable[[], None]) -> None:
+        if self.failed:
+            return
         try:
-            work(*arguments)
+            call()
         except Exception as error:
-            self.tracker = None
-            log.warning("metrics are not tracked any more, training goes on: %s", " ".join(str(error).split()))
+            self.failed = True
+            log.warning("the tracker failed and is disabled, training continues: %s", " ".join(str(error).split()))
 
 
-def tracker_of(cfg: PretrainConfig) -> Beside | None:
+def tracker_of(cfg: PretrainConfig) -> BackgroundTracker | None:
     """The tracker that `cfg.run.track` names, or None. Raises `SettingError` if its package is not installed."""
     if cfg.run.track is None:
         return None
     if find_spec(cfg.run.track) is None:
         raise SettingError(f"--run.track {cfg.run.track} needs the extra [track]: pip install 'igpt_ray[track]'")
     kinds: dict[str, type[Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
-    return Beside(kinds[cfg.run.track], cfg)
+    return BackgroundTracker(kinds[cfg.run.track], cfg)
 
 
 def identity(cfg: PretrainConfig) -> str:
-    """The same for a run that is resumed, another for every other folder."""
+    """Id of a run, the same after a resume. Runs in different folders have different ids."""
     return f"{cfg.run.name}-{hashlib.sha256(cfg.run.uri.encode()).hexdigest()[:8]}"
 
 
 class Wandb:
-    """Its server ignores steps that it has seen."""
+    """Weights & Biases. Its server ignores steps that it already has."""
 
     def __init__(self, cfg: PretrainConfig):
         import wandb
@@ -102,18 +99,18 @@ class Wandb:
 
 
 class Mlflow:
-    """It would keep a step twice, so it is asked how far it has come."""
+    """MLflow. It stores repeated steps, so steps up to the last one in its history are skipped."""
 
     def __init__(self, cfg: PretrainConfig):
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
-        there = self.client.get_experiment_by_name(PROJECT)
-        experiment = there.experiment_id if there else self.client.create_experiment(PROJECT)
+        existing = self.client.get_experiment_by_name(PROJECT)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(PROJECT)
         name = identity(cfg)
-        found = self.client.search_runs([experiment], filter_string=f"tags.`{PROJECT}.run` = '{name}'", max_results=1)
-        if found:
-            self.run_id = found[0].info.run_id
+        runs = self.client.search_runs([experiment], filter_string=f"tags.`{PROJECT}.run` = '{name}'", max_results=1)
+        if runs:
+            self.run_id = runs[0].info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             created = self.client.create_run(experiment, run_name=cfg.run.name, tags={f"{PROJECT}.run": name})
@@ -128,8 +125,8 @@ class Mlflow:
         from mlflow.entities import Metric
 
         if line["step"] > self.step:
-            when = int(1000 * line["time"])
-            metrics = [Metric(k, v, when, line["step"]) for k, v in line.items() if k not in ("step", "time")]
+            milliseconds = int(1000 * line["time"])
+            metrics = [Metric(k, v, milliseconds, line["step"]) for k, v in line.items() if k not in ("step", "time")]
             self.client.log_batch(self.run_id, metrics=metrics)
 
     def finish(self) -> None:

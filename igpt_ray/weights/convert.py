@@ -7,7 +7,7 @@ from typing import Any
 from igpt_ray import storage
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import TokenFormat
+from igpt_ray.data.token_format import TokenFormat
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from igpt_ray import storage
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Strict, TokenFormat
+from igpt_ray.data.token_format import Strict, TokenFormat
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT

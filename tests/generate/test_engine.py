@@ -33,10 +33,10 @@ def drained(engine: Engine) -> list[Generation]:
 
 def alone(request: Request, model: ImageGPT = MODEL) -> NDArray[np.integer]:
     """Samples of `sampler.complete`, one seed at a time: (n, T)."""
-    tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.given)[None]
+    tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.prompt_mask)[None]
     how = request.temperature, request.top_k, request.top_p
     return np.concatenate(
-        [sampler.complete(model, tokens, 1, [seed], *how, given=mask).numpy() for seed in request.seeds]
+        [sampler.complete(model, tokens, 1, [seed], *how, prompt_mask=mask).numpy() for seed in request.seeds]
     )
 
 
@@ -49,7 +49,7 @@ masks = st.one_of(
 requests = st.builds(
     Request,
     tokens=st.integers(0, 7).map(lambda i: PICTURES[i]),
-    given=masks,
+    prompt_mask=masks,
     seeds=st.lists(st.integers(0, 2**64), min_size=1, max_size=4).map(tuple),
     temperature=st.sampled_from([0, 0.5, 1, 1, 3]),
     top_k=st.sampled_from([0, 0, 1, 5]),
@@ -75,7 +75,7 @@ def test_a_sample_does_not_depend_on_other_requests(slots: int, happenings: list
     finished += drained(engine)
     for ticket in tickets:
         assert ticket.finished != ticket.cancelled
-        assert ticket.finished == (ticket in finished or bool(ticket.request.given.all()))
+        assert ticket.finished == (ticket in finished or bool(ticket.request.prompt_mask.all()))
         if ticket.finished:
             assert ticket.position == 16
             assert (ticket.tokens == alone(ticket.request)).all()
@@ -189,10 +189,10 @@ def test_requests_may_be_submitted_from_any_thread_during_steps() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": PICTURES[0][:15]}, r"tokens are \(15,\) and given \(16,\), expected \(16,\) of both"),
-        ({"given": TOP_ROWS[None]}, r"given \(1, 16\)"),
-        ({"tokens": PICTURES[0] / 2}, "tokens are float64 and given bool, expected integers and booleans"),
-        ({"given": TOP_ROWS.astype(int)}, "given int64"),
+        ({"tokens": PICTURES[0][:15]}, r"tokens are \(15,\) and prompt_mask \(16,\), expected \(16,\) of both"),
+        ({"prompt_mask": TOP_ROWS[None]}, r"prompt_mask \(1, 16\)"),
+        ({"tokens": PICTURES[0] / 2}, "tokens are float64 and prompt_mask bool, expected integers and booleans"),
+        ({"prompt_mask": TOP_ROWS.astype(int)}, "prompt_mask int64"),
         ({"tokens": PICTURES[0] + 16}, "a prompt pixel has the token .*, expected 0 to 15"),
         ({"tokens": PICTURES[0] - 16}, "a prompt pixel has the token -"),
         ({"seeds": ()}, "0 samples were requested, expected 1 to 2"),

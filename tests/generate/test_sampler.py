@@ -81,7 +81,7 @@ def test_prompt_pixels_at_any_position_are_unchanged_and_attended_to(model: Imag
     expected = torch.where(given, x, 0)
     for t in range(16):
         expected[:, t] = torch.where(given[:, t], x[:, t], model(expected)[:, t].argmax(-1))
-    assert torch.equal(sampler.complete(model, x, 1, [0, 1, 2], temperature=0, given=given), expected)
+    assert torch.equal(sampler.complete(model, x, 1, [0, 1, 2], temperature=0, prompt_mask=given), expected)
 
 
 def test_a_number_of_rows_is_equivalent_to_a_mask(model: ImageGPT, given: Tensor) -> None:
@@ -89,7 +89,7 @@ def test_a_number_of_rows_is_equivalent_to_a_mask(model: ImageGPT, given: Tensor
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, :6] = True
     padded = torch.nn.functional.pad(given, (0, 10), value=3)
-    masked = sampler.complete(model, padded, 2, seeds, given=mask)
+    masked = sampler.complete(model, padded, 2, seeds, prompt_mask=mask)
     assert torch.equal(masked, sampler.complete(model, given, 2, seeds))
 
 

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
     out = {"out": str(tmp_path)}
     with pytest.raises(SourceError, match="has no split 'val': it has test, train"):
         batch.score(ScoreConfig(release=released, source=digit_images, split="val", **out))
-    with pytest.raises(EndpointError, match="has no model 'cats': digits"):
+    with pytest.raises(EndpointError, match="has no model 'cats': it has digits"):
         batch.score(ScoreConfig(endpoint=place.url, model="cats", tokens=store, **out))
     with pytest.raises(EndpointError, match="expected http"):
         batch.score(ScoreConfig(endpoint="ftp://x", tokens=store, **out))
@@ -161,7 +161,7 @@ def test_a_store_of_another_kind_than_the_server_s_is_refused(
 
 
 def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """429 and 503 are asked again after the time that they name; a redirect is an error, not followed."""
+    """429 and 503 are retried after the time in Retry-After; a redirect or a page of another server is an error."""
     answers = [(429, {"Retry-After": "0"}), (503, {}), (502, {}), (200, {})]
     seen = []
 
@@ -170,13 +170,11 @@ def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeyp
             seen.append(self.headers["Authorization"])
             status, headers = answers.pop(0)
             self.send_response(status)
-            for name, value in {
-                "Content-Type": "text/html" if status == 502 else "application/json",
-                **headers,
-            }.items():
+            html = status in (404, 502)
+            for name, value in {"Content-Type": "text/html" if html else "application/json", **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(b"<html>" if status == 502 else json.dumps({"data": [{"id": "a"}]}).encode())
+            self.wfile.write(b"<html>" if html else json.dumps({"data": [{"id": "a"}]}).encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -190,7 +188,10 @@ def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeyp
         answers.append((302, {"Location": f"http://127.0.0.1:{port}/elsewhere"}))
         with pytest.raises(EndpointError, match="302"):
             client.model_info()
-        assert len(seen) == 5
+        answers.append((404, {}))
+        with pytest.raises(EndpointError, match="404, not the JSON of an igpt_ray server: check --endpoint"):
+            client.model_info()
+        assert len(seen) == 6
         server.shutdown()
     monkeypatch.setattr(clients, "PATIENCE_S", 0)
     with pytest.raises(EndpointError, match="does not answer"):

@@ -3,7 +3,6 @@
 import itertools
 import re
 import secrets
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -381,27 +380,22 @@ def test_a_line_of_metrics_is_consistent(process_group: None, store: TokenStore,
 def test_tensorboard_s_events_have_no_duplicates_after_a_resume(
     process_group: None, store: TokenStore, tmp_path: Path
 ) -> None:
-    """Two event files would show the repeated steps twice."""
+    """The first file's events of the steps that are trained again are hidden."""
     cfg = settings_for(store, tmp_path, run={"tensorboard": True})
     loop.train(cfg, CPU)
     before = {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"}
     checkpoint.rewind(cfg.run.uri, 4)
     loop.train(cfg, CPU)
     assert {key: value for key, value in events_of(cfg.run.uri).items() if key[1] == "nats_per_token"} == before
-    assert len(list(Path(cfg.run.uri, "tensorboard").iterdir())) == 1
+    assert len(list(Path(cfg.run.uri, "tensorboard").iterdir())) == 2
 
 
 def events_of(run: str) -> dict[tuple[int, str], float]:
-    """(step, name) -> value of a TensorBoard file without duplicates. A record is length, crc, data, crc."""
-    from tensorboardX.proto.event_pb2 import Event
+    """(step, name) -> value, as TensorBoard reads a run's folder; each must be there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    data = storage.read(storage.join(run, "tensorboard", "events.out.tfevents.0"))
-    found: dict[tuple[int, str], float] = {}
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        data = data[16 + length :]
-        for value in event.summary.value:
-            assert (event.step, value.tag) not in found
-            found[event.step, value.tag] = value.simple_value
-    return found
+    events = EventAccumulator(f"{run}/tensorboard", size_guidance={"scalars": 0})  # 0: all
+    events.Reload()
+    values = [((e.step, name), e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
+    assert len(dict(values)) == len(values)
+    return dict(values)

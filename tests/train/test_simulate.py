@@ -55,7 +55,7 @@ def test_the_network_s_bytes_equal_the_totals() -> None:
         settings = of("igpt-l", cluster={"mfu": 0.5}, n=64, shard=shard)
         found, totals = simulate.step(settings), estimate(settings)
         there, blocks = simulate.Topology.of(settings.workers, settings.cluster), settings.model.n_layer + 1
-        hops = blocks * (3 * there.fsdp_size.ring(0) + 2 * there.copies.ring(0))
+        hops = blocks * (3 * there.shards.ring(0) + 2 * there.replicas.ring(0))
         carried = (found["node_links"] + found["network"]) * found["step_seconds"]
         assert carried == pytest.approx(totals["traffic_seconds"] + hops, rel=0.01)
 
@@ -101,12 +101,12 @@ def test_replicas_need_less_of_the_network_than_rings_of_a_thousand_workers() ->
 
 def test_the_bottleneck_is_named() -> None:
     first = {
-        (preset, batch, shard): simulate.full_first(simulate.sizes(of(preset, batch, {"mfu": 0.5}, n=8, shard=shard)))
+        (preset, batch, shard): simulate.bottleneck(simulate.sizes(of(preset, batch, {"mfu": 0.5}, n=8, shard=shard)))
         for preset, batch, shard in (("igpt-xl", 1024, None), ("igpt-xl", 1024, 8), ("igpt-s", 128, None))
     }
     assert first["igpt-xl", 1024, None] == "the network, with 1,024 workers"
-    assert "batch" in simulate.full_first(simulate.sizes(of("igpt-xl", 64, FAST | {"mfu": 0.5}, n=8)))
-    assert "node links" in simulate.full_first(simulate.sizes(of("igpt-s", 128, {"node_gb_per_second": 1}, n=8)))
+    assert "batch" in simulate.bottleneck(simulate.sizes(of("igpt-xl", 64, FAST | {"mfu": 0.5}, n=8)))
+    assert "node links" in simulate.bottleneck(simulate.sizes(of("igpt-s", 128, {"node_gb_per_second": 1}, n=8)))
     assert first["igpt-s", 128, None] == "the network, with 32 workers"
 
 
@@ -117,7 +117,7 @@ def test_more_workers_than_images_are_reported() -> None:
 
 def test_input_and_checkpoint_traffic_of_a_node_by_hand() -> None:
     settings = of("igpt-xl", 1024, n=1024)
-    node = simulate.with_images(settings, step_seconds=0.5)
+    node = simulate.node_io(settings, step_seconds=0.5)
     assert node["images_per_second"] == 1024 / 128 / 0.5
     assert node["mb_per_second"] == pytest.approx(16 * 4096 * 2 / 1e6)
     assert node["cache_gb"] == pytest.approx(1_281_167 * 8192 / 1e9)

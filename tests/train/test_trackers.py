@@ -114,7 +114,7 @@ def test_a_tracker_that_fails_costs_a_warning(
     with caplog.at_level(logging.WARNING, "igpt_ray.train.trackers"):
         report = loop.train(settings_for(store, tmp_path, run={"track": "mlflow"}), CPU)
     assert [r.message[:40] for r in caplog.records if r.name == "igpt_ray.train.trackers"] == [
-        "metrics are not tracked any more, traini"
+        "the tracker failed and is disabled, trai"
     ]
     assert weights_of(report["run"]) == weights_of(plain["run"])
 

@@ -1,4 +1,4 @@
-"""Releases over HTTP, with Ray Serve and FastAPI: an API deployment, and behind it one of replicas for each release.
+"""Releases over HTTP, with Ray Serve and FastAPI: an API deployment, and one deployment of replicas per release.
 
 `serve deploy` builds the application with `build` (see cluster/serve.yaml); jobs/serve.py runs it from a driver.
 """
@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from igpt_ray import storage, weights
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.flows.serve.check import API, check_file, deployment_of
@@ -31,13 +31,13 @@ from igpt_ray.serve.schemas import Reader
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Of a request whose replica dies: its answer does not depend on who gives it."""
+"""Attempts of a request whose replica dies. All replicas give the same answer."""
 CONNECTIONS = 10_000
-"""That the API looks at: when there is much to do its gate refuses most of them, and in JSON, unlike Ray's proxy."""
+"""Concurrent requests of the API. Its middleware rejects requests above the queue in JSON; Ray's proxy would not."""
 
 
 class Api:
-    """The ingress: it holds no model."""
+    """The ingress deployment, which has no model."""
 
     def __init__(self, settings: ServeConfig, keys: Keys | None, handles: dict[str, DeploymentHandle]):
         self.settings, self.keys, self.handles = settings, keys, handles
@@ -46,38 +46,37 @@ class Api:
         heads = {name: load_head(uri) for name, uri in self.settings.probes.items()}
         served = {}
         for name, uri in self.settings.releases.items():
-            about = weights.load_config(uri)
-            reader = Reader(about, Palette.load(storage.join(uri, "palette.npy")))
+            release = weights.load_config(uri)
+            reader = Reader(release, Palette.load(storage.join(uri, "palette.npy")))
             replicas = Replicas(self.handles[name])
-            served[name] = ServedModel(name, reader, heads_of(about, heads), self.settings.slots, replicas)
+            served[name] = ServedModel(name, reader, heads_of(release, heads), self.settings.slots, replicas)
         return application(served, self.keys, self.settings.queue)
 
 
 class Replicas:
-    """Those of a release. What one that died was asked is asked again of another."""
+    """The replicas of a release. A request whose replica dies is sent to another one."""
 
     def __init__(self, handle: DeploymentHandle):
         self.handle = handle
 
-    async def call(self, what: str, *words: Any) -> Any:
+    async def call(self, method: str, *arguments: Any) -> Any:
         for attempt in itertools.count(1):
-            answer = getattr(self.handle, what).remote(*words)
             try:
-                return await answer
+                return await getattr(self.handle, method).remote(*arguments)
             except RayActorError as error:
                 _give_up_after(attempt, error)
         raise AssertionError
 
     async def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]:
-        """The rows that another replica paints again are the same, so the listener does not hear them twice."""
-        told = 0
+        """Yield each row once: another replica generates the same rows again, which are skipped."""
+        n_yielded = 0
         for attempt in itertools.count(1):
-            rows, heard = self.handle.options(stream=True).complete.remote(request), 0
+            rows, n = self.handle.options(stream=True).complete.remote(request), 0
             try:
                 async for row in rows:
-                    heard += 1
-                    if heard > told:
-                        told = heard
+                    n += 1
+                    if n > n_yielded:
+                        n_yielded = n
                         yield row
                 return
             except RayActorError as error:
@@ -89,19 +88,23 @@ class Replicas:
 def _give_up_after(attempt: int, error: RayActorError) -> None:
     log.warning("a replica was lost (attempt %d): %s", attempt, error)
     if attempt == ATTEMPTS:
-        raise APIError(503, "replica_lost", "the replicas at this request died: try again", Retry_After="5") from error
+        message = f"{ATTEMPTS} replicas died during this request: try again"
+        raise APIError(503, "replica_lost", message, Retry_After="5") from error
 
 
 def build(settings: ServeConfig) -> serve.Application:
-    """The application; `serve deploy` passes the `args` of its YAML, checked as settings."""
+    """The Serve application. `serve deploy` validates the `args` of its YAML as these settings and passes them.
+
+    Raises `FeatureError` if a head was not fitted on any of the releases.
+    """
     handles, probes = {}, settings.probes
     heads = {name: load_head(uri) for name, uri in probes.items()}
-    strangers = set(heads)
+    unmatched = set(heads)
     for name, uri in settings.releases.items():
-        about = weights.load_config(uri)
-        weights.check_next(about, uri)
-        fitting = {head: probes[head] for head in heads_of(about, heads) if head in probes}
-        strangers -= fitting.keys()
+        release = weights.load_config(uri)
+        weights.check_next(release, uri)
+        heads_here = {head: probes[head] for head in heads_of(release, heads) if head in probes}
+        unmatched -= heads_here.keys()
         deployment = serve.deployment(
             name=deployment_of(name),
             num_replicas=settings.replicas,
@@ -110,9 +113,9 @@ def build(settings: ServeConfig) -> serve.Application:
             graceful_shutdown_timeout_s=REQUEST_SECONDS,
             health_check_period_s=5,
         )(Replica)
-        handles[name] = deployment.bind(name, uri, fitting, settings.slots, settings.precision)
-    if strangers:
-        raise FeatureError(f"no release served is the one that the head {min(strangers)} was fitted on")
+        handles[name] = deployment.bind(name, uri, heads_here, settings.slots, settings.precision)
+    if unmatched:
+        raise FeatureError(f"the head {min(unmatched)} was not fitted on any of these releases: add its release")
     api = serve.deployment(
         name=API,
         max_ongoing_requests=CONNECTIONS,
@@ -122,14 +125,14 @@ def build(settings: ServeConfig) -> serve.Application:
     return api.bind(settings, Keys.load(settings.keys) if settings.keys else None, handles)
 
 
-# ------------------------------------------------------------------------------------------------ the job
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def run(settings: ServeConfig) -> dict[str, Any]:
-    """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`); or only check the file `settings.check`."""
+    """Serve until interrupted (Ctrl-C, SIGTERM, `ray job stop`), or only check the file `settings.check`."""
     if settings.check:
         return check_file(settings.check)
-    application = build(settings)  # refuses here, not in a replica that Serve would start again and again
+    application = build(settings)  # validates here; Serve would restart a failing replica without end
     _check_port(settings.host, settings.port)
     options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=REQUEST_SECONDS + 60)
     serve.start(http_options=options)
@@ -137,8 +140,8 @@ def run(settings: ServeConfig) -> dict[str, Any]:
     try:
         serve.run(application, name="igpt")
         address = f"http://{settings.host}:{settings.port}"
-        log.info("serving %s: the page is at %s/", ", ".join(settings.releases), address)
-        log.info("try: %s", curl_line(address, "PICTURE.png", bool(settings.keys)))
+        log.info("serving %s, web page: %s/", ", ".join(settings.releases), address)
+        log.info("example: %s", curl_line(address, "IMAGE.png", bool(settings.keys)))
         while True:
             time.sleep(1)
     except (KeyboardInterrupt, SystemExit):
@@ -147,10 +150,10 @@ def run(settings: ServeConfig) -> dict[str, Any]:
         serve.shutdown()
 
 
-def curl_line(address: str, picture: str, keyed: bool = False) -> str:
-    """A line for the shell that has a picture finished twice."""
+def curl_line(address: str, image: str, keyed: bool = False) -> str:
+    """A shell command that requests two completions of an image file."""
     key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
-    return f"curl -s {address}/v1/completions{key} -F n=2 -F image=@{picture}"
+    return f"curl -s {address}/v1/completions{key} -F n=2 -F image=@{image}"
 
 
 def _check_port(host: str, port: int) -> None:
@@ -160,5 +163,5 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise SettingError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose a free one with --port"
+                f"cannot listen on {host}:{port} ({error.strerror}): choose a free port with --port"
             ) from error

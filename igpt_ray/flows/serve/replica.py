@@ -10,7 +10,7 @@ import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from igpt_ray import weights
-from igpt_ray.data.token_store import Tokens
+from igpt_ray.data.token_format import Tokens
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.features import Features, Pooling
 from igpt_ray.evaluate.heads import Head, load_head
@@ -76,8 +76,8 @@ class Replica:
     async def ready(self) -> bool:
         """Generate one pixel; returns True when it is done."""
         T = self.release_config.model.n_positions
-        given = np.arange(T) < T - 1
-        async for _ in self.complete(Request(np.zeros(T, np.uint16), given, (0,))):
+        prompt_mask = np.arange(T) < T - 1
+        async for _ in self.complete(Request(np.zeros(T, np.uint16), prompt_mask, (0,))):
             pass
         return True
 
