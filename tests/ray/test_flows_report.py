@@ -25,21 +25,23 @@ def both(prepared: str, released: str) -> dict[str, Any]:
     return {"release": released, "tokens": storage.join(prepared, "tokens")}
 
 
-def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: dict[str, Any], tmp_path: Path) -> None:
-    """A figure on the page that its part does not bear out; a part that is made anew, or kept for other settings."""
+def test_the_report_computes_only_missing_parts(
+    both: dict[str, Any], tmp_path: Path
+) -> None:
+    """The page has the figures of its parts; a part that is missing, damaged or of other settings is recomputed."""
     settings = ReportConfig(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
     report = write_report(settings)
     assert report["made"] == ["likelihood", "completions", "probe"]
     page = (tmp_path / "report.html").read_text()
-    found = json.loads((tmp_path / "report.json").read_text())
+    figures = json.loads((tmp_path / "report.json").read_text())
     likelihood = json.loads((tmp_path / "likelihood/likelihood.json").read_text())
-    assert found["likelihood"] == likelihood
+    assert figures["likelihood"] == likelihood
     assert f"{likelihood['nats_per_token']:.4f}" in page
-    assert f"{found['probe']['raw_pixels']['accuracy']:.1%}" in page
-    assert list(found["probe"]["low_data"]) == ["2"]
+    assert f"{figures['probe']['raw_pixels']['accuracy']:.1%}" in page
+    assert list(figures["probe"]["low_data"]) == ["2"]
     assert "400 labels a class: the smallest class has fewer" in page
     assert page.count("<figure>") == 12 + 12 + 2  # either end of the ranking, completions, palette
-    assert f"{found['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
+    assert f"{figures['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
 
     (tmp_path / "completions/completions.png").unlink()
     (tmp_path / "likelihood/part.json").write_text("{")
@@ -48,7 +50,7 @@ def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: d
     assert write_report(settings.model_copy(update={"n": 3}))["made"] == ["completions"]
 
 
-def test_a_report_that_cannot_be_made_is_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_are_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the split test is in --fit-split and in --split"):
         write_report(ReportConfig(**both, out=str(tmp_path), fit_split="test"))
     assert not list(tmp_path.iterdir())
