@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from igpt_ray.errors import SettingError
-from igpt_ray.evaluate.likelihood import HEAT, Nats
+from igpt_ray.evaluate.likelihood import HEAT_COLOURS, Nats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def line_plot(lines: list[Line]) -> Markup:
             if len(line.values) == 1:
                 axes.plot((layers[0], layers[-1]), [*line.values.values()] * 2, **style)
             else:
-                axes.plot(line.values.keys(), line.values.values(), marker="o", markersize=5, **style)
+                axes.plot(list(line.values), list(line.values.values()), marker="o", markersize=5, **style)
         axes.set_xlabel("layer")
         axes.set_xticks(layers[:: -(-len(layers) // 12)])
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -106,7 +106,7 @@ def surprise_map(by_position: Nats) -> Markup:
     def draw(axes: "Axes") -> None:
         from matplotlib.colors import LinearSegmentedColormap
 
-        colours = LinearSegmentedColormap.from_list("heat", np.array(HEAT) / 255)
+        colours = LinearSegmentedColormap.from_list("heat", np.array(HEAT_COLOURS) / 255)
         image = axes.imshow(by_position, colours, vmin=0, interpolation="none")
         last = len(by_position) - 1
         for axis in (axes.xaxis, axes.yaxis):

@@ -238,7 +238,7 @@ def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     n = store.manifest.rows(settings.fit_split)
     return {
         "method": settings.method,
-        "setting": "l2 / 2 * |W|^2 beside the mean loss" if settings.method == "lbfgs" else "learning rate",
+        "setting": "l2 / 2 * |W|^2 added to the mean loss" if settings.method == "lbfgs" else "learning rate",
         "tried": list(Method(settings.method, settings.sgd).candidates),
         "standardised": "by mean and deviation of the images fitted on",
         "fit_split": settings.fit_split,
