@@ -63,7 +63,7 @@ def probe_layers(settings: ProbeConfig) -> Report:
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
     check_splits(store, settings)
     roots = _extracted(settings)
-    layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).about.layers]
+    layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).spec.layers]
     tasks = [Choose(source, layer) for source in roots for layer in layers]
     tasks += [Choose(PIXELS, ())] if settings.baselines else []
     choices = _answers(tasks, settings, roots)
@@ -180,7 +180,7 @@ class Prober:
         if source == PIXELS:
             return raw_pixels(self.store, split)
         kept = FeatureStore(self.roots[source])
-        *looks, C = kept.about.shape
+        *looks, C = kept.spec.shape
         shape = (kept.rows(split), *looks, C * len(layers))
         on_disk = self.settings.method == "sgd"
         file = Path(folder, f"{split}.f32")
