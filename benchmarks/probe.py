@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
-from igpt_ray.evaluate.logistic import MOST, gradient, minimised, moments
+from igpt_ray.evaluate.logistic import MAX_ITERATIONS, gradient, minimise, moments
 from igpt_ray.settings import Count, OptionalUri, Section
 
 
@@ -39,7 +39,7 @@ class BenchProbeConfig(Section):
     classes: Annotated[int, Field(ge=2)] = 10
     """Classes."""
     l2: Annotated[float, Field(gt=0)] = 1e-4
-    """Penalty, l2 / 2 * |W|^2 beside the mean loss."""
+    """Penalty, l2 / 2 * |W|^2 added to the mean loss."""
     rounds: Count = 3
     """How often each takes its turn; figures are quartiles."""
     threads: Count = 2
@@ -57,7 +57,7 @@ def probe(settings: BenchProbeConfig) -> dict[str, Any]:
     x, y = features(settings)
     n_classes = int(y.max()) + 1
     fits = {
-        "ours": ours(n_classes, settings.l2, MOST),
+        "ours": ours(n_classes, settings.l2, MAX_ITERATIONS),
         "ours, 10": ours(n_classes, settings.l2, 10),
         "ours, 40": ours(n_classes, settings.l2, 40),
         "scikit-learn": scikit_learn(settings.l2, 100),  # its default
@@ -75,7 +75,7 @@ def probe(settings: BenchProbeConfig) -> dict[str, Any]:
                 cpu[name].append(time.process_time() - cpu_started)
             losses[name] = loss(weight, bias, x, y, settings.l2)
             chosen[name] = (x @ weight.T + bias).argmax(1)
-    exact = minimised(torch.from_numpy(x).double(), torch.from_numpy(y), n_classes, (settings.l2,))[settings.l2]
+    exact = minimise(torch.from_numpy(x).double(), torch.from_numpy(y), n_classes, (settings.l2,))[settings.l2]
     lowest = min(loss(*exact, x, y, settings.l2), *losses.values())
     return {
         "rows": len(x),
@@ -114,7 +114,7 @@ def made_up(n: int, width: int, n_classes: int) -> tuple[Features, Labels]:
 
 
 def ours(n_classes: int, l2: float, most: int) -> Fit:
-    return lambda x, y: minimised(torch.from_numpy(x), torch.from_numpy(y), n_classes, (l2,), most)[l2]
+    return lambda x, y: minimise(torch.from_numpy(x), torch.from_numpy(y), n_classes, (l2,), most)[l2]
 
 
 def scikit_learn(l2: float, max_iter: int) -> Fit:

@@ -93,8 +93,8 @@ def _associations(settings: AuditConfig, tests: list[Stimuli], layers: list[int]
         n = len(test.sets["X"])
         for i, layer in enumerate(layers):
             X, Y, A, B = (chosen[letter][:, i] for letter in bias.SETS)
-            found = ieat.test(X, Y, A, B, settings.seed)
-            exact = math.comb(2 * n, n) <= ieat.MOST_PARTITIONS
+            found = ieat.association_test(X, Y, A, B, settings.seed)
+            exact = math.comb(2 * n, n) <= ieat.MAX_PARTITIONS
             sizes = {letter: len(pictures) for letter, pictures in test.sets.items()}
             rows.append({"test": test.name, "layer": layer, "pictures": sizes, **found._asdict(), "exact": exact})
     return rows

@@ -222,7 +222,7 @@ def _report(
         few = {str(k): found[Few(source, layers, k)] for k in settings.low_data}
         if few:
             said["low_data"] = {
-                k: {name: few_shot.spread_of(runs) for name, runs in by_name.items()} for k, by_name in few.items()
+                k: {name: few_shot.mean_and_sd(runs) for name, runs in by_name.items()} for k, by_name in few.items()
             }
         by_source[source] = said
     network = by_source.pop(NETWORK)

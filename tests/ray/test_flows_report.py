@@ -87,7 +87,7 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
         tokens = np.stack([bias.read(uri, release.config.kind, release.palette) for uri in uris])
         rows[letter] = features.pooled(release.model, tokens, uris, [0, 2], "mean", 8)
     for i, found in enumerate(report["ieat"]):
-        expected = ieat.test(*(rows[letter][:, i] for letter in "XYAB"))
+        expected = ieat.association_test(*(rows[letter][:, i] for letter in "XYAB"))
         assert found["effect_size"] == pytest.approx(expected.effect_size, abs=1e-4)
         assert found["p_value"] == expected.p_value
         assert found["exact"]
