@@ -97,7 +97,9 @@ def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(both: dict[
     with pytest.raises(SettingError, match="there is no layer 3: this network has layers 0 to 2"):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(3,)))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FeatureError, match=r"the class '\d' has \d+ images to fit on, fewer than the 400 asked for"):
+    with pytest.raises(
+        FeatureError, match=r"the class '\d' has \d+ images to fit on, fewer than the 400 of --low-data"
+    ):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), low_data=(400,)))
     assert not list(tmp_path.iterdir())
     extract(FeaturesConfig(**both, out=str(tmp_path / "features"), splits=("test",)))
