@@ -196,7 +196,7 @@ class Independence(NamedTuple):
 
 
 def independence(counts: dict[str, Counts], seed: int) -> Independence:
-    """Pearson's chi-square over groups, each with counts of classes over the completions of an image: (images, classes).
+    """Pearson's chi-square over groups, each with class counts of the completions of an image: (images, classes).
 
     Completions of one image are not independent, so the chi-square distribution does not apply. The p-value is by
     permutation of whole images (scipy), and exact up to RESAMPLES permutations. Raises `SettingError` if scipy is

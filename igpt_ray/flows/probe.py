@@ -1,4 +1,4 @@
-"""Linear probes of every layer on actors: features -> best layer on held-out images -> one evaluation on the test split.
+"""Linear probes of every layer on actors: features -> best layer on held-out images -> one test evaluation.
 
 <out>/probe.json         accuracies of the network and of the baselines, and the protocol
 <out>/confusion.csv      test images by true class (rows) and predicted class (columns)
