@@ -91,7 +91,8 @@ def _ieat(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> lis
         sizes = {letter: len(images) for letter, images in test.sets.items()}
         exact = math.comb(2 * sizes["X"], sizes["X"]) <= ieat.MAX_PARTITIONS
         for i, layer in enumerate(layers):
-            result = ieat.association_test(*(sets[letter][:, i] for letter in bias.SETS), seed=settings.seed)
+            X, Y, A, B = (sets[letter][:, i] for letter in bias.SETS)
+            result = ieat.association_test(X, Y, A, B, settings.seed)
             rows.append({"test": test.name, "layer": layer, "pictures": sizes, **result._asdict(), "exact": exact})
     return rows
 
