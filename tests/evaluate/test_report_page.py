@@ -15,7 +15,7 @@ from igpt_ray.evaluate import report_page, report_plots
 from igpt_ray.evaluate.report_page import Picture
 from igpt_ray.evaluate.report_plots import Dot, Line
 
-HOSTILE = '<script>$x</script>"|'
+HOSTILE = '<script>$x$</script>"|'
 SVG = "{http://www.w3.org/2000/svg}"
 VARIABLES = ("one", "two", "three", "faint", "rule")
 PICTURE = Picture(images.png(np.zeros((2, 2, 3), np.uint8)), f"1.234 {HOSTILE}")
