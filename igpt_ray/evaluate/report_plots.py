@@ -112,7 +112,7 @@ def surprise_map(by_position: Nats) -> Markup:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(sorted({0, len(by_position) // 2, last}))
         axes.grid(visible=False)
-        axes.figure.colorbar(image, ax=axes)
+        axes.figure.colorbar(image, ax=axes).outline.set_visible(False)
 
     return _svg("nats per token by position", 3.8, draw)
 

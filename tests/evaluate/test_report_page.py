@@ -124,7 +124,9 @@ def test_every_plot_is_well_formed_svg_inside_its_box() -> None:
 
 def test_plots_take_their_colours_from_the_page() -> None:
     """A fixed colour would be invisible in the light or in the dark mode."""
-    for plot in (report_plots.line_plot([Line("a", {0: 0.4, 1: 0.5})]), report_plots.dot_plot([Dot("a", 1.0, 0.1)])):
+    lines, dots = [Line("a", {0: 0.4, 1: 0.5})], [Dot("a", 1.0, 0.1)]
+    surprise = report_plots.surprise_map(np.ones((2, 2)))
+    for plot in (report_plots.line_plot(lines), report_plots.dot_plot(dots), surprise):
         assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", plot)) <= {"none", *map("var(--{})".format, VARIABLES)}
 
 
