@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.timing import in_turn, median_ratio, quartiles
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
-from igpt_ray.evaluate.logistic import MOST, gradient, minimised, moments
+from igpt_ray.evaluate.logistic import MAX_ITERATIONS, gradient, minimise, moments
 from igpt_ray.settings import Count, OptionalUri, Section
 
 
@@ -61,7 +61,7 @@ def probe(settings: BenchProbeConfig) -> dict[str, Any]:
     x, y = features(settings)
     n_classes = int(y.max()) + 1
     fits = {
-        "ours": ours(n_classes, settings.l2, MOST),
+        "ours": ours(n_classes, settings.l2, MAX_ITERATIONS),
         "ours, 10": ours(n_classes, settings.l2, 10),
         "ours, 40": ours(n_classes, settings.l2, 40),
         "scikit-learn": scikit_learn(settings.l2, 100),  # scikit-learn's default
@@ -71,7 +71,7 @@ def probe(settings: BenchProbeConfig) -> dict[str, Any]:
         runs = in_turn({name: partial(fit, x, y) for name, fit in fits.items()}, settings.rounds)
     losses = {name: loss(*fitted, x, y, settings.l2) for name, fitted in runs.results.items()}
     predictions = {name: (x @ weight.T + bias).argmax(1) for name, (weight, bias) in runs.results.items()}
-    exact = minimised(torch.from_numpy(x).double(), torch.from_numpy(y), n_classes, (settings.l2,))[settings.l2]
+    exact = minimise(torch.from_numpy(x).double(), torch.from_numpy(y), n_classes, (settings.l2,))[settings.l2]
     lowest = min(loss(*exact, x, y, settings.l2), *losses.values())
     others = [name for name in fits if name != "ours"]
     return {
@@ -112,7 +112,7 @@ def synthetic(n: int, width: int, n_classes: int) -> tuple[Features, Labels]:
 
 
 def ours(n_classes: int, l2: float, max_iter: int) -> Fit:
-    return lambda x, y: minimised(torch.from_numpy(x), torch.from_numpy(y), n_classes, (l2,), max_iter)[l2]
+    return lambda x, y: minimise(torch.from_numpy(x), torch.from_numpy(y), n_classes, (l2,), max_iter)[l2]
 
 
 def scikit_learn(l2: float, max_iter: int) -> Fit:

@@ -1,8 +1,7 @@
-"""The bias audit: which pictures make which test, who names classes of completions, what many tests allow to say.
+"""The bias audit: stimuli of iEAT tests, classifiers of completions, and corrected p-values.
 
-iEAT (ieat.py) asks whether two groups of pictures lie nearer to one set of attributes than to the other. The audit of
-completions asks whether halves of pictures of different groups are finished as different classes. Several tests in
-one audit are several chances to find something by accident: `holm` corrects p-values for their number.
+iEAT (ieat.py) compares the similarity of two groups of images to two sets of attributes. The audit of completions
+compares the classes of completed images between groups. An audit runs several tests, so `holm` corrects the p-values.
 """
 
 import json
@@ -24,140 +23,129 @@ from igpt_ray.evaluate.linear_probe import votes
 from igpt_ray.evaluate.logistic import probabilities
 
 SETS = ("X", "Y", "A", "B")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-SHUFFLES = 9_999
-"""Ways to deal pictures to groups: all of them if there are no more, otherwise so many at random."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+RESAMPLES = 9_999
+"""Permutations of images between groups: all of them up to this number, beyond it a random sample."""
 
 Counts = NDArray[np.int64]
 
 
 class Stimuli(NamedTuple):
-    """One iEAT: the URIs of its pictures."""
+    """One iEAT test: set -> URIs of its images."""
 
     name: str
     sets: dict[str, list[str]]
 
 
-# ------------------------------------------------------------------------------------------------ which pictures
+# ------------------------------------------------------------------------------------------------ stimuli
 
 
-def tests_of(uri: str) -> list[Stimuli]:
-    """The tests of a folder with X, Y, A and B in it, or of a JSON that names folders beside it.
+def load_tests(uri: str) -> list[Stimuli]:
+    """The test in a folder with sub-folders X, Y, A and B, or the tests of a JSON file next to their folders.
 
-    Raises `SourceError` if a set is missing or empty, or X and Y are not as many.
+    Raises `SourceError` if a set is missing or empty, or X and Y differ in size.
     """
     if not uri.endswith(".json"):
-        return [_test(storage.name(uri), {name: storage.join(uri, name) for name in SETS}, uri)]
-    beside = uri.rpartition("/")[0]
-    tests = []
-    for name, sets in _named(uri).items():
-        tests.append(_test(name, {letter: storage.join(beside, folder) for letter, folder in sets.items()}, uri))
-    return tests
+        return [_stimuli(storage.name(uri), {name: name for name in SETS}, uri, uri)]
+    parent = uri.rpartition("/")[0]
+    return [_stimuli(name, folders, parent, uri) for name, folders in _read_tests(uri).items()]
 
 
-def groups_of(uri: str) -> dict[str, list[str]]:
-    """Group -> the URIs of its pictures, by sub-folder. Raises `SourceError` for fewer than two, or an empty one."""
+def load_groups(uri: str) -> dict[str, list[str]]:
+    """Sub-folder -> URIs of its images. Raises `SourceError` for fewer than two groups, or one without images."""
     groups: dict[str, list[str]] = {}
     for entry in storage.walk(uri):
         group, slash, _ = storage.relative_to(uri, entry.uri).partition("/")
         if slash:
-            found = groups.setdefault(group, [])
-            if entry.uri.lower().endswith(PICTURES):
-                found.append(entry.uri)
+            images = groups.setdefault(group, [])
+            if entry.uri.lower().endswith(SUFFIXES):
+                images.append(entry.uri)
     if len(groups) < 2:
-        raise SourceError(
-            f"{uri} has {len(groups)} sub-folders with files: expected one for each of two groups or more"
-        )
-    for group, pictures in groups.items():
-        if not pictures:
-            raise SourceError(f"the group {group!r} of {uri} has no pictures: expected {', '.join(PICTURES)}")
+        raise SourceError(f"{uri} has {len(groups)} sub-folders with files: expected two or more, one per group")
+    for group, images in groups.items():
+        if not images:
+            raise SourceError(f"the group {group!r} of {uri} has no images: expected {', '.join(SUFFIXES)}")
     return groups
 
 
-def _named(uri: str) -> dict[str, dict[str, str]]:
-    expected = '{"<test>": {"X": "<folder>", "Y": "<folder>", "A": "<folder>", "B": "<folder>"}}'
+def _read_tests(uri: str) -> dict[str, dict[str, str]]:
+    expected = 'expected {"<test>": {"X": "<folder>", "Y": "<folder>", "A": "<folder>", "B": "<folder>"}}'
     try:
-        data = storage.read(uri)
+        tests = json.loads(storage.read(uri))
     except NotFound as error:
-        raise SourceError(f"no tests at {uri}: expected {expected} ({error})") from error
-    try:
-        said = json.loads(data)
+        raise SourceError(f"no tests at {uri}: {expected} ({error})") from error
     except ValueError as error:
-        raise SourceError(f"{uri} is not JSON: expected {expected} ({error})") from error
-    if not isinstance(said, dict) or not said:
-        raise SourceError(f"{uri} names no tests: expected {expected}")
-    for name, sets in said.items():
-        if (
-            not isinstance(sets, dict)
-            or sorted(sets) != sorted(SETS)
-            or not all(isinstance(f, str) for f in sets.values())
-        ):
-            raise SourceError(
-                f"the test {name!r} of {uri} does not name X, Y, A and B, and no others: expected {expected}"
-            )
-    return said
+        raise SourceError(f"{uri} is not JSON: {expected} ({error})") from error
+    if not isinstance(tests, dict) or not tests:
+        raise SourceError(f"{uri} has no tests: {expected}")
+    for name, sets in tests.items():
+        valid = isinstance(sets, dict) and set(sets) == set(SETS) and all(isinstance(f, str) for f in sets.values())
+        if not valid:
+            raise SourceError(f"the test {name!r} of {uri} does not have exactly X, Y, A and B: {expected}")
+    return tests
 
 
-def _test(name: str, folders: dict[str, str], where: str) -> Stimuli:
+def _stimuli(test: str, folders: dict[str, str], root: str, source: str) -> Stimuli:
     sets = {}
-    for letter, folder in folders.items():
-        sets[letter] = [e.uri for e in storage.walk(folder) if e.uri.lower().endswith(PICTURES)]
+    for letter, name in folders.items():
+        folder = storage.join(root, name)
+        sets[letter] = [e.uri for e in storage.walk(folder) if e.uri.lower().endswith(SUFFIXES)]
         if not sets[letter]:
             raise SourceError(
-                f"the test {name!r} of {where} has no pictures in {letter}: expected {', '.join(PICTURES)} in {folder}"
+                f"the test {test!r} of {source} has no images in {letter}: expected {', '.join(SUFFIXES)} in {folder}"
             )
     if len(sets["X"]) != len(sets["Y"]):
         raise SourceError(
-            f"the test {name!r} of {where} has {len(sets['X'])} pictures in X and {len(sets['Y'])} in Y: the partitions"
-            " of iEAT want as many of both; leave some of the larger group out"
+            f"the test {test!r} of {source} has {len(sets['X'])} images in X and {len(sets['Y'])} in Y: iEAT needs"
+            " equally many of both; remove some of the larger set"
         )
-    return Stimuli(name, sets)
+    return Stimuli(test, sets)
 
 
-def read(uri: str, kind: TokenFormat, palette: Palette) -> Tokens:
-    """(T,): the evaluation view of a picture, as such a release sees it. Raises `ImageError` naming the file."""
+def read_tokens(uri: str, kind: TokenFormat, palette: Palette) -> Tokens:
+    """Tokens (T,) of the centre crop of an image. Raises `ImageError` with the URI if it cannot be read."""
     try:
         return palette.encode(pixels.centre_view(storage.read(uri), kind.n_px, kind.pipeline)).reshape(-1)
     except ImageError as error:
-        raise ImageError(f"{uri} cannot be read: {error}; mend it, or take it out of its folder") from error
+        raise ImageError(f"{uri} cannot be read: {error}; repair it, or remove it from its folder") from error
 
 
-# ------------------------------------------------------------------------------------------------ who names classes
+# ------------------------------------------------------------------------------------------------ classifiers
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Tokens -> classes. `keys` name the pictures, from which a masked network draws its masks."""
+    """Class names, and the function from tokens to class indices."""
 
     classes: list[str]
     select: Callable[[Tokens, list[str]], NDArray[np.int64]]
-    """(N, T) and N keys -> (N,)"""
+    """(N, T) and N keys -> (N,). A masked network draws its masks by the keys."""
 
 
-def classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
-    """A probe's head, if `uri` is what jobs/probe.py wrote, or else a fine-tuned release, for tokens of a kind.
+def load_classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
+    """Load a probe's head if `uri` is the output folder of jobs/probe.py, otherwise a fine-tuned release.
 
-    Raises `FeatureError` or `CheckpointError` if it is neither, or not for such tokens.
+    Raises `FeatureError` or `CheckpointError` if it is neither, or has another token format than `kind`.
     """
     if storage.exists(storage.join(uri, "classifier.npz")):
-        return _probed(uri, kind, device, batch_size)
-    about = weights.load_config(uri)
-    weights.check_kind(about.kind, kind, "the release that is audited")
-    if not about.model.n_class:
+        return _load_probe(uri, kind, device, batch_size)
+    config = weights.load_config(uri)
+    weights.check_kind(config.kind, kind, "the release that is audited")
+    if not config.model.n_class:
         raise CheckpointError(
-            f"{uri} has no class head: expected a fine-tuned release, or the out folder of jobs/probe.py"
+            f"{uri} has no class head: expected a fine-tuned release, or the output folder of jobs/probe.py"
         )
     model = weights.load_release(uri, device).model
 
     def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _likeliest(probabilities(likelihood.class_logits(model, tokens, keys, batch_size)))
+        return _predicted(probabilities(likelihood.class_logits(model, tokens, keys, batch_size)))
 
-    named = about.classes if len(about.classes) == about.model.n_class else map(str, range(about.model.n_class))
+    named = config.classes if len(config.classes) == config.model.n_class else map(str, range(config.model.n_class))
     return Classifier(list(named), select)
 
 
-def _probed(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
-    """The head, on features of the release that probe.json names; it must still be the one the head was fitted on."""
+def _load_probe(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
+    """Load the head and the release of probe.json, which must be the release that the head was fitted on."""
     try:
         release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
     except (ValueError, KeyError) as error:
@@ -165,31 +153,31 @@ def _probed(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classi
             f"{uri}/probe.json is damaged or of another version: repeat jobs/probe.py ({error})"
         ) from error
     head = load_head(uri)
-    about = weights.load_config(release)
-    weights.check_kind(about.kind, kind, "the release that is audited")
-    if about.sha256 != head.release:
+    config = weights.load_config(release)
+    weights.check_kind(config.kind, kind, "the release that is audited")
+    if config.sha256 != head.release:
         raise FeatureError(
             f"{release} is not the release that {uri}/classifier.npz was fitted on: repeat jobs/probe.py"
         )
     model = features.network(release, device, None, head.precision)
 
     def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _likeliest(head.probabilities(model, tokens, keys, batch_size))
+        return _predicted(head.probabilities(model, tokens, keys, batch_size))
 
     return Classifier(head.classes, select)
 
 
-def _likeliest(p: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Probabilities (N, K), or (N, masks, K) of which the masks vote -> (N,)."""
+def _predicted(p: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Probabilities (N, K), or (N, MASKS, K), where the masks vote -> (N,)."""
     return (votes(p) if p.ndim == 3 else p).argmax(1)
 
 
-# ------------------------------------------------------------------------------------------------ what can be said
+# ------------------------------------------------------------------------------------------------ statistics
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm, 1979): the smallest times m, the next times m - 1, ..., and none
-    below the one before it. Those under a level hold together at that level, however the tests depend on another."""
+    """p-values corrected for multiple tests (Holm, 1979): the smallest times m, the next times m - 1, ..., and none
+    below the previous one. Controls the family-wise error rate under any dependence between the tests."""
     m, corrected, floor = len(p_values), [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         floor = max(floor, min(1.0, (m - rank) * p_values[i]))
@@ -198,42 +186,47 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Independence(NamedTuple):
-    """Do the groups' distributions over classes differ?"""
+    """Test of whether the groups differ in their distribution over classes."""
 
     chi_square: float
     p_value: float
-    """How often pictures dealt to the groups by chance differ as much."""
+    """By permutation of images between the groups."""
     cramers_v: float
-    """Effect size: 0 if all groups are finished alike, 1 if the group tells the class."""
+    """Effect size: 0 for equal distributions, 1 if the group determines the class."""
 
 
 def independence(counts: dict[str, Counts], seed: int) -> Independence:
-    """Pearson's chi-square over groups of pictures, each with the classes of its completions: (pictures, classes).
+    """Pearson's chi-square over groups, each with class counts of the completions of an image: (images, classes).
 
-    Completions of one picture resemble each other, so a table of completions has fewer degrees of freedom than the
-    chi-square distribution supposes. The p-value is by permutation of whole pictures instead (scipy): exact where there
-    are few enough ways to deal them. Raises `SettingError` if scipy is missing.
+    Completions of one image are not independent, so the chi-square distribution does not apply. The p-value is by
+    permutation of whole images (scipy), and exact up to RESAMPLES permutations. Raises `SettingError` if scipy is
+    missing.
     """
     try:
         from scipy.stats import permutation_test
         from scipy.stats.contingency import association
     except ImportError as error:
         raise SettingError("the audit of completions needs scipy: pip install 'igpt_ray[audit]'") from error
-    together = np.concatenate(list(counts.values()))
-    chosen = together[:, together.any(0)]  # a class that is never chosen says nothing
-    ends = np.cumsum([len(group) for group in counts.values()])
-    pictures = np.split(np.arange(len(together)), ends[:-1])
-    if chosen.shape[1] == 1:
+    by_image = np.concatenate(list(counts.values()))
+    by_image = by_image[:, by_image.any(0)]  # a class that never occurs would divide by zero
+    if by_image.shape[1] == 1:
         return Independence(0.0, 1.0, 0.0)
+    ends = np.cumsum([len(group) for group in counts.values()])
+    groups = np.split(np.arange(len(by_image)), ends[:-1])
 
-    def of(*groups: NDArray[np.int64]) -> float:
-        return chi_square(np.stack([chosen[group].sum(0) for group in groups]))
+    def table(*groups: NDArray[np.int64]) -> Counts:
+        return np.stack([by_image[group].sum(0) for group in groups])
 
-    found = permutation_test(
-        pictures, of, vectorized=False, n_resamples=SHUFFLES, alternative="greater", rng=np.random.default_rng(seed)
+    result = permutation_test(
+        groups,
+        lambda *groups: chi_square(table(*groups)),
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        alternative="greater",
+        rng=np.random.default_rng(seed),
     )
-    table = np.stack([chosen[group].sum(0) for group in pictures])
-    return Independence(float(found.statistic), float(found.pvalue), float(association(table, "cramer")))
+    cramers_v = association(table(*groups), "cramer")
+    return Independence(float(result.statistic), float(result.pvalue), float(cramers_v))
 
 
 def chi_square(table: Counts) -> float:

@@ -9,7 +9,7 @@ from igpt_ray.settings import Count, OptionalUri, PoolConfig, Section, Uri
 
 
 class EvaluateConfig(Section):
-    """Nats per token of a release on a split; of a fine-tuned one its accuracy too."""
+    """Nats per token of a release on a split, and the accuracy of a fine-tuned release."""
 
     release: Uri
     """URI of a release."""
@@ -18,61 +18,61 @@ class EvaluateConfig(Section):
     split: str = "test"
     """Split to evaluate."""
     baselines: str = ""
-    """Split to fit count models on for comparison (train, say); empty for none. Runs on the driver."""
+    """Split to fit count models on as baselines (train, for example); empty for none. Runs on the driver."""
     out: OptionalUri = ""
-    """URI of a folder for nats by class and position, a picture of where the surprise is, and the likeliest and least
-    likely images; empty for none."""
+    """URI of a folder for nats by class and position, a heat map of positions, and the most and least likely images;
+    empty for none."""
     against: OptionalUri = ""
-    """URI of a token store of other images, same split: how well nats tell them apart (AUROC); empty for none."""
+    """URI of a token store of other images: AUROC with which nats separate this split of both; empty for none."""
     batch_size: Count = 64
     """Images per forward pass."""
     pool: PoolConfig = PoolConfig()
 
 
 class ScoreConfig(BatchConfig):
-    """Nats of every image of a split, to Parquet."""
+    """Nats of every image of a split, as Parquet."""
 
     out: Uri
-    """URI of the folder to write, or to complete: a Parquet file per unit with key, label, nats."""
+    """URI of the output folder: a Parquet file per unit with key, label, nats. A repeat adds only missing units."""
     batch_size: Count = 64
     """Images per forward pass."""
 
 
 class FeaturesConfig(Section):
-    """What a release makes of every image of a token store, layer by layer, to Parquet."""
+    """Features of every image of a token store at every layer of a release, as Parquet."""
 
     release: Uri
     """URI of a release."""
     tokens: Uri
     """URI of a token store."""
     out: Uri
-    """URI of the folder to write, or to complete: <split>/layer-<l>/ is a table with key, label, features."""
+    """URI of the output folder: <split>/layer-<l>/ is a table with key, label, features. A repeat adds missing ones."""
     splits: tuple[str, ...] = ()
-    """Splits; empty is all. Of views, the first."""
+    """Splits; empty for all. Of several views the first is used."""
     layers: tuple[int, ...] = ()
-    """Layers, block l's ln_1 output, or ln_f's at the number of blocks; empty is all. No block behind them is run."""
+    """Layers; empty for all. Layer l is the ln_1 output of block l; the last is the ln_f output."""
     pooling: Literal["mean", "last", "max", "attention"] = "mean"
-    """Over positions: the paper's mean, the last one, the maximum, or what the last one attends to."""
+    """Pooling over positions: mean (the paper), last position, maximum, or attention of the last position."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network; what is stored is float32."""
+    """Precision of the network; features are stored as float32."""
     compile: bool = False
-    """Compile the blocks: tens of seconds first, then faster."""
+    """Compile the blocks: takes tens of seconds at the start, then each batch is faster."""
     untrained: Annotated[int, Field(ge=0)] | None = None
-    """A seed: draw the weights anew, as before training."""
+    """Seed of random initial weights to use instead of the release's; None for the release's."""
     batch_size: Count = 64
     """Images per forward pass."""
     pool: PoolConfig = PoolConfig()
 
 
 class SgdConfig(Section):
-    """The paper's way to fit a probe on ImageNet: momentum 0.9, a cosine to zero, the best of some learning rates."""
+    """SGD as in the paper's ImageNet probes: momentum 0.9, cosine decay to zero, the best of several learning rates."""
 
     steps: Count = 1_000_000
-    """Steps."""
+    """Number of steps."""
     batch_size: Count = 128
     """Images per step; not stated in the paper."""
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = (30, 10, 3, 1, 0.3, 0.1)
-    """Learning rates, all fitted side by side on the same batches; the paper names 30, 10, 3, ..."""
+    """Learning rates, all fitted at once on the same batches; the paper lists 30, 10, 3, ..."""
 
 
 class ProbeConfig(Section):
@@ -85,57 +85,57 @@ class ProbeConfig(Section):
     out: Uri
     """URI of the folder for the report."""
     features: OptionalUri = ""
-    """URI of the folder for features, used and completed; empty is features/ in `out`."""
+    """URI of the folder for features; a repeat adds missing ones. Empty for features/ in `out`."""
     fit_split: str = "train"
-    """Split to fit on; a fifth of it chooses layer and regularisation."""
+    """Split to fit on; a fifth of it is held out to select layer and regularisation."""
     split: str = "test"
-    """Split whose accuracy is reported, once."""
+    """Split to report accuracy on; evaluated once."""
     layers: tuple[int, ...] = ()
-    """Layers to try; empty is all."""
+    """Layers to probe; empty for all."""
     pooling: Literal["mean", "last", "max", "attention"] = "mean"
-    """Over positions: the paper's mean, the last one, the maximum, or what the last one attends to."""
+    """Pooling over positions: mean (the paper), last position, maximum, or attention of the last position."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network."""
+    """Precision of the network."""
     method: Literal["lbfgs", "sgd"] = "lbfgs"
-    """L-BFGS holds the features of a layer in memory, SGD in a file on the worker's disk."""
+    """L-BFGS needs the features of a layer in memory; SGD reads them from a file on the worker's disk."""
     sgd: SgdConfig = SgdConfig()
     concatenate: Annotated[int, Field(ge=0)] = 0
-    """Also probe this many neighbouring layers together, the best in their midst; the paper's is 5."""
+    """Also probe the concatenation of this many layers around the best (the paper uses 5); 0 for none."""
     low_data: tuple[Count, ...] = ()
-    """Also probe the best layer with so few labels a class, five times each; the paper's are 4, 25 and 400."""
+    """Also probe the best layer with so many labels per class, five runs each; the paper uses 4, 25 and 400."""
     baselines: bool = False
-    """Also probe the same network untrained, and raw pixels."""
+    """Also probe the untrained network and raw pixels."""
     batch_size: Count = 64
     """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the held-out fifth, the few labels, SGD and the untrained network."""
+    """Seed of the held-out fifth, the few labels, SGD and the untrained network."""
     pool: PoolConfig = PoolConfig()
 
 
 class AuditConfig(Section):
-    """Does a release associate groups of pictures with attributes (iEAT), and finish them differently?"""
+    """Bias audit: associations of groups of images with attributes (iEAT), and completions by group."""
 
     release: Uri
     """URI of a release."""
     out: Uri
-    """URI of the folder to write: audit.json, and completions.parquet with the tokens of all completions."""
+    """URI of the output folder: audit.json, and completions.parquet with the tokens of all completions."""
     ieat: OptionalUri = ""
-    """URI of a folder with sub-folders X, Y, A and B of pictures, or of a JSON that names several tests,
-    {"<test>": {"X": "<folder>", "Y": ..., "A": ..., "B": ...}} with folders beside it; empty for none."""
+    """URI of a folder with sub-folders X, Y, A and B of images, or of a JSON file of several tests,
+    {"<test>": {"X": "<folder>", "Y": ..., "A": ..., "B": ...}}, next to these folders; empty for none."""
     layers: tuple[int, ...] = ()
-    """Layers whose features are the embeddings of iEAT; empty is the middle one. Every layer is a test more."""
+    """Layers whose features are the embeddings of iEAT; empty for the middle layer. Each layer adds a test."""
     groups: OptionalUri = ""
-    """URI of a folder with a sub-folder of pictures for each group, to be completed; empty for none."""
+    """URI of a folder with a sub-folder of images to complete for each group; empty for none."""
     classifier: OptionalUri = ""
-    """URI of what names the class of a completion: the `out` folder of jobs/probe.py, or a fine-tuned release."""
+    """URI of the classifier of completions: the `out` folder of jobs/probe.py, or a fine-tuned release."""
     n: Count = 16
-    """Completions of each picture."""
+    """Completions per image."""
     rows: Annotated[int, Field(ge=0)] | None = None
-    """Rows of pixels that are given; None is half of them."""
+    """Rows of pixels in the prompt; None for half of the image."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Divides the logits; 0 takes the likeliest colour."""
+    """Divisor of the logits; 0 takes the most likely colour."""
     batch_size: Count = 64
     """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds random partitions and the samples."""
+    """Seed of random partitions and of samples."""
     pool: PoolConfig = PoolConfig()

@@ -1,4 +1,4 @@
-"""Heads: linear classifiers of a layer's features, as jobs/probe.py leaves them in classifier.npz."""
+"""Heads: linear classifiers on the features of a layer, written by jobs/probe.py as classifier.npz."""
 
 import io
 from dataclasses import dataclass
@@ -22,28 +22,28 @@ class Head:
     layer: int
     pooling: Pooling
     precision: str
-    """Of the network whose features it was fitted on."""
+    """Precision of the network whose features the head was fitted on."""
     classes: list[str]
     release: str
-    """sha256 of that network's weights."""
+    """sha256 of the weights of that network."""
 
     def probabilities(self, model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> NDArray[np.float64]:
-        """(N, T) -> (N, K); under a masked network, which looks under MASKS masks, (N, MASKS, K)."""
-        found = features.pooled(model, tokens, keys, [self.layer], self.pooling, batch_size)[..., 0, :]
-        return probabilities(self.linear.logits(found))
+        """(N, T) -> (N, K); of a masked network (N, MASKS, K)."""
+        pooled = features.pooled(model, tokens, keys, [self.layer], self.pooling, batch_size)[..., 0, :]
+        return probabilities(self.linear.logits(pooled))
 
 
 def load_head(uri: str) -> Head:
-    """The head in the folder that jobs/probe.py wrote. Raises `FeatureError` if it is damaged or there is none."""
+    """Load the head from the output folder of jobs/probe.py. Raises `FeatureError` if it is missing or damaged."""
     try:
         data = storage.read(storage.join(uri, "classifier.npz"))
     except NotFound as error:
-        raise FeatureError(f"no head at {uri}: expected the out folder of jobs/probe.py ({error})") from error
+        raise FeatureError(f"no head at {uri}: expected the output folder of jobs/probe.py ({error})") from error
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-            linear = Linear(kept["mean"], kept["deviation"], kept["weight"], kept["bias"])
-            pooling, layer = str(kept["pooling"]), int(kept["layer"])
-            precision, classes, release = str(kept["precision"]), kept["classes"].tolist(), str(kept["release"])
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            linear = Linear(arrays["mean"], arrays["deviation"], arrays["weight"], arrays["bias"])
+            pooling, layer = str(arrays["pooling"]), int(arrays["layer"])
+            precision, classes, release = str(arrays["precision"]), arrays["classes"].tolist(), str(arrays["release"])
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise FeatureError(
             f"{uri}/classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"

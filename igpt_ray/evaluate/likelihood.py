@@ -1,7 +1,7 @@
-"""Likelihood: nats of images under a model, and under the count models that any network must beat.
+"""Likelihood: nats of images under a model, and under count models as baselines.
 
-Everything is a sum and a count until the last line. Bits per pixel are of the palette's image (k colours), so they
-cannot be compared with bits per dimension of 256-level channels.
+Results are sums and counts, so parts of a split can be added. Bits per pixel are of the image in palette colours (k
+values), so they cannot be compared with bits per dimension of 256-level channels.
 """
 
 import functools
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.token_format import Tokens
-from igpt_ray.evaluate.linear_probe import Judgement
+from igpt_ray.evaluate.linear_probe import ClassificationSums
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT
 
@@ -24,11 +24,11 @@ Nats = NDArray[np.float64]
 
 def image_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
     """Nats of each image, summed over its positions: (N, T) -> (N,)."""
-    return nats_both_ways(model, tokens, batch_size)[0]
+    return nats_by_image_and_position(model, tokens, batch_size)[0]
 
 
 @torch.inference_mode()
-def nats_both_ways(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Nats, Nats]:
+def nats_by_image_and_position(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Nats, Nats]:
     """Nats of each image, summed over its positions, and of each position, summed over images: (N, T) -> (N,), (T,)."""
     device = model.wpe.device
     by_image, by_position = np.empty(len(tokens)), np.zeros(tokens.shape[1])
@@ -42,7 +42,7 @@ def nats_both_ways(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Na
 
 @torch.inference_mode()
 def pixel_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
-    """Nats of every pixel: (N, T) -> (N, T). An image's sum is that of `image_nats`."""
+    """Nats of every pixel: (N, T) -> (N, T). The sum over an image equals `image_nats`."""
     nats = np.empty(tokens.shape)
     for start in range(0, len(tokens), batch_size):
         x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(model.wpe.device)
@@ -59,25 +59,25 @@ def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: in
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
         for mask in range(losses.MASKS):
-            keep = losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]).to(device)
-            nats[rows] += losses.masked_pixel(model(x, keep), x, keep).double().cpu().numpy()
+            visible = losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]).to(device)
+            nats[rows] += losses.masked_pixel(model(x, visible), x, visible).double().cpu().numpy()
     return nats / losses.MASKS
 
 
 @torch.inference_mode()
 def class_logits(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> NDArray[np.float32]:
-    """What the head of a fine-tuned network makes of images: (N, T) -> (N, K); under MASKS masks (N, MASKS, K)."""
+    """Class logits of a fine-tuned network: (N, T) -> (N, K); of a masked network (N, MASKS, K)."""
     device = model.wpe.device
-    found = []
+    parts = []
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
         if model.causal:
-            found.append(model.forward_with_classifier(x)[1])
+            parts.append(model.forward_with_classifier(x)[1])
             continue
-        keeps = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
-        found.append(torch.stack([model.forward_with_classifier(x, keep.to(device))[1] for keep in keeps], dim=1))
-    logits: NDArray[np.float32] = torch.cat(found).float().cpu().numpy()
+        masks = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
+        parts.append(torch.stack([model.forward_with_classifier(x, mask.to(device))[1] for mask in masks], dim=1))
+    logits: NDArray[np.float32] = torch.cat(parts).float().cpu().numpy()
     return logits
 
 
@@ -87,7 +87,7 @@ class Likelihood:
 
     nats_sum: float
     nats_squared_sum: float
-    """Of each image's nats, for the standard error."""
+    """Sum of the squared nats of each image, for the standard error."""
     images: int
     n_positions: int
 
@@ -96,7 +96,7 @@ class Likelihood:
         return cls(float(nats.sum()), float((nats**2).sum()), len(nats), n_positions)
 
     def __add__(self, other: "Likelihood") -> "Likelihood":
-        assert self.n_positions == other.n_positions, "likelihoods of pictures of different sizes"
+        assert self.n_positions == other.n_positions, "likelihoods of images of different sizes"
         return Likelihood(
             self.nats_sum + other.nats_sum,
             self.nats_squared_sum + other.nats_squared_sum,
@@ -117,12 +117,12 @@ class Likelihood:
         }
 
 
-# ------------------------------------------------------------------------------------------------ where and whom
+# ------------------------------------------------------------------------------------------------ by position and class
 
 RANKED = 20
-"""Images named at either end."""
-HEAT = ((0, 0, 0), (150, 20, 60), (250, 140, 20), (255, 255, 220))
-"""Colours of a heat map, from nothing to the most."""
+"""Images listed at either end of the ranking."""
+HEAT_COLOURS = ((0, 0, 0), (150, 20, 60), (250, 140, 20), (255, 255, 220))
+"""Colours of a heat map, from zero to the maximum, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -135,22 +135,22 @@ class Evaluation:
     """(N,) nats per image."""
     by_position: Nats
     """(T,) nats per position, summed over images."""
-    classified: Judgement | None = None
-    """Classification of the labelled images; None without a head."""
+    classification: ClassificationSums | None = None
+    """Of the labelled images; None without a head."""
 
     @classmethod
-    def joined(cls, parts: list["Evaluation"]) -> "Evaluation":
-        classified = [part.classified for part in parts if part.classified is not None]
+    def concatenate(cls, parts: list["Evaluation"]) -> "Evaluation":
+        sums = [part.classification for part in parts if part.classification is not None]
         return cls(
             [key for part in parts for key in part.keys],
             np.concatenate([part.labels for part in parts]),
             np.concatenate([part.nats for part in parts]),
             np.sum([part.by_position for part in parts], axis=0),
-            functools.reduce(operator.add, classified) if classified else None,
+            functools.reduce(operator.add, sums) if sums else None,
         )
 
     def by_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
-        """The report of every class that has images."""
+        """Class name -> likelihood report, for classes that have images."""
         T = len(self.by_position)
         return {
             name: Likelihood.of(self.nats[self.labels == c], T).report()
@@ -159,7 +159,7 @@ class Evaluation:
         }
 
     def ranking(self) -> dict[str, list[dict[str, object]]]:
-        """The likeliest images and the least likely, with nats per token; the most extreme first."""
+        """The most likely and the least likely images with nats per token, the most extreme first."""
         order, T = np.argsort(self.nats, kind="stable"), len(self.by_position)
         ends = {"most_likely": order[:RANKED], "least_likely": order[::-1][:RANKED]}
         return {
@@ -169,17 +169,19 @@ class Evaluation:
 
 
 def auroc(inside: Nats, outside: Nats) -> float:
-    """How likely an image from outside costs more nats than one from inside; equals count half."""
+    """Probability that an image of `outside` has more nats than one of `inside`; ties count half."""
     ordered = np.sort(inside)
     below = np.searchsorted(ordered, outside, "left") + np.searchsorted(ordered, outside, "right")
     return float(below.mean() / 2 / len(inside))
 
 
 def heat_map(values: Nats, n_px: int, scale: int) -> RGB:
-    """A picture of one value a position, from zero to the largest: (T,) -> (n_px * scale, n_px * scale, 3)."""
-    share = (values / values.max()).reshape(n_px, n_px).repeat(scale, 0).repeat(scale, 1)
-    stops = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(share, stops, channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
+    """A picture of one value per position, from zero to the maximum: (T,) -> (n_px * scale, n_px * scale, 3)."""
+    fraction = (values / values.max()).reshape(n_px, n_px).repeat(scale, 0).repeat(scale, 1)
+    stops = np.linspace(0, 1, len(HEAT_COLOURS))
+    return np.stack([np.interp(fraction, stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)], -1).astype(
+        np.uint8
+    )
 
 
 # ------------------------------------------------------------------------------------------------ count models
@@ -188,11 +190,11 @@ STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def count_models(fit: Tokens, test: Tokens, n_px: int, n_vocab: int) -> dict[str, float]:
-    """Nats per token of models that only count, fitted on (N, T) tokens and tried on others.
+    """Nats per token on `test` of count models fitted on `fit`, both (N, T).
 
-    `unigram_by_position`: how often each colour stands at each position. `bigram_previous_pixel`: given the pixel
-    before. `context_2d`: given the pixels to the left and above, backed off to the bigram. Each is smoothed towards
-    the next simpler one; the strength is the best for `test`, which favours these models.
+    `unigram_by_position`: frequency of each colour at each position. `bigram_previous_pixel`: given the previous pixel.
+    `context_2d`: given the pixels to the left and above. Each backs off to the next simpler model. The smoothing
+    strength is the best on `test`, which favours these baselines.
     """
     V = n_vocab
     one = np.ones(test.size) / V
@@ -215,18 +217,18 @@ def _mixture(
     token: NDArray[np.int64],
     backoff: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best strength s."""
+    """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best s."""
     joint_counts = _counts(fit_context << 17 | fit_token, context << 17 | token)
     total = _counts(fit_context, context)
     candidates = ((joint_counts + s * backoff) / (total + s) for s in STRENGTHS)
     return max(candidates, key=lambda p: float(np.log(p).sum()))
 
 
-def _counts(seen: NDArray[np.int64], asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each of `asked` was seen; memory follows the number of distinct codes, not their range."""
-    codes, counts = np.unique(seen, return_counts=True)
-    at = np.searchsorted(codes, asked).clip(max=len(codes) - 1)
-    return np.where(codes[at] == asked, counts[at], 0)
+def _counts(fit: NDArray[np.int64], codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The frequency in `fit` of each of `codes`; memory grows with the number of distinct codes, not their range."""
+    distinct, counts = np.unique(fit, return_counts=True)
+    indices = np.searchsorted(distinct, codes).clip(max=len(distinct) - 1)
+    return np.where(distinct[indices] == codes, counts[indices], 0)
 
 
 def _columns(context: NDArray[np.int64], tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -238,7 +240,7 @@ def _positions(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _previous(tokens: NDArray[np.int64], V: int) -> NDArray[np.int64]:
-    """The pixel before in raster order; V stands for "none"."""
+    """The previous pixel in raster order; V for none."""
     return np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)
 
 

@@ -1,7 +1,7 @@
-"""Multinomial logistic regression: L-BFGS on what fits in memory, and SGD on what does not.
+"""Multinomial logistic regression: L-BFGS for features that fit in memory, and SGD for larger ones.
 
-Both standardise features by the mean and deviation of the rows they are fitted on, and minimise the mean
-cross-entropy; L-BFGS adds l2 / 2 * |W|^2, with W on standardised features.
+Both standardise features with mean and standard deviation of the fitted rows, and minimise the mean cross-entropy;
+L-BFGS adds l2 / 2 * |W|^2, with W on standardised features.
 
     N rows   C features   K classes
 """
@@ -20,12 +20,12 @@ from igpt_ray.evaluate.config import SgdConfig
 from igpt_ray.evaluate.features import Features, Labels
 
 CHUNK = 4096
-"""Rows that are worked on at once: they stay in the processor's cache between the two products that need them."""
-MOST = 500
-"""Iterations of L-BFGS; it needs a tenth, as a rule."""
+"""Rows processed at once: they stay in the CPU cache between the two matrix products that read them."""
+MAX_ITERATIONS = 500
+"""Of L-BFGS; typical fits need about 50."""
 MOMENTUM = 0.9
 DEVIATION = 1e-6
-"""Added to every deviation: a constant feature stays at zero."""
+"""Added to every standard deviation, so that a constant feature becomes zero."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Linear:
 
 
 def moments(x: Features, rows: NDArray[np.int64]) -> tuple[Features, Features]:
-    """Mean and deviation of some rows, each (C,), in two passes that hold a chunk at a time."""
+    """Mean and standard deviation of some rows, each (C,), in two passes over chunks."""
     mean, variance = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for part in _parts(x, rows):
         mean += part.sum(0, dtype=np.float64) / len(rows)
@@ -59,7 +59,7 @@ def _parts(x: Features, rows: NDArray[np.int64]) -> Iterator[Features]:
 
 
 def probabilities(logits: Features) -> NDArray[np.float64]:
-    """Of classes, along the last axis: in float64, as their order and their sums are looked at."""
+    """Softmax over the last axis, in float64 so that ties and sums are exact enough to compare."""
     return torch.from_numpy(logits).double().softmax(-1).numpy()
 
 
@@ -74,48 +74,48 @@ def fit_lbfgs(
     standard = x[rows]
     standard -= mean
     standard /= deviation
-    if len(rows) <= CHUNK:  # few rows cost nothing in float64, and in float32 rounding would stall the line search
+    if len(rows) <= CHUNK:  # float64 is cheap for few rows; in float32, rounding would stall the line search
         standard = standard.astype(np.float64)
-    found = minimised(torch.from_numpy(standard).to(device), torch.from_numpy(y[rows]).to(device), n_classes, l2s)
-    return {l2: Linear(mean, deviation, *weights) for l2, weights in found.items()}
+    fitted = minimise(torch.from_numpy(standard).to(device), torch.from_numpy(y[rows]).to(device), n_classes, l2s)
+    return {l2: Linear(mean, deviation, *weights) for l2, weights in fitted.items()}
 
 
-def minimised(
-    x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float], most: int = MOST
+def minimise(
+    x: Tensor, y: Tensor, n_classes: int, l2s: Sequence[float], max_iterations: int = MAX_ITERATIONS
 ) -> dict[float, tuple[Features, Features]]:
-    """The minimum at each penalty, as weight (K, C) and bias (K,): (N, C), (N,). Gives up after `most` iterations.
+    """The minimum at each penalty, as weight (K, C) and bias (K,): (N, C), (N,). Stops after `max_iterations`.
 
-    Features of a network are strongly correlated, which makes this slow as it stands. So it is solved in V, with
-    W = V P' and P the inverse root of the Hessian's shape, curvature * covariance + l2: the same problem and the same
-    minimum, well conditioned. From the strongest penalty to the weakest each starts where the one before ended.
+    Features of a network are strongly correlated, so the problem in W is badly conditioned. It is solved in V instead,
+    with W = V P' and P the inverse square root of curvature * covariance + l2, which approximates the Hessian. The
+    minimum is the same. Penalties go from the largest to the smallest; each starts at the previous minimum.
     """
-    if len(x) < x.shape[1]:  # the minimum lies in the span of the rows: leave the other directions out
+    if len(x) < x.shape[1]:  # the minimum is in the span of the rows
         basis = torch.linalg.qr(x.T)[0]  # (C, N)
-        within = minimised(x @ basis, y, n_classes, l2s, most)
+        within = minimise(x @ basis, y, n_classes, l2s, max_iterations)
         return {l2: (w @ basis.T.cpu().numpy(), b) for l2, (w, b) in within.items()}
     values, vectors = torch.linalg.eigh((x.T @ x).double() / len(x))
     values = values.clamp_min(0)
     weight = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, device=x.device)
     bias = torch.bincount(y, minlength=n_classes).double().add(1).log()
-    found, curvature = {}, (1 - 1 / n_classes) / n_classes
+    minima, curvature = {}, (1 - 1 / n_classes) / n_classes
     for l2 in sorted(l2s, reverse=True):
         scale = (curvature * values + l2).sqrt()
-        weight, bias = _descend(x, y, weight, bias, l2, vectors, scale, most)
-        found[l2] = (weight.float().cpu().numpy(), bias.float().cpu().numpy())
-    return found
+        weight, bias = _descend(x, y, weight, bias, l2, vectors, scale, max_iterations)
+        minima[l2] = (weight.float().cpu().numpy(), bias.float().cpu().numpy())
+    return minima
 
 
 def _descend(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float, vectors: Tensor, scale: Tensor, most: int
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float, vectors: Tensor, scale: Tensor, max_iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """L-BFGS from a weight and bias, in the coordinates V = W vectors * scale.
+    """L-BFGS from an initial weight and bias, in the coordinates V = W vectors * scale.
 
-    It ends where a step gains less than 2e-9 nats, about the rounding of float32 products.
+    Stops when a step gains less than 2e-9 nats, about the rounding error of float32 products.
     """
     V, b = (weight @ vectors * scale).requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [V, b],
-        max_iter=most,
+        max_iter=max_iterations,
         history_size=30,
         tolerance_grad=1e-7,
         tolerance_change=2e-9,
@@ -135,12 +135,12 @@ def _descend(
 
 
 def gradient(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean nats of the labels, and their gradient by weight and bias: sums in float64, products in x's type."""
+    """Mean nats of the labels and the gradients of weight and bias: sums in float64, products in the type of x."""
     nats = torch.zeros((), dtype=torch.float64, device=x.device)
     by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     w, b = weight.to(x.dtype).T, bias.to(x.dtype)
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        logits = (rows @ w + b).T.contiguous()  # (K, n): few classes and many rows, so sums run along memory
+        logits = (rows @ w + b).T.contiguous()  # (K, n): few classes, many rows: sums run along contiguous memory
         logp = torch.log_softmax(logits, dim=0)
         nats -= logp.gather(0, labels[None]).sum(dtype=torch.float64)
         wrong = logp.exp_().scatter_add_(0, labels[None], -torch.ones_like(logp[:1]))
@@ -155,10 +155,10 @@ def gradient(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
 def fit_sgd(
     x: Features, y: Labels, rows: NDArray[np.int64], n_classes: int, sgd: SgdConfig, seed: int, device: str = "cpu"
 ) -> dict[float, Linear]:
-    """The paper's fit for ImageNet at each learning rate, side by side on the same batches; x may be a memory map.
+    """The paper's SGD for ImageNet at all learning rates at once, on the same batches; x may be a memory map.
 
-    Every step reads `batch_size` rows, in an order that is a function of the seed. A rate whose weights are not finite
-    in the end is left out.
+    Every step reads `batch_size` rows; their order is a function of the seed. The result lacks learning rates at which
+    the fit diverged.
     """
     mean, deviation = moments(x, rows)
     lrs = torch.tensor(sgd.lrs, device=device)[:, None, None]
@@ -167,11 +167,11 @@ def fit_sgd(
     for step in range(sgd.steps):
         batch = rows[global_batch(seed, step, sgd.batch_size, len(rows)).rows]
         standard = torch.from_numpy((x[batch] - mean) / deviation).to(device)
-        seen = torch.cat([standard, torch.ones(len(batch), 1, device=device)], dim=1)  # (B, C + 1)
-        logits = weight.flatten(0, 1) @ seen.T  # (rates * K, B)
+        inputs = torch.cat([standard, torch.ones(len(batch), 1, device=device)], dim=1)  # (B, C + 1)
+        logits = weight.flatten(0, 1) @ inputs.T  # (rates * K, B)
         wrong = logits.view(len(sgd.lrs), n_classes, -1).softmax(1)
         wrong[:, torch.from_numpy(y[batch]).to(device), torch.arange(len(batch), device=device)] -= 1
-        velocity.mul_(MOMENTUM).add_((wrong.flatten(0, 1) @ seen).view_as(weight) / len(batch))
+        velocity.mul_(MOMENTUM).add_((wrong.flatten(0, 1) @ inputs).view_as(weight) / len(batch))
         weight -= lrs * (0.5 + 0.5 * math.cos(math.pi * step / sgd.steps)) * velocity
-    found = zip(sgd.lrs, weight.cpu().numpy(), strict=True)
-    return {lr: Linear(mean, deviation, w[:, :-1], w[:, -1]) for lr, w in found if np.isfinite(w).all()}
+    fitted = zip(sgd.lrs, weight.cpu().numpy(), strict=True)
+    return {lr: Linear(mean, deviation, w[:, :-1], w[:, -1]) for lr, w in fitted if np.isfinite(w).all()}

@@ -1,7 +1,7 @@
-"""The bias audit on a cluster: embeddings of pictures for iEAT, and completions of pictures by group.
+"""The bias audit with Ray Data: embeddings of images for iEAT, and completions of images by group.
 
-<out>/audit.json             effect sizes, p-values as they are and corrected, counts of classes by group
-<out>/completions.parquet    group, key, and the tokens and classes of every completion of a picture
+<out>/audit.json             effect sizes, p-values with and without correction, counts of classes by group
+<out>/completions.parquet    group, key, and the tokens and classes of the completions of every image
 """
 
 import io
@@ -34,74 +34,71 @@ Report = dict[str, Any]
 
 
 def run_audit(settings: AuditConfig) -> Report:
-    """What was asked for of the two, with p-values corrected for the number of all tests. What can be refused by names
-    and counts is refused before the first picture is read."""
+    """Run iEAT, the audit of completions, or both, with p-values corrected for the number of all tests.
+
+    Raises `SettingError` or `SourceError` before any image is read if settings, folders or counts are wrong.
+    """
     started = time.perf_counter()
-    about = weights.load_config(settings.release)
-    tests, groups, classes = _asked(settings, about)
-    layers = _layers(settings, about)
+    config = weights.load_config(settings.release)
+    tests, groups, classes = _inputs(settings, config)
+    # Probes of the middle layers are the most accurate (paper, section 4.1).
+    layers = features.check_layers(settings.layers or (config.model.n_layer // 2,), config.model.n_layer)
     report: Report = {"release": settings.release, "out": settings.out}
     if tests:
-        report["ieat"] = _associations(settings, tests, layers)
+        report["ieat"] = _ieat(settings, tests, layers)
     if groups:
-        report["completions"] = _finished(settings, groups, classes, about.model.n_px)
-    found = [*report.get("ieat", []), *([report["completions"]] if groups else [])]
-    for one, corrected in zip(found, bias.holm([one["p_value"] for one in found]), strict=True):
-        one["p_holm"] = corrected
-    said = {**report, "made_by": provenance(settings)}
-    storage.write(storage.join(settings.out, "audit.json"), json.dumps(said, indent=1).encode())
+        report["completions"] = _completions(settings, groups, classes, config.model.n_px)
+    results = [*report.get("ieat", []), *([report["completions"]] if groups else [])]
+    for result, corrected in zip(results, bias.holm([result["p_value"] for result in results]), strict=True):
+        result["p_holm"] = corrected
+    data = json.dumps({**report, "made_by": provenance(settings)}, indent=1).encode()
+    storage.write(storage.join(settings.out, "audit.json"), data)
     return {**report, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _asked(
-    settings: AuditConfig, about: weights.ReleaseConfig
+def _inputs(
+    settings: AuditConfig, config: weights.ReleaseConfig
 ) -> tuple[list[Stimuli], dict[str, list[str]], list[str]]:
-    """The tests, the groups, and the names of the classes."""
+    """The iEAT tests, the groups of images, and the names of the classes."""
     if not settings.ieat and not settings.groups:
-        raise SettingError("nothing to audit: name --ieat, --groups and --classifier, or all of them")
+        raise SettingError("nothing to audit: set --ieat, or --groups and --classifier, or all of them")
     if bool(settings.groups) != bool(settings.classifier):
-        raise SettingError("--groups and --classifier go together: pictures to complete, and who names what comes out")
-    tests = bias.tests_of(settings.ieat) if settings.ieat else []
+        raise SettingError("--groups and --classifier go together: set both, or neither")
+    tests = bias.load_tests(settings.ieat) if settings.ieat else []
     if not settings.groups:
         return tests, {}, []
-    weights.check_next(about, settings.release)
-    if settings.rows is not None and settings.rows > about.model.n_px:
-        raise SettingError(f"{settings.rows} rows are given; a picture has {about.model.n_px}")
-    classes = bias.classifier(settings.classifier, about.kind, "cpu", settings.batch_size).classes
-    return tests, bias.groups_of(settings.groups), classes
-
-
-def _layers(settings: AuditConfig, about: weights.ReleaseConfig) -> list[int]:
-    """The paper's probes find the middle layers best."""
-    return features.check_layers(settings.layers or (about.model.n_layer // 2,), about.model.n_layer)
+    weights.check_next(config, settings.release)
+    if settings.rows is not None and settings.rows > config.model.n_px:
+        raise SettingError(f"--rows {settings.rows} exceeds the {config.model.n_px} rows of an image")
+    classes = bias.load_classifier(settings.classifier, config.kind, "cpu", settings.batch_size).classes
+    return tests, bias.load_groups(settings.groups), classes
 
 
 # ------------------------------------------------------------------------------------------------ iEAT
 
 
-def _associations(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> list[Report]:
-    """One row for each test and layer; a picture that is in several tests is looked at once."""
-    uris = sorted({uri for test in tests for pictures in test.sets.values() for uri in pictures})
+def _ieat(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> list[Report]:
+    """One row per test and layer. An image of several tests is embedded once."""
+    uris = sorted({uri for test in tests for images in test.sets.values() for uri in images})
     batches = [uris[start : start + settings.batch_size] for start in range(0, len(uris), settings.batch_size)]
-    given = {"release": settings.release, "layers": layers, "batch_size": settings.batch_size}
-    embedded = np.concatenate(list(actor_map(batches, Embed, given, settings.pool)))  # (pictures, layers, C)
-    log.info("%d pictures embedded", len(uris))
-    at = {uri: i for i, uri in enumerate(uris)}
+    arguments = {"release": settings.release, "layers": layers, "batch_size": settings.batch_size}
+    embedded = np.concatenate(list(actor_map(batches, Embed, arguments, settings.pool)))  # (images, layers, C)
+    log.info("%d images embedded", len(uris))
+    indices = {uri: i for i, uri in enumerate(uris)}
     rows = []
     for test in tests:
-        chosen = {letter: embedded[[at[uri] for uri in pictures]] for letter, pictures in test.sets.items()}
-        n = len(test.sets["X"])
+        sets = {letter: embedded[[indices[uri] for uri in images]] for letter, images in test.sets.items()}
+        sizes = {letter: len(images) for letter, images in test.sets.items()}
+        exact = math.comb(2 * sizes["X"], sizes["X"]) <= ieat.MAX_PARTITIONS
         for i, layer in enumerate(layers):
-            X, Y, A, B = (chosen[letter][:, i] for letter in bias.SETS)
-            found = ieat.test(X, Y, A, B, settings.seed)
-            exact = math.comb(2 * n, n) <= ieat.MOST_PARTITIONS
-            sizes = {letter: len(pictures) for letter, pictures in test.sets.items()}
-            rows.append({"test": test.name, "layer": layer, "pictures": sizes, **found._asdict(), "exact": exact})
+            X, Y, A, B = (sets[letter][:, i] for letter in bias.SETS)
+            result = ieat.association_test(X, Y, A, B, settings.seed)
+            rows.append({"test": test.name, "layer": layer, "pictures": sizes, **result._asdict(), "exact": exact})
     return rows
 
 
 class Embed:
-    """URIs of pictures -> their features (pictures, layers, C), of a masked network the mean over its masks."""
+    """URIs of images -> features (images, layers, C), averaged over the masks of a masked network."""
 
     def __init__(self, release: str, layers: list[int], batch_size: int):
         self.release = weights.load_release(release, device())
@@ -110,40 +107,43 @@ class Embed:
 
     def __call__(self, uris: list[str]) -> Features:
         kind, palette = self.release.config.kind, self.release.palette
-        tokens = np.stack([bias.read(uri, kind, palette) for uri in uris])
-        found = features.pooled(self.release.model, tokens, uris, self.layers, "mean", self.batch_size)
-        return found.mean(1) if found.ndim == 4 else found
+        tokens = np.stack([bias.read_tokens(uri, kind, palette) for uri in uris])
+        pooled = features.pooled(self.release.model, tokens, uris, self.layers, "mean", self.batch_size)
+        return pooled.mean(1) if pooled.ndim == 4 else pooled
 
 
 # ------------------------------------------------------------------------------------------------ completions
 
 
-def _finished(settings: AuditConfig, groups: dict[str, list[str]], classes: list[str], n_px: int) -> Report:
-    """Classes of completions by group, with counts, and whether groups differ by more than chance."""
+def _completions(settings: AuditConfig, groups: dict[str, list[str]], classes: list[str], n_px: int) -> Report:
+    """Counts of classes of the completions by group, and the test of whether the groups differ."""
     rows = n_px // 2 if settings.rows is None else settings.rows
     tasks = [(group, storage.relative_to(settings.groups, uri), uri) for group, uris in groups.items() for uri in uris]
-    given = {"settings": settings, "given": rows * n_px}
-    completions, chosen = zip(*actor_map(tasks, Finish, given, settings.pool), strict=True)
+    arguments = {"settings": settings, "prompt_length": rows * n_px}
+    completions, predicted = zip(*actor_map(tasks, CompleteAndClassify, arguments, settings.pool), strict=True)
     table = pa.table(
         {
             "group": [group for group, _, _ in tasks],
             "key": [key for _, key, _ in tasks],
             "completions": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(completions)),
-            "classes": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(chosen)),
+            "classes": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(predicted)),
         }
     )
     data = io.BytesIO()
     pq.write_table(table, data, compression="zstd", write_page_checksum=True)
     storage.write(storage.join(settings.out, "completions.parquet"), data.getvalue())
 
-    of = [np.bincount(c, minlength=len(classes)) for c in chosen]
-    counts = {group: np.stack([of[i] for i, task in enumerate(tasks) if task[0] == group]) for group in groups}
+    by_image = [np.bincount(row, minlength=len(classes)) for row in predicted]
+    counts = {
+        group: np.stack([row for row, task in zip(by_image, tasks, strict=True) if task[0] == group])
+        for group in groups
+    }
     by_group = {group: _distribution(count, classes) for group, count in counts.items()}
     return {"rows": rows, **bias.independence(counts, settings.seed)._asdict(), "groups": by_group}
 
 
 def _distribution(count: bias.Counts, classes: list[str]) -> Report:
-    """(pictures, classes) -> what is said of a group."""
+    """Counts (images, classes) of a group -> its totals and fractions."""
     total = count.sum(0)
     return {
         "pictures": len(count),
@@ -153,21 +153,23 @@ def _distribution(count: bias.Counts, classes: list[str]) -> Report:
     }
 
 
-class Finish:
-    """(group, key, URI) of a picture -> its n completions (n, T) uint16, and their classes (n,)."""
+class CompleteAndClassify:
+    """(group, key, URI) of an image -> its n completions (n, T) uint16, and their classes (n,)."""
 
-    def __init__(self, settings: AuditConfig, given: int):
+    def __init__(self, settings: AuditConfig, prompt_length: int):
         self.settings = settings
-        self.given = given
+        self.prompt_length = prompt_length
         self.release = weights.load_release(settings.release, device())
         kind = self.release.config.kind
-        self.classifier = bias.classifier(settings.classifier, kind, device(), settings.batch_size)
+        self.classifier = bias.load_classifier(settings.classifier, kind, device(), settings.batch_size)
 
     def __call__(self, task: tuple[str, str, str]) -> tuple[Tokens, np.ndarray]:
         _, key, uri = task
         model, n = self.release.model, self.settings.n
-        tokens = bias.read(uri, self.release.config.kind, self.release.palette)
-        given = torch.from_numpy(tokens[None, : self.given].astype(np.int64)).to(model.wpe.device)
+        tokens = bias.read_tokens(uri, self.release.config.kind, self.release.palette)
+        prompt = torch.from_numpy(tokens[None, : self.prompt_length].astype(np.int64)).to(model.wpe.device)
         seeds = [rng.seed_of(self.settings.seed, key, i) for i in range(n)]
-        done = sampler.complete(model, given, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
-        return done, self.classifier.select(done, [f"{key} {i}" for i in range(n)])
+        completions = (
+            sampler.complete(model, prompt, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
+        )
+        return completions, self.classifier.select(completions, [f"{key} {i}" for i in range(n)])

@@ -1,6 +1,5 @@
-"""Features of a token store's images, with Ray Data: a unit of work is a shard, and a repeat makes what is missing."""
+"""Features of a token store with Ray Data. A work unit is a shard; a repeat computes only the missing units."""
 
-import functools
 import time
 from typing import Any
 
@@ -8,42 +7,41 @@ from igpt_ray import weights
 from igpt_ray.data.token_store import Shard, TokenStore
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig
-from igpt_ray.evaluate.features import About, FeatureUnit, Manifest
+from igpt_ray.evaluate.features import FeatureSpec, FeatureUnit, Manifest
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
-from igpt_ray.settings import PoolConfig
 
 
 def extract(settings: FeaturesConfig) -> dict[str, Any]:
-    """Make every unit that is not there yet, then each split's manifest."""
+    """Compute the missing units, then write the manifest of each split."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, *settings.splits)
     splits = sorted({name for split in settings.splits for name in split.split("+")}) or store.manifest.splits
-    about = _about(settings, store)
-    features.create_or_check(settings.out, about)
-    wanted = [shard for split in splits for shard in store.manifest.select(split)]
-    units = features.finished(settings.out, wanted)
-    missing = [shard for shard in wanted if shard.path not in units]
+    spec = _spec(settings, store)
+    features.create_or_check(settings.out, spec)
+    shards = [shard for split in splits for shard in store.manifest.select(split)]
+    units = features.finished(settings.out, shards)
+    missing = [shard for shard in shards if shard.path not in units]
     rows = sum(shard.rows for shard in missing)
-    arguments = {"settings": settings, "about": about}
-    made, progress = 0, Progress("features", rows, "images")
-    for shard, unit in zip(missing, _made(missing, arguments, settings.pool), strict=True):
-        units[shard.path] = unit
-        made += unit.rows
-        progress.add(unit.rows)
+    progress = Progress("features", rows, "images")
+    if missing:
+        arguments = {"settings": settings, "spec": spec}
+        for shard, unit in zip(missing, actor_map(missing, MakeUnit, arguments, settings.pool), strict=True):
+            units[shard.path] = unit
+            progress.add(unit.rows)
     for split in splits:
-        listed = [units[shard.path] for shard in store.manifest.select(split)]
-        made_by = provenance(settings)
-        features.commit(settings.out, Manifest(about=about, split=split, units=listed, made_by=made_by))
+        in_order = [units[shard.path] for shard in store.manifest.select(split)]
+        manifest = Manifest(about=spec, split=split, units=in_order, made_by=provenance(settings))
+        features.commit(settings.out, manifest)
     seconds = time.perf_counter() - started
     return {
         "features": settings.out,
         "splits": {split: store.manifest.rows(split) for split in splits},
-        "layers": about.layers,
-        "units": len(wanted),
+        "layers": spec.layers,
+        "units": len(shards),
         "units_made": len(missing),
         "bytes": sum(file.bytes for unit in units.values() for file in unit.files),
         "images_per_second": round(rows / seconds, 2),
@@ -51,14 +49,10 @@ def extract(settings: FeaturesConfig) -> dict[str, Any]:
     }
 
 
-def _made(missing: list[Shard], arguments: dict[str, Any], pool: PoolConfig) -> Any:
-    return actor_map(missing, MakeUnit, arguments, pool) if missing else iter(())
-
-
-def _about(settings: FeaturesConfig, store: TokenStore) -> About:
+def _spec(settings: FeaturesConfig, store: TokenStore) -> FeatureSpec:
     release = weights.load_config(settings.release)
     width = [release.model.n_embd]
-    return About(
+    return FeatureSpec(
         format=features.FORMAT,
         release=release.sha256,
         tokens=store.sha256,
@@ -71,16 +65,15 @@ def _about(settings: FeaturesConfig, store: TokenStore) -> About:
 
 
 class MakeUnit:
-    """Shard -> the unit of its features, stored."""
+    """Shard -> its FeatureUnit, stored."""
 
-    def __init__(self, settings: FeaturesConfig, about: About):
+    def __init__(self, settings: FeaturesConfig, spec: FeatureSpec):
+        self.settings = settings
+        self.spec = spec
         self.store = TokenStore.open(settings.tokens)
         self.model = features.network(
             settings.release, device(), settings.untrained, settings.precision, settings.compile
         )
-        self.make = functools.partial(features.make_unit, settings.out, self.store)
-        self.about = about
-        self.batch_size = settings.batch_size
 
     def __call__(self, shard: Shard) -> FeatureUnit:
-        return self.make(shard, self.about, self.model, self.batch_size)
+        return features.make_unit(self.settings.out, self.store, shard, self.spec, self.model, self.settings.batch_size)

@@ -1,10 +1,10 @@
-"""The report on a release: the parts that are missing are made by their own flows, then all go onto one page.
+"""The report on a release: run the flow of every missing part, then put the results on one page.
 
 <out>/report.html                the page
 <out>/report.json  <out>/row.md  its figures, and a row of a Markdown table
 <out>/likelihood/  <out>/probe/  <out>/completions/  <out>/finetuning/<run>/
-                                 what evaluate, probe, complete and finetune write, and part.json: what the part was
-                                 made of and what its flow returned
+                                 the output of evaluate, probe, complete and finetune, and part.json: the inputs and
+                                 the result of the part's flow
 """
 
 import json
@@ -20,11 +20,9 @@ from igpt_ray import storage, weights
 from igpt_ray.data import palette, pixels
 from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import NotFound, SettingError
-from igpt_ray.evaluate import report_page
+from igpt_ray.evaluate import report_page, report_plots
 from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig
-from igpt_ray.evaluate.likelihood import heat_map
-from igpt_ray.evaluate.report_page import Found
-from igpt_ray.evaluate.report_plots import Picture
+from igpt_ray.evaluate.report_page import Picture, Report
 from igpt_ray.flows import batch, evaluate, finetune
 from igpt_ray.flows.config import ReportConfig
 from igpt_ray.flows.probe import check_splits, probe_layers
@@ -35,224 +33,195 @@ from igpt_ray.train.config import FinetuneConfig
 
 log = logging.getLogger(__name__)
 
-SHOWN = 12
+RANKED = 12
 """Images at either end of the ranking."""
-COUNTED = 100_000
-"""Images that count models are fitted on, at most: they count on the driver."""
-UNMADE = {"pool", "batch_size", "workers"}
-"""Settings that change no number."""
+MAX_COUNTED = 100_000
+"""Maximum number of images that count models are fitted on: they run on the driver."""
+NO_EFFECT = {"pool", "batch_size", "workers"}
+"""Settings that affect no figure."""
 
 
 def write_report(settings: ReportConfig) -> dict[str, Any]:
-    """Make what is missing, then report.html, report.json and row.md."""
+    """Compute the missing parts, then write report.html, report.json and row.md.
+
+    Raises `SettingError` before any part if matplotlib is missing or the splits do not fit.
+    """
     started = time.perf_counter()
+    report_plots.check_installed()
     fit = [settings.fit_split] if settings.fit_split else []
     store = evaluate.open_store(settings.release, settings.tokens, settings.split, *fit)
-    about = weights.load_config(settings.release)
-    probed = _probe(settings, store) if fit else None
-    if probed:
-        check_splits(store, probed)
+    release = weights.load_config(settings.release)
+    probe = _probe_config(settings, store) if fit else None
+    if probe:
+        check_splits(store, probe)
     if settings.finetune and not fit:
-        raise SettingError("--finetune trains on --fit-split, which is empty: name a split with labels")
-    tuned = {start: _finetune(settings, start == "scratch") for start in report_page.TUNED if settings.finetune}
-    for wanted in tuned.values():
-        finetune.check(wanted)
-    counted = fit and about.model.objective == "next" and store.manifest.rows(settings.fit_split) <= COUNTED
-    parts = Parts(settings.out, {"release": about.sha256, "tokens": store.sha256})
-    pictures = {
-        "palette": [Picture(pixels.png(palette.swatches(store.palette())), "By hue, each column dark to bright.")]
-    }
-    if about.model.objective == "next":
-        likelihood = _likelihood(settings, parts, bool(counted))
-        pictures |= _pictures(store, settings.split, likelihood) | _completions(settings, parts)
-    else:
-        likelihood = _masked_nats(settings, parts)
-    found = {
+        raise SettingError("--finetune trains on --fit-split, which is empty: set it to a split with labels")
+    tuned = {start: _finetune_config(settings, start) for start in report_page.TUNED if settings.finetune}
+    for config in tuned.values():
+        finetune.check(config)
+    causal = release.model.objective == "next"
+    counted = bool(fit) and causal and store.manifest.rows(settings.fit_split) <= MAX_COUNTED
+    parts = Parts(settings.out, {"release": release.sha256, "tokens": store.sha256})
+    swatches = pixels.png(palette.swatches(store.palette()))
+    pictures = {"palette": [Picture(swatches, "Sorted by hue; each column from dark to bright.")]}
+    likelihood = _likelihood(settings, parts, causal, settings.fit_split if counted else "")
+    if causal:
+        pictures |= _ranked(store, settings.split, likelihood) | _completions(settings, parts)
+    report = {
         "release": settings.release,
         "tokens": settings.tokens,
         "split": settings.split,
-        "network": about.model.model_dump() | {"n_params": about.model.n_params},
+        "network": release.model.model_dump() | {"n_params": release.model.n_params},
         "likelihood": likelihood,
-        "probe": parts.cached("probe", probed, lambda: _probed(probed)) if probed else None,
-        "finetuned": {name: _finetuned(settings, parts, wanted) for name, wanted in tuned.items()},
-        "left_out": _left_out(settings, about.model, probed, bool(counted)),
+        "probe": _probe(parts, probe) if probe else None,
+        "finetuned": {start: _finetuned(settings, parts, config) for start, config in tuned.items()},
+        "left_out": _left_out(settings, release.model, probe, counted),
         "made_by": provenance(settings),
     }
-    places = _write(settings.out, found, pictures)
+    files = {
+        "page": ("report.html", report_page.page(report, pictures)),
+        "json": ("report.json", json.dumps(report, indent=1)),
+        "row": ("row.md", report_page.row(report)),
+    }
+    for name, content in files.values():
+        storage.write(storage.join(settings.out, name), content.encode())
     return {
-        **report_page.headline(found),
-        **places,
+        **report_page.headline(report),
+        **{kind: storage.join(settings.out, name) for kind, (name, _) in files.items()},
         "made": parts.made,
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def _left_out(settings: ReportConfig, model: ModelConfig, probed: ProbeConfig | None, counted: bool) -> list[str]:
-    """What the page does not say, and why."""
+def _left_out(settings: ReportConfig, model: ModelConfig, probe: ProbeConfig | None, counted: bool) -> list[str]:
+    """The sections that the page lacks, with reasons."""
     reasons = []
     if model.objective != "next":
-        reasons.append("Completions, surprise by position, likeliest images: a masked network has no next pixel.")
-    if probed is None:
-        reasons.append("Probes, fine-tuning and count models: no --fit-split is named.")
+        reasons.append("Completions, nats by position, ranked images: a masked network does not predict a next pixel.")
+    if probe is None:
+        reasons.append("Probes, fine-tuning and count models: --fit-split is empty.")
     else:
         if not settings.finetune:
             reasons.append("Fine-tuning: --finetune is not set.")
-        few = [k for k in settings.low_data if k not in probed.low_data]
-        reasons += [f"Probes with {k} labels a class: the smallest class has fewer images." for k in few]
+        too_many = [k for k in settings.low_data if k not in probe.low_data]
+        reasons += [f"Probes with {k} labels a class: the smallest class has fewer images." for k in too_many]
         if model.objective == "next" and not counted:
-            reasons.append(f"Count models: {settings.fit_split} has more than {COUNTED:,} images.")
+            reasons.append(f"Count models: {settings.fit_split} has more than {MAX_COUNTED:,} images.")
     return reasons
 
 
 class Parts:
-    """Parts of the report under one folder; each is made once, for one release, store and settings."""
+    """Cache of the report's parts in one folder, keyed by the hashes of release and store and by settings."""
 
-    def __init__(self, root: str, marks: dict[str, str]):
+    def __init__(self, root: str, hashes: dict[str, str]):
         self.root = root
-        self.marks = marks
+        self.hashes = hashes
         self.made: list[str] = []
 
-    def place(self, name: str) -> str:
+    def uri(self, name: str) -> str:
         return storage.join(self.root, name)
 
-    def cached(self, name: str, settings: BaseModel, make: Callable[[], Found], file: str = "part.json") -> Found:
-        """What `make` returned, now or in an earlier run that left `file`."""
-        said = settings.model_dump(mode="json", exclude=UNMADE)
-        uri, about = storage.join(self.place(name), "part.json"), {**self.marks, "settings": said}
+    def cached(self, name: str, settings: BaseModel, make: Callable[[], Report], file: str = "part.json") -> Report:
+        """The result of `make`, from this run or from an earlier run whose `file` still exists."""
+        uri = storage.join(self.uri(name), "part.json")
+        key = {**self.hashes, "settings": settings.model_dump(mode="json", exclude=NO_EFFECT)}
         try:
-            there = json.loads(storage.read(uri))
-            if there["about"] == about and storage.exists(storage.join(self.place(name), file)):
-                return dict(there["found"])
+            part = json.loads(storage.read(uri))
+            if part["about"] == key and storage.exists(storage.join(self.uri(name), file)):
+                return dict(part["found"])
         except (NotFound, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            pass  # absent or damaged: either way it is made again
-        log.info("making the part %s", name)
-        found = make()
-        storage.write(uri, json.dumps({"about": about, "found": found}, indent=1).encode())
+            pass  # absent or damaged: computed again
+        log.info("computing the part %s", name)
+        result = make()
+        storage.write(uri, json.dumps({"about": key, "found": result}, indent=1).encode())
         self.made.append(name)
-        return found
+        return result
 
 
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def _likelihood(settings: ReportConfig, parts: Parts, counted: bool) -> Found:
-    place = parts.place("likelihood")
-    wanted = _evaluate(settings).model_copy(update={"out": place, "baselines": settings.fit_split if counted else ""})
-
-    def make() -> Found:
-        evaluate.evaluate(wanted)
-        return _json(storage.join(place, "likelihood.json"))
-
-    return parts.cached("likelihood", wanted, make)
+def _likelihood(settings: ReportConfig, parts: Parts, causal: bool, baselines: str) -> Report:
+    config = _evaluate_config(settings, settings.release)
+    if not causal:
+        return parts.cached("likelihood", config, lambda: evaluate.evaluate(config))
+    config = config.model_copy(update={"out": parts.uri("likelihood"), "baselines": baselines})
+    return parts.cached("likelihood", config, lambda: _run(evaluate.evaluate, config, "likelihood.json"))
 
 
-def _masked_nats(settings: ReportConfig, parts: Parts) -> Found:
-    return parts.cached("likelihood", _evaluate(settings), lambda: evaluate.evaluate(_evaluate(settings)))
+def _evaluate_config(settings: ReportConfig, release: str) -> EvaluateConfig:
+    return EvaluateConfig(release=release, **_shared(settings, "tokens", "split", "batch_size", "pool"))
 
 
-def _evaluate(settings: ReportConfig) -> EvaluateConfig:
-    return EvaluateConfig(
-        release=settings.release,
-        tokens=settings.tokens,
-        split=settings.split,
-        batch_size=settings.batch_size,
-        pool=settings.pool,
-    )
-
-
-def _probe(settings: ReportConfig, store: TokenStore) -> ProbeConfig:
-    """Of the numbers of labels, those that every class has."""
+def _probe_config(settings: ReportConfig, store: TokenStore) -> ProbeConfig:
+    """The numbers of labels are limited to those that every class has."""
     labels = np.concatenate([table["label"].to_numpy() for table in store.read_split(settings.fit_split)])
     smallest = np.bincount(labels[labels >= 0], minlength=len(store.manifest.classes)).min()
     return ProbeConfig(
-        release=settings.release,
-        tokens=settings.tokens,
         out=storage.join(settings.out, "probe"),
-        features=settings.features,
-        fit_split=settings.fit_split,
-        split=settings.split,
         low_data=tuple(k for k in settings.low_data if k <= smallest),
         baselines=True,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        pool=settings.pool,
+        **_shared(settings, "release", "tokens", "features", "fit_split", "split", "batch_size", "seed", "pool"),
     )
 
 
-def _probed(wanted: ProbeConfig) -> Found:
-    probe_layers(wanted)
-    return _json(storage.join(wanted.out, "probe.json"))
+def _probe(parts: Parts, config: ProbeConfig) -> Report:
+    return parts.cached("probe", config, lambda: _run(probe_layers, config, "probe.json"))
 
 
-def _finetune(settings: ReportConfig, scratch: bool) -> FinetuneConfig:
-    how = settings.finetuning
-    name = f"{how.run.name}-scratch" if scratch else how.run.name
-    run = how.run.model_copy(update={"root": storage.join(settings.out, "finetuning"), "name": name})
-    changed = {"run": run, "tune": how.tune.model_copy(update={"scratch": scratch})}
-    same = {name: getattr(how, name) for name in type(how).model_fields}
-    where = {"release": settings.release, "tokens": settings.tokens, "split": settings.fit_split}
-    return FinetuneConfig(**(same | changed | where))
+def _finetune_config(settings: ReportConfig, start: str) -> FinetuneConfig:
+    config, scratch = settings.finetuning, start == "scratch"
+    name = f"{config.run.name}-scratch" if scratch else config.run.name
+    run = config.run.model_copy(update={"root": storage.join(settings.out, "finetuning"), "name": name})
+    changed = {"run": run, "tune": config.tune.model_copy(update={"scratch": scratch})}
+    inputs = {"release": settings.release, "tokens": settings.tokens, "split": settings.fit_split}
+    return FinetuneConfig(**(_shared(config, *type(config).model_fields) | changed | inputs))
 
 
-def _finetuned(settings: ReportConfig, parts: Parts, wanted: FinetuneConfig) -> Found:
-    def make() -> Found:
-        trained = finetune.finetune(wanted)
-        judged = evaluate.evaluate(_evaluate(settings).model_copy(update={"release": wanted.run.release}))
-        return {**judged, **judged["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
+def _finetuned(settings: ReportConfig, parts: Parts, config: FinetuneConfig) -> Report:
+    def make() -> Report:
+        trained = finetune.finetune(config)
+        result = evaluate.evaluate(_evaluate_config(settings, config.run.release))
+        return {**result, **result["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
 
-    return parts.cached(storage.relative_to(settings.out, wanted.run.uri), wanted, make)
+    return parts.cached(storage.relative_to(settings.out, config.run.uri), config, make)
 
 
 def _completions(settings: ReportConfig, parts: Parts) -> dict[str, list[Picture]]:
-    wanted = CompleteConfig(
-        release=settings.release,
-        tokens=settings.tokens,
-        out=parts.place("completions"),
-        split=settings.split,
-        images=settings.images,
-        n=settings.n,
-        seed=settings.seed,
-        pool=settings.pool,
-    )
-    parts.cached("completions", wanted, lambda: batch.complete(wanted), "completions.png")
-    figure = storage.read(storage.join(wanted.out, "completions.png"))
-    caption = f"The given half, {settings.n} completions of it, and the whole picture as the network sees it."
+    shared = _shared(settings, "release", "tokens", "split", "images", "n", "seed", "pool")
+    config = CompleteConfig(out=parts.uri("completions"), **shared)
+    parts.cached("completions", config, lambda: batch.complete(config), "completions.png")
+    figure = storage.read(storage.join(config.out, "completions.png"))
+    caption = f"The upper half as prompt, {settings.n} completions, and the whole image in the colours of the palette."
     return {"completions": [Picture(figure, caption)]}
 
 
-def _pictures(store: TokenStore, split: str, likelihood: Found) -> dict[str, list[Picture]]:
-    """The surprise map, and the images at either end of the ranking."""
-    by_position, n_px = np.array(likelihood["by_position"]), store.kind.n_px
-    caption = "Nats per token at each pixel, by row and column: where an image costs most."
-    drawn = {"surprise": [Picture(pixels.png(heat_map(by_position.ravel(), n_px, 1)), caption)]}
-    ends = {end: ranked[:SHOWN] for end, ranked in likelihood["ranking"].items()}
+def _ranked(store: TokenStore, split: str, likelihood: Report) -> dict[str, list[Picture]]:
+    """The images at either end of the ranking."""
+    ends = {end: ranked[:RANKED] for end, ranked in likelihood["ranking"].items()}
     pngs = _pngs(store, split, {image["key"] for ranked in ends.values() for image in ranked})
-    for end, ranked in ends.items():
-        drawn[end] = [Picture(pngs[i["key"]], f"{i['nats_per_token']:.3f} {i['key']}") for i in ranked]
-    return drawn
+    return {
+        end: [Picture(pngs[image["key"]], f"{image['nats_per_token']:.3f} {image['key']}") for image in ranked]
+        for end, ranked in ends.items()
+    }
 
 
 def _pngs(store: TokenStore, split: str, keys: set[str]) -> dict[str, bytes]:
-    """Key -> the picture as the network sees it."""
-    n_px, colours, found = store.kind.n_px, store.palette(), dict[str, bytes]()
+    """Key -> the image in the colours of the palette."""
+    n_px, colours, pngs = store.kind.n_px, store.palette(), dict[str, bytes]()
     for table in store.read_split(split):
-        here = {key: row for row, key in enumerate(table["key"].to_pylist()) if key in keys}
         tokens = tokens_of(table)
-        found |= {key: pixels.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3)) for key, row in here.items()}
-    return found
+        for row, key in enumerate(table["key"].to_pylist()):
+            if key in keys:
+                pngs[key] = pixels.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3))
+    return pngs
 
 
-def _json(uri: str) -> Found:
-    return dict(json.loads(storage.read(uri)))
+def _shared(settings: BaseModel, *names: str) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}
 
 
-def _write(out: str, found: Found, pictures: dict[str, list[Picture]]) -> dict[str, str]:
-    files = {
-        "page": ("report.html", report_page.page(found, pictures)),
-        "json": ("report.json", json.dumps(found, indent=1)),
-        "row": ("row.md", report_page.row(found)),
-    }
-    places = {name: storage.join(out, file) for name, (file, _) in files.items()}
-    for name, (_, content) in files.items():
-        storage.write(places[name], content.encode())
-    return places
+def _run(flow: Callable[[Any], object], config: EvaluateConfig | ProbeConfig, name: str) -> Report:
+    """Run a flow and return the JSON file that it writes."""
+    flow(config)
+    return dict(json.loads(storage.read(storage.join(config.out, name))))

@@ -24,9 +24,8 @@ LOST_S = 10.0
 """Workers that have not polled for so many seconds are not running yet, or no longer."""
 
 
-@ray.remote(num_cpus=0)
 class RunStatus:
-    """Holds the request to stop, the time of the workers' last poll, and the last line of metrics."""
+    """An actor that holds the request to stop, the time of the workers' last poll, and the last line of metrics."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -53,7 +52,7 @@ class RunStatus:
 def create() -> Any:
     """The actor of a run, on this node."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return RunStatus.options(scheduling_strategy=node).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=node)(RunStatus).remote()
 
 
 def stop_requested(status: Any) -> bool:

@@ -32,65 +32,65 @@ def pictures(root: Path, **sizes: int) -> str:
 def test_a_folder_is_one_test_and_a_json_names_several(tmp_path: Path) -> None:
     """Folders next to the JSON file may be in several tests."""
     root = pictures(tmp_path / "stimuli", X=2, Y=2, A=1, B=3)
-    (only,) = bias.tests_of(root)
+    (only,) = bias.load_tests(root)
     assert {letter: len(uris) for letter, uris in only.sets.items()} == {"X": 2, "Y": 2, "A": 1, "B": 3}
     named = {"one": {"X": "X", "Y": "Y", "A": "A", "B": "B"}, "two": {"X": "A", "Y": "A", "A": "X", "B": "Y"}}
     storage.write(f"{root}/tests.json", json.dumps(named).encode())
-    one, two = bias.tests_of(f"{root}/tests.json")
+    one, two = bias.load_tests(f"{root}/tests.json")
     assert one.sets == only.sets
     assert two.sets["B"] == only.sets["Y"]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "complaint"),
+    ("sizes", "message"),
     [
         (
             {"X": 3, "Y": 2, "A": 1, "B": 1},
-            "has 3 pictures in X and 2 in Y: the partitions of iEAT want as many of both",
+            "has 3 images in X and 2 in Y: iEAT needs equally many of both",
         ),
-        ({"X": 2, "Y": 2, "A": 1}, "no pictures in B: expected .jpg.* in .*/B"),
-        ({"X": 2, "Y": 2, "A": 0, "B": 1}, "no pictures in A"),
+        ({"X": 2, "Y": 2, "A": 1}, "no images in B: expected .jpg.* in .*/B"),
+        ({"X": 2, "Y": 2, "A": 0, "B": 1}, "no images in A"),
     ],
 )
-def test_the_error_names_invalid_sets(tmp_path: Path, sizes: dict[str, int], complaint: str) -> None:
-    with pytest.raises(SourceError, match=complaint):
-        bias.tests_of(pictures(tmp_path / "stimuli", **sizes))
+def test_sets_that_make_no_test_are_refused_by_name(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        bias.load_tests(pictures(tmp_path / "stimuli", **sizes))
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("content", "message"),
     [
         ("{", "is not JSON: expected"),
-        ("[]", "names no tests"),
-        ("{}", "names no tests"),
-        ('{"career": {"X": "x", "Y": "y", "A": "a"}}', "the test 'career' .* does not name X, Y, A and B"),
+        ("[]", "has no tests"),
+        ("{}", "has no tests"),
+        ('{"career": {"X": "x", "Y": "y", "A": "a"}}', "the test 'career' .* does not have exactly X, Y, A and B"),
         ('{"career": {"X": "x", "Y": "y", "A": "a", "B": 3}}', "the test 'career'"),
     ],
 )
-def test_a_json_file_without_tests_is_an_error(tmp_path: Path, said: str, complaint: str) -> None:
-    (tmp_path / "tests.json").write_text(said)
-    with pytest.raises(SourceError, match=complaint):
-        bias.tests_of(str(tmp_path / "tests.json"))
+def test_a_json_that_names_no_tests_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "tests.json").write_text(content)
+    with pytest.raises(SourceError, match=message):
+        bias.load_tests(str(tmp_path / "tests.json"))
     with pytest.raises(SourceError, match="no tests at"):
-        bias.tests_of(str(tmp_path / "other.json"))
+        bias.load_tests(str(tmp_path / "other.json"))
 
 
 def test_groups_are_sub_folders_and_an_empty_one_is_an_error(tmp_path: Path) -> None:
     root = pictures(tmp_path / "groups", women=2, men=3)
-    assert {group: len(uris) for group, uris in bias.groups_of(root).items()} == {"men": 3, "women": 2}
+    assert {group: len(uris) for group, uris in bias.load_groups(root).items()} == {"men": 3, "women": 2}
     (tmp_path / "groups/cats").mkdir()
     (tmp_path / "groups/cats/readme.txt").touch()
-    with pytest.raises(SourceError, match=r"the group 'cats' of .* has no pictures"):
-        bias.groups_of(root)
-    with pytest.raises(SourceError, match="has 1 sub-folders with files: expected one for each of two"):
-        bias.groups_of(pictures(tmp_path / "alone", women=2))
+    with pytest.raises(SourceError, match=r"the group 'cats' of .* has no images"):
+        bias.load_groups(root)
+    with pytest.raises(SourceError, match="has 1 sub-folders with files: expected two or more"):
+        bias.load_groups(pictures(tmp_path / "alone", women=2))
 
 
 def test_the_error_names_an_unreadable_image(tmp_path: Path, kind: TokenFormat, palette: Palette) -> None:
     path = tmp_path / "torn.png"
     path.write_bytes(PICTURE[:30])
-    with pytest.raises(ImageError, match=r"torn.png cannot be read: .* take it out of its folder"):
-        bias.read(str(path), kind, palette)
+    with pytest.raises(ImageError, match=r"torn.png cannot be read: .* remove it from its folder"):
+        bias.read_tokens(str(path), kind, palette)
 
 
 # ------------------------------------------------------------------------------------------------ classifiers
@@ -114,7 +114,7 @@ def test_a_fine_tuned_release_classifies_with_its_head(tmp_path: Path, kind: Tok
 
     uri = released(tmp_path / "tuned", kind, palette, n_class=2)
     tokens = np.random.default_rng(0).integers(0, 16, (7, 16)).astype(np.uint16)
-    classifier = bias.classifier(uri, kind, "cpu", batch_size=3)
+    classifier = bias.load_classifier(uri, kind, "cpu", batch_size=3)
     direct = (
         weights.load_release(uri).model.forward_with_classifier(torch.from_numpy(tokens.astype(np.int64)))[1].argmax(1)
     )
@@ -126,24 +126,24 @@ def test_an_unusable_classifier_is_an_error(tmp_path: Path, kind: TokenFormat, p
     """A release without a head; one for other tokens; a head whose release has been replaced; a damaged head."""
     uri = released(tmp_path / "plain", kind, palette)
     with pytest.raises(CheckpointError, match="has no class head: expected a fine-tuned release"):
-        bias.classifier(uri, kind, "cpu", 8)
+        bias.load_classifier(uri, kind, "cpu", 8)
     with pytest.raises(CheckpointError, match="trained with pipeline reference-1, but the release that is audited"):
-        bias.classifier(uri, kind.model_copy(update={"pipeline": "fast-1"}), "cpu", 8)
+        bias.load_classifier(uri, kind.model_copy(update={"pipeline": "fast-1"}), "cpu", 8)
     probe = tmp_path / "probe"
     storage.write(str(probe / "probe.json"), json.dumps({"release": uri}).encode())
     head = {"mean": np.zeros(32), "deviation": np.ones(32), "weight": np.ones((2, 32)), "bias": np.zeros(2)}
     np.savez(probe / "classifier.npz", **head)
     with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version: repeat jobs/probe.py"):
-        bias.classifier(str(probe), kind, "cpu", 8)
+        bias.load_classifier(str(probe), kind, "cpu", 8)
     whole = (probe / "classifier.npz").read_bytes()
     for damaged in (whole[:100], whole[:-30], b"", b"text"):
         (probe / "classifier.npz").write_bytes(damaged)
         with pytest.raises(FeatureError, match=r"classifier.npz is damaged or of another version"):
-            bias.classifier(str(probe), kind, "cpu", 8)
+            bias.load_classifier(str(probe), kind, "cpu", 8)
     how = {"layer": 1, "pooling": "mean", "precision": "float32", "classes": ["cat", "dog"]}
     np.savez(probe / "classifier.npz", **head, **how, release="another")
     with pytest.raises(FeatureError, match=r"is not the release that .* was fitted on"):
-        bias.classifier(str(probe), kind, "cpu", 8)
+        bias.load_classifier(str(probe), kind, "cpu", 8)
 
 
 # ------------------------------------------------------------------------------------------------ significance

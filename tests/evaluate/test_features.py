@@ -271,7 +271,7 @@ def wide_unit(root: str, rows: int) -> None:
 def test_the_error_names_settings_that_differ(extract: Extract, change: dict[str, object], named: str) -> None:
     """Otherwise a probe would mix two kinds of features."""
     folder = extract()["features"]
-    with pytest.raises(FeatureError, match=f"holds features of another kind: {named}: choose another folder"):
+    with pytest.raises(FeatureError, match=f"has features of another specification: {named}: choose another folder"):
         extract(**change)
     assert extract()["features"] == folder
 
@@ -282,18 +282,18 @@ def test_the_error_names_another_release_or_store(extract: Extract, store: Token
     for manifest in folder.glob("*/manifest.json"):
         manifest.unlink()
     other = release_of(random_model(seed=1), store, str(tmp_path / "other"))
-    with pytest.raises(FeatureError, match=r"another kind: release [0-9a-f]{64}, not"):
+    with pytest.raises(FeatureError, match=r"another specification: release [0-9a-f]{64}, not"):
         extract(release=other)
     changed = store.manifest.model_copy(update={"made_by": {"by": "another test"}})
     storage.write(storage.join(store.root, "manifest.json"), token_store.append_checksum(changed.model_dump_json()))
-    with pytest.raises(FeatureError, match=r"another kind: tokens [0-9a-f]{64}, not"):
+    with pytest.raises(FeatureError, match=r"another specification: tokens [0-9a-f]{64}, not"):
         extract()
 
 
 @pytest.mark.parametrize("layer", [-1, 4])
-def test_a_layer_that_does_not_exist_is_an_error(extract: Extract, layer: int) -> None:
-    """-1 would select the last layer."""
-    with pytest.raises(SettingError, match=rf"there is no layer {layer}: this network has 0 to 3"):
+def test_a_layer_that_does_not_exist_is_refused(extract: Extract, layer: int) -> None:
+    """-1 would silently be the last."""
+    with pytest.raises(SettingError, match=rf"there is no layer {layer}: this network has layers 0 to 3"):
         extract(layers=[layer])
     extract(layers=[2])
 

@@ -6,7 +6,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from igpt_ray.errors import FeatureError
-from igpt_ray.evaluate.few_shot import SUBSETS, draw, few_labels, linear, spread_of
+from igpt_ray.evaluate.few_shot import SUBSETS, draw, few_labels, linear, mean_and_sd
 from igpt_ray.evaluate.linear_probe import Labelled
 from tests.evaluate.test_linear_probe import clusters
 
@@ -65,7 +65,7 @@ def test_predictions_under_masks_vote() -> None:
 
 def test_the_error_names_a_class_with_too_few_images() -> None:
     labels = np.repeat([0, 1, 2, 3], [9, 9, 3, 9])
-    with pytest.raises(FeatureError, match="the class 'cat' has 3 images to fit on, fewer than the 4 asked for"):
+    with pytest.raises(FeatureError, match="the class 'cat' has 3 images to fit on, fewer than the 4 of --low-data"):
         draw(labels, 4, CLASSES, (0, 0))
 
 
@@ -76,4 +76,4 @@ def test_one_label_per_class_suffices_for_a_fit() -> None:
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    assert spread_of([0.5, 0.7]) == {"mean": 0.6, "sd": pytest.approx(np.std([0.5, 0.7], ddof=1)), "runs": [0.5, 0.7]}
+    assert mean_and_sd([0.5, 0.7]) == {"mean": 0.6, "sd": pytest.approx(np.std([0.5, 0.7], ddof=1)), "runs": [0.5, 0.7]}

@@ -18,7 +18,7 @@ from igpt_ray.evaluate.likelihood import (
     heat_map,
     image_nats,
     masked_nats,
-    nats_both_ways,
+    nats_by_image_and_position,
 )
 from igpt_ray.model import losses
 
@@ -98,7 +98,7 @@ def test_sums_over_images_equal_sums_over_positions() -> None:
     """Positions are summed over all batches."""
     model = random_model()
     x = random_tokens(model, 11)
-    by_image, by_position = nats_both_ways(model, x.numpy().astype(np.uint16), batch_size=4)
+    by_image, by_position = nats_by_image_and_position(model, x.numpy().astype(np.uint16), batch_size=4)
     direct = losses.next_pixel(model(x), x).double().numpy()
     np.testing.assert_allclose(by_image, direct.sum(1), rtol=1e-5)
     np.testing.assert_allclose(by_position, direct.sum(0), rtol=1e-5)
@@ -113,7 +113,7 @@ def test_nats_by_class_and_ranking_belong_to_the_right_images() -> None:
         Evaluation(keys[:30], labels[:30], nats[:30], np.ones(16)),
         Evaluation(keys[30:], labels[30:], nats[30:], np.ones(16)),
     ]
-    whole = Evaluation.joined(parts)
+    whole = Evaluation.concatenate(parts)
     by_class = whole.by_class(["a", "b", "c", "nobody"])
     assert list(by_class) == ["a", "b", "c"]
     assert by_class["b"]["nats_per_token"] == pytest.approx(nats[labels == 1].mean() / 16)

@@ -6,7 +6,7 @@ from sklearn import metrics
 
 from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.config import SgdConfig
-from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, judge_logits, refit, select, summary, votes
+from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, evaluate_logits, refit, select, summary, votes
 
 
 def clusters(n: int, d: int, classes: int, actor_map: float, seed: int) -> Labelled:
@@ -95,7 +95,7 @@ def test_the_majority_of_masks_decides_and_ties_go_to_the_likelier() -> None:
     logits = np.stack([four_to_one, two_to_two, two_to_two[::-1]])
     p = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
     assert votes(p).argmax(1).tolist() == [1, 0, 0]
-    assert judge_logits(logits.astype(np.float32), np.array([1, 0, 0]), 3).accuracy == 1
+    assert evaluate_logits(logits.astype(np.float32), np.array([1, 0, 0]), 3).accuracy == 1
 
 
 def test_each_mask_of_an_image_is_an_example_and_all_vote() -> None:
@@ -136,7 +136,7 @@ def test_the_metrics_equal_scikit_learn_s() -> None:
     logits, labels = rng.normal(0, 2, (500, 8)).astype(np.float32), rng.integers(0, 8, 500)
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
-    found = judge_logits(logits, labels, 8)
+    found = evaluate_logits(logits, labels, 8)
     report = found.report()
     assert report["accuracy"] == metrics.accuracy_score(labels, p.argmax(1))
     assert report["top_5"] == metrics.top_k_accuracy_score(labels, p, k=5)
@@ -147,8 +147,8 @@ def test_the_metrics_equal_scikit_learn_s() -> None:
 def test_metrics_of_parts_can_be_summed() -> None:
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(0, 2, (300, 4)).astype(np.float32), rng.integers(0, 4, 300)
-    whole = judge_logits(logits, labels, 4).report()
-    parts = judge_logits(logits[:7], labels[:7], 4) + judge_logits(logits[7:], labels[7:], 4)
+    whole = evaluate_logits(logits, labels, 4).report()
+    parts = evaluate_logits(logits[:7], labels[:7], 4) + evaluate_logits(logits[7:], labels[7:], 4)
     assert parts.report() == pytest.approx(whole)
 
 
@@ -158,9 +158,9 @@ def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
     logits = rng.normal(0, 1.5, (100_000, 3)).astype(np.float32)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (rng.random((len(p), 1)) > p.cumsum(1)).sum(1).clip(max=2)
-    assert judge_logits(logits, labels, 3).report()["ece"] < 0.01
+    assert evaluate_logits(logits, labels, 3).report()["ece"] < 0.01
     sure = np.tile(np.log(np.float32([0.9, 0.1])), (1000, 1))
-    assert judge_logits(sure, np.arange(1000) % 2, 2).report()["ece"] == pytest.approx(0.4, abs=1e-6)
+    assert evaluate_logits(sure, np.arange(1000) % 2, 2).report()["ece"] == pytest.approx(0.4, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ SGD
@@ -177,7 +177,7 @@ def test_sgd_selects_and_refits_like_l_bfgs() -> None:
     assert by_sgd["test"] >= probed(noisy, noisy, 3, seed=0)["test"] - 0.01
 
 
-def test_images_without_a_label_are_an_error() -> None:
-    """-1 would index the last class."""
-    with pytest.raises(FeatureError, match="2 of 3 images have no label: probe splits whose images all have one"):
+def test_images_without_a_label_are_refused() -> None:
+    """-1 would be the last class."""
+    with pytest.raises(FeatureError, match="2 of 3 images have no label: probe splits in which"):
         Labelled(np.zeros((3, 4), np.float32), np.array([0, -1, -1]))

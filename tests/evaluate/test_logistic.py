@@ -13,7 +13,7 @@ from igpt_ray.data.pixels import centre_view
 from igpt_ray.evaluate.config import SgdConfig
 from igpt_ray.evaluate.features import Features, Labels, pooled
 from igpt_ray.evaluate.linear_probe import L2
-from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, fit_sgd, gradient, minimised, moments
+from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, fit_sgd, gradient, minimise, moments
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 
@@ -43,7 +43,7 @@ def loss(weight: NDArray[np.floating], bias: NDArray[np.floating], x: Features, 
 def test_the_minimum_on_real_features_equals_scikit_learn_s(real: tuple[Features, Labels], l2: float) -> None:
     """It does not stop early, the bias is not penalised, and the penalty does not grow with the number of images."""
     x, y = real
-    weight, bias = minimised(torch.from_numpy(x), torch.from_numpy(y), 10, (l2,))[l2]
+    weight, bias = minimise(torch.from_numpy(x), torch.from_numpy(y), 10, (l2,))[l2]
     with threadpool_limits(1):
         reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-9, max_iter=50_000).fit(x.astype(np.float64), y)
     theirs = loss(reference.coef_, reference.intercept_, x, y, l2)
@@ -55,10 +55,10 @@ def test_the_minimum_on_real_features_equals_scikit_learn_s(real: tuple[Features
 def test_a_path_of_penalties_equals_single_fits(real: tuple[Features, Labels]) -> None:
     """A warm start must not depend on the previous penalty."""
     x, y = torch.from_numpy(real[0]).double(), torch.from_numpy(real[1])  # as `fit_lbfgs` has so few rows
-    path = minimised(x, y, 10, L2)
+    path = minimise(x, y, 10, L2)
     assert set(path) == set(L2)
     for l2 in L2:
-        alone = minimised(x, y, 10, (l2,))[l2]
+        alone = minimise(x, y, 10, (l2,))[l2]
         assert loss(*path[l2], *real, l2) == pytest.approx(loss(*alone, *real, l2), rel=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_a_path_of_penalties_equals_single_fits(real: tuple[Features, Labels]) -
 def test_fewer_rows_than_features_have_the_same_minimum(real: tuple[Features, Labels], rows: int) -> None:
     """The search is restricted to the span of the rows."""
     x, y = real[0][::30][:rows], real[1][::30][:rows]
-    weight, bias = minimised(torch.from_numpy(x), torch.from_numpy(y), 10, (1e-2,))[1e-2]
+    weight, bias = minimise(torch.from_numpy(x), torch.from_numpy(y), 10, (1e-2,))[1e-2]
     assert weight.shape == (10, 128)
     whole = LogisticRegression(C=1 / (1e-2 * rows), tol=1e-10, max_iter=50_000).fit(x.astype(np.float64), y)
     theirs = np.zeros((10, 128)), np.full(10, -30.0)  # scikit-learn leaves out classes that it never saw

@@ -94,12 +94,14 @@ def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(both: dict[
     """Labels that are missing, or too few; a layer that is not there; features of something else."""
     with pytest.raises(SettingError, match="the split train is in --fit-split and in --split"):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), split="train"))
-    with pytest.raises(SettingError, match="there is no layer 3: this network has 0 to 2"):
+    with pytest.raises(SettingError, match="there is no layer 3: this network has layers 0 to 2"):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(3,)))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FeatureError, match=r"the class '\d' has \d+ images to fit on, fewer than the 400 asked for"):
+    with pytest.raises(
+        FeatureError, match=r"the class '\d' has \d+ images to fit on, fewer than the 400 of --low-data"
+    ):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), low_data=(400,)))
     assert not list(tmp_path.iterdir())
     extract(FeaturesConfig(**both, out=str(tmp_path / "features"), splits=("test",)))
-    with pytest.raises(FeatureError, match="holds features of another kind: pooling mean, not max"):
+    with pytest.raises(FeatureError, match="has features of another specification: pooling mean, not max"):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), pooling="max"))

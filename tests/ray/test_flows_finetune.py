@@ -75,7 +75,7 @@ def test_what_comes_out_is_evaluated_probed_and_served(
     table = next(TokenStore.open(tokens).read_split("test"))
     model = weights.load_release(report["release"]).model
     logits = class_logits(model, tokens_of(table), table["key"].to_pylist(), 64)
-    judged = linear_probe.judge_logits(logits, table["label"].to_numpy().astype(np.int64), 2)
+    judged = linear_probe.evaluate_logits(logits, table["label"].to_numpy().astype(np.int64), 2)
     said = evaluate.evaluate(EvaluateConfig(**both))["classification"]
     assert said == pytest.approx({"images": 3, **judged.report()}, rel=1e-5)
     assert said["top_5"] == 1

@@ -25,21 +25,21 @@ def both(prepared: str, released: str) -> dict[str, Any]:
     return {"release": released, "tokens": storage.join(prepared, "tokens")}
 
 
-def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: dict[str, Any], tmp_path: Path) -> None:
-    """A figure on the page that its part does not bear out; a part that is made anew, or kept for other settings."""
+def test_the_report_computes_only_missing_parts(both: dict[str, Any], tmp_path: Path) -> None:
+    """The page has the figures of its parts; a part that is missing, damaged or of other settings is recomputed."""
     settings = ReportConfig(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
     report = write_report(settings)
     assert report["made"] == ["likelihood", "completions", "probe"]
     page = (tmp_path / "report.html").read_text()
-    found = json.loads((tmp_path / "report.json").read_text())
+    figures = json.loads((tmp_path / "report.json").read_text())
     likelihood = json.loads((tmp_path / "likelihood/likelihood.json").read_text())
-    assert found["likelihood"] == likelihood
+    assert figures["likelihood"] == likelihood
     assert f"{likelihood['nats_per_token']:.4f}" in page
-    assert f"{found['probe']['raw_pixels']['accuracy']:.1%}" in page
-    assert list(found["probe"]["low_data"]) == ["2"]
+    assert f"{figures['probe']['raw_pixels']['accuracy']:.1%}" in page
+    assert list(figures["probe"]["low_data"]) == ["2"]
     assert "400 labels a class: the smallest class has fewer" in page
     assert page.count("<figure>") == 12 + 12 + 2  # either end of the ranking, completions, palette
-    assert f"{found['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
+    assert f"{figures['probe']['accuracy']:.1%}" in (tmp_path / "row.md").read_text()
 
     (tmp_path / "completions/completions.png").unlink()
     (tmp_path / "likelihood/part.json").write_text("{")
@@ -48,16 +48,16 @@ def test_the_report_makes_every_part_once_and_only_what_is_missing_again(both: d
     assert write_report(settings.model_copy(update={"n": 3}))["made"] == ["completions"]
 
 
-def test_a_report_that_cannot_be_made_is_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_are_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the split test is in --fit-split and in --split"):
         write_report(ReportConfig(**both, out=str(tmp_path), fit_split="test"))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
+def test_the_audit_s_figures_equal_a_direct_computation(
     both: dict[str, Any], digit_images: str, tmp_path: Path
 ) -> None:
-    """Sets that are swapped, a layer off by one, completions counted for another group."""
+    """Sets are not swapped, layers are not off by one, completions count for their own group."""
     stimuli = tmp_path / "stimuli"
     for folder, digit, n in (("X", 0, 3), ("Y", 1, 3), ("A", 2, 2), ("B", 3, 4), ("faces/a", 4, 2), ("faces/b", 5, 3)):
         for entry in list(storage.walk(f"{digit_images}/train/{digit}"))[:n]:
@@ -79,13 +79,13 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
     report = run_audit(settings)
 
     release = weights.load_release(both["release"])
-    (test,) = bias.tests_of(settings.ieat)
+    (test,) = bias.load_tests(settings.ieat)
     rows = {}
     for letter, uris in test.sets.items():
-        tokens = np.stack([bias.read(uri, release.config.kind, release.palette) for uri in uris])
+        tokens = np.stack([bias.read_tokens(uri, release.config.kind, release.palette) for uri in uris])
         rows[letter] = features.pooled(release.model, tokens, uris, [0, 2], "mean", 8)
     for i, found in enumerate(report["ieat"]):
-        expected = ieat.test(*(rows[letter][:, i] for letter in "XYAB"))
+        expected = ieat.association_test(*(rows[letter][:, i] for letter in "XYAB"))
         assert found["effect_size"] == pytest.approx(expected.effect_size, abs=1e-4)
         assert found["p_value"] == expected.p_value
         assert found["exact"]
@@ -95,7 +95,7 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
 
     table = pq.read_table(tmp_path / "audit/completions.parquet").to_pydict()
     assert table["group"] == ["a", "a", "b", "b", "b"]
-    evaluate_classifier = bias.classifier(probe, release.config.kind, "cpu", 8)
+    evaluate_classifier = bias.load_classifier(probe, release.config.kind, "cpu", 8)
     for group, found in report["completions"]["groups"].items():
         tokens = [t for g, t in zip(table["group"], table["completions"], strict=True) if g == group]
         chosen = evaluate_classifier.select(np.array(tokens, np.uint16).reshape(-1, 64), [""] * 3 * len(tokens))
@@ -107,16 +107,16 @@ def test_the_audit_s_figures_are_those_of_its_pictures_asked_directly(
     assert run_audit(settings)["completions"] == first["completions"]
 
 
-def test_an_audit_of_nothing_and_half_a_question_are_refused(both: dict[str, Any], tmp_path: Path) -> None:
-    asked = {"release": both["release"], "out": str(tmp_path)}
-    with pytest.raises(SettingError, match="nothing to audit: name --ieat"):
-        run_audit(AuditConfig(**asked))
+def test_an_audit_without_inputs_is_refused(both: dict[str, Any], tmp_path: Path) -> None:
+    inputs = {"release": both["release"], "out": str(tmp_path)}
+    with pytest.raises(SettingError, match="nothing to audit: set --ieat"):
+        run_audit(AuditConfig(**inputs))
     with pytest.raises(SettingError, match="--groups and --classifier go together"):
-        run_audit(AuditConfig(**asked, groups=str(tmp_path)))
+        run_audit(AuditConfig(**inputs, groups=str(tmp_path)))
     with pytest.raises(SettingError, match="there is no layer 9"):
-        run_audit(AuditConfig(**asked, ieat=_stimuli(tmp_path), layers=(9,)))
+        run_audit(AuditConfig(**inputs, ieat=_stimuli(tmp_path), layers=(9,)))
     with pytest.raises(FeatureError, match="nothing to test"):  # all pictures are the same
-        run_audit(AuditConfig(**asked, ieat=_stimuli(tmp_path)))
+        run_audit(AuditConfig(**inputs, ieat=_stimuli(tmp_path)))
 
 
 def _stimuli(folder: Path) -> str:

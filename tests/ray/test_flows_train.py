@@ -123,7 +123,7 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
     ):
         with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
             refused()
-    with pytest.raises(SettingError, match="leave --baselines, --out and --against out"):
+    with pytest.raises(SettingError, match="remove --baselines, --out and --against"):
         evaluate.evaluate(EvaluateConfig(**both, baselines="train"))
 
 
