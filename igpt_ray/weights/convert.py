@@ -17,7 +17,7 @@ from igpt_ray.weights.config import ConvertConfig
 
 @dataclass(frozen=True)
 class Source:
-    """What was found, as much of it as its format holds."""
+    """Weights that were read, with the palette if their format stores one."""
 
     format: str
     model: ImageGPT
@@ -56,8 +56,8 @@ def _read(source: str) -> Source:
     if storage.exists(storage.join(source, hf.CONFIG)):
         return Source("transformers", hf.load_hf(source), hf.palette_of(source))
     raise CheckpointError(
-        f"nothing to convert at {source}: expected a release, a folder of transformers, or OpenAI's checkpoint by the"
-        " name that stands before .index, as in DIR/model.ckpt-1000000"
+        f"nothing to convert at {source}: expected a release, a folder of transformers, or the path of an OpenAI"
+        " checkpoint without .index, as in DIR/model.ckpt-1000000"
     )
 
 

@@ -78,7 +78,7 @@ def test_what_is_missing_or_contradicts_is_refused(release: str, palette: Palett
             "has a palette of its own, and .* is another",
         ),
         (tmp_path / "empty", {}, CheckpointError, "nothing to convert at"),
-        (OPENAI.parent, {}, CheckpointError, "the name that stands before .index"),
+        (OPENAI.parent, {}, CheckpointError, "without .index"),
     ):
         with pytest.raises(error, match=said):
             run(source, tmp_path / "out", **more)
