@@ -3,21 +3,19 @@
 A checkpoint without a start vector (`model/sos`) is a masked ("BERT") model. All sizes follow from the shapes.
 """
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, row_of
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of
 from igpt_ray.weights.tf_bundle import Bundle
 
 
@@ -115,18 +113,14 @@ def _sizes(shapes: dict[str, Shape], where: str) -> ModelConfig:
         if len(shapes[name]) != axes:
             raise CheckpointError(f"{where}: {name} is {shapes[name]}, expected {axes} axes")
     n_positions, n_embd = shapes["model/wpe"]
-    n_px = math.isqrt(n_positions)
-    if n_px**2 != n_positions:
-        raise CheckpointError(f"{where}: model/wpe has {n_positions} positions, which is not a square number")
-    blocks = [int(match[1]) for name in shapes if (match := re.match(r"model/h(\d+)/", name))]
-    try:
-        return ModelConfig(
-            objective="next" if "model/sos" in shapes else "masked",
-            n_layer=len(set(blocks)),
-            n_embd=n_embd,
-            n_head=shapes["model/h0/attn/q_proj"][0],
-            n_px=n_px,
-            n_vocab=shapes["model/wte"][0],
-        )
-    except ValidationError as error:
-        raise CheckpointError(f"{where} has invalid sizes: {error.errors()[0]['msg']}") from error
+    blocks = {match[1] for name in shapes if (match := re.match(r"model/h(\d+)/", name))}
+    return config_from_sizes(
+        where,
+        "model/wpe",
+        n_positions,
+        objective="next" if "model/sos" in shapes else "masked",
+        n_layer=len(blocks),
+        n_embd=n_embd,
+        n_head=shapes["model/h0/attn/q_proj"][0],
+        n_vocab=shapes["model/wte"][0],
+    )
