@@ -54,7 +54,7 @@ def test_openais_checkpoint_becomes_a_release_that_says_where_it_is_from(palette
     assert loaded.config.kind.pipeline == "fast-1"
     card = (tmp_path / "r" / "README.md").read_text()
     assert f"| converted from | {OPENAI} (openai) |" in card
-    assert "not told by the source; the one below was stated at the conversion" in card
+    assert "unknown; the one below was set at the conversion" in card
     assert card.count("Masked model of pixels") == 1
     assert "steps" not in card
 
@@ -65,17 +65,17 @@ def test_what_is_missing_or_contradicts_is_refused(release: str, palette: Palett
     Palette(palette.colours[:3]).save(small)
     (tmp_path / "empty").mkdir()
     for source, more, error, said in (
-        (OPENAI, {}, SettingError, "has no palette, and a release needs one: --palette openai, or a .npy"),
-        (OPENAI, {"palette": "openai"}, SettingError, "the palette has 512 colours, the network a vocabulary of 16"),
+        (OPENAI, {}, SettingError, "has no palette, and a release needs one: set --palette openai, or a .npy"),
+        (OPENAI, {"palette": "openai"}, SettingError, "the palette has 512 colours, the model a vocabulary of 16"),
         (OPENAI, {"palette": small}, SettingError, "the palette has 3 colours"),
         (OPENAI, {"palette": str(OPENAI) + ".index"}, PaletteError, "is not a palette"),
         (OPENAI, {"to": "transformers"}, CheckpointError, "transformers' ImageGPT has no masked network"),
-        (release, {}, SettingError, "is a release already: --to transformers"),
+        (release, {}, SettingError, "is already a release: use --to transformers"),
         (
             release,
             {"to": "transformers", "palette": other},
             SettingError,
-            "has a palette of its own, and .* is another",
+            "already has a palette, which differs from",
         ),
         (tmp_path / "empty", {}, CheckpointError, "nothing to convert at"),
         (OPENAI.parent, {}, CheckpointError, "without .index"),
@@ -93,7 +93,4 @@ def test_the_job_prints_one_line_and_refuses_in_one(release: str, tmp_path: Path
     assert json.loads(done.stdout)["out"] == str(tmp_path / "hf")
     refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert (
-        refused.stderr.strip()
-        == f"error: {release} is a release already: --to transformers makes the other format of it"
-    )
+    assert refused.stderr.strip() == f"error: {release} is already a release: use --to transformers to convert it"
