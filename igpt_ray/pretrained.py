@@ -29,21 +29,21 @@ Picture = Image.Image | str | Path | bytes | NDArray[np.uint8]
 """A PIL image, a path or URI, an encoded file, or an (H, W, 3) uint8 array."""
 
 BATCH = 16
-"""Images of one forward pass."""
+"""Images per forward pass."""
 
 
 class Pretrained:
-    """A release, loaded. Images become tokens by the release's own pixel pipeline and palette (centre view)."""
+    """A loaded release. It converts the centre view of images to tokens by its pixel pipeline and palette."""
 
     def __init__(self, release: weights.Release, head: Head | None = None, head_model: ImageGPT | None = None):
         self.model, self.palette, self.config = release.model, release.palette, release.config
         self.head = head
         self.head_model = head_model or self.model
-        """The network in the precision of the features that the head was fitted on."""
+        """The model in the precision of the features that the head was fitted on."""
 
     @property
     def n_px(self) -> int:
-        """Pixels a side."""
+        """Width and height of an image in pixels."""
         return self.config.model.n_px
 
     def tokens(self, images: Picture | Sequence[Picture]) -> Tokens:
@@ -68,47 +68,47 @@ class Pretrained:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> list[Image.Image]:
-        """`n` samples of the image's missing pixels, each a picture of n_px x n_px.
+        """Complete the image: `n` samples of n_px x n_px pixels.
 
-        The top `rows` rows are given (default: half of them), or the pixels where `mask`, (n_px, n_px), is True. The
-        same seed gives the same samples. Raises `SettingError` for a mask of another shape, more rows than the picture
-        has, or both; `CheckpointError` for a release of the masked objective.
+        The prompt is the top `rows` rows (default: half of them), or the pixels where `mask`, (n_px, n_px), is True.
+        The samples are a function of the seed. Raises `SettingError` if rows or mask are invalid or both are set, and
+        `CheckpointError` for a release of the masked objective.
         """
         weights.check_next(self.config, "this release")
         if rows is not None and mask is not None:
-            raise SettingError("give rows or mask, not both")
+            raise SettingError("set rows or mask, not both")
         if mask is not None and mask.shape != (self.n_px, self.n_px):
-            raise SettingError(f"mask has shape {mask.shape}: expected {(self.n_px, self.n_px)}, True where given")
+            raise SettingError(f"mask has shape {mask.shape}: expected {(self.n_px, self.n_px)}, True in the prompt")
         rows = self.n_px // 2 if rows is None else rows
         if not 0 <= rows <= self.n_px:
             raise SettingError(f"rows is {rows}: expected 0 to {self.n_px}")
-        whole = np.arange(self.n_px**2) < rows * self.n_px if mask is None else mask.reshape(-1)
-        given = torch.from_numpy(whole.astype(np.bool_))[None]
+        flat = np.arange(self.n_px**2) < rows * self.n_px if mask is None else mask.reshape(-1)
+        prompt_mask = torch.from_numpy(flat.astype(np.bool_))[None]
         start = torch.from_numpy(self.tokens(image).astype(np.int64)).to(self.model.wpe.device)
         seeds = [rng.seed_of(seed, sample) for sample in range(n)]
-        samples = sampler.complete(self.model, start, n, seeds, temperature, top_k, top_p, given)
+        samples = sampler.complete(self.model, start, n, seeds, temperature, top_k, top_p, prompt_mask)
         return [self.image(tokens) for tokens in samples.cpu().numpy()]
 
     def features(
         self, images: Picture | Sequence[Picture], layer: int, pooling: features.Pooling = "mean"
     ) -> NDArray[np.float32]:
-        """(N, C): block `layer`'s ln_1 output (ln_f's at the number of blocks), pooled over positions.
+        """(N, C): the ln_1 output of block `layer`, or the ln_f output if `layer` is n_layer, pooled over positions.
 
-        (N, masks, C) of a masked network, whose random masks follow from the position in `images`.
+        A masked model returns (N, masks, C); its random masks are a function of the index in `images`.
         """
         layers = features.check_layers([layer], self.config.model.n_layer)
         tokens = self.tokens(images)
         return features.pooled(self.model, tokens, _keys(tokens), layers, pooling, BATCH)[..., 0, :]
 
     def score(self, images: Picture | Sequence[Picture]) -> NDArray[np.float64]:
-        """(N,): nats of each image, summed over its n_px^2 tokens. Raises `CheckpointError` for a masked network."""
+        """(N,): nats per image, summed over its n_px^2 tokens. Raises `CheckpointError` for a masked model."""
         weights.check_next(self.config, "this release")
         return image_nats(self.model, self.tokens(images), BATCH)
 
     def classify(self, image: Picture) -> dict[str, float]:
-        """Class name -> probability, the most probable first: by `head`, or by the class head of a fine-tuned release.
+        """Class name -> probability, in descending order, from `head` or the class head of a fine-tuned release.
 
-        Raises `CheckpointError` if there is neither.
+        Raises `CheckpointError` if there is no head.
         """
         tokens = self.tokens(image)
         if self.head is not None:
@@ -118,16 +118,16 @@ class Pretrained:
             classes = self.config.classes if len(self.config.classes) == K else [str(k) for k in range(K)]
         else:
             raise CheckpointError(
-                "this release has no class head: load a fine-tuned one, or give load() a probe's head"
+                "this release has no class head: load a fine-tuned release, or pass a probe's head to load()"
             )
         row = p[0].mean(0) if p.ndim == 3 else p[0]
         return {classes[k]: float(row[k]) for k in np.argsort(-row, kind="stable")}
 
 
 def load(uri: str | Path, head: str | Path | None = None, device: str = "cpu") -> Pretrained:
-    """Load a release from a path or URI, and the head that jobs/probe.py wrote to the folder `head`.
+    """Load a release from a path or URI, and optionally the head that jobs/probe.py wrote to the folder `head`.
 
-    Raises `CheckpointError` or `FeatureError` if one of them is missing or damaged, or the head is another release's.
+    Raises `CheckpointError` or `FeatureError` if one of them is missing or damaged, or the head is of another release.
     """
     release = weights.load_release(storage.absolute(str(uri)), device)
     fitted = None if head is None else load_head(storage.absolute(str(head)))
@@ -155,5 +155,5 @@ def _encoded(image: Any) -> bytes:
 
 
 def _keys(tokens: Tokens) -> list[str]:
-    """Names from which a masked network draws its masks."""
+    """Image keys, which seed the random masks of a masked model."""
     return [str(i) for i in range(len(tokens))]

@@ -74,7 +74,7 @@ def test_completions_keep_what_is_given_and_depend_on_the_seed_alone(
 def test_what_cannot_be_completed_is_refused(loaded: igpt_ray.Pretrained, picture: Image.Image) -> None:
     with pytest.raises(SettingError, match="rows is 5: expected 0 to 4"):
         loaded.complete(picture, rows=5)
-    with pytest.raises(SettingError, match=r"expected \(4, 4\), True where given"):
+    with pytest.raises(SettingError, match=r"expected \(4, 4\), True in the prompt"):
         loaded.complete(picture, mask=np.ones((2, 2), bool))
     with pytest.raises(SettingError, match="rows or mask"):
         loaded.complete(picture, rows=1, mask=np.ones((4, 4), bool))

@@ -1,7 +1,7 @@
-"""Weights in and out: our own releases, OpenAI's checkpoints, transformers' folders.
+"""Read and write weights: our releases, OpenAI's checkpoints and transformers' folders.
 
-Each format is one literal table. Nothing that is missing, left over, cut off, of another shape or not finite gets as
-far as a model; no pickle is opened, and nothing in a file can run.
+A literal table maps the names of each foreign format. A load raises `CheckpointError` if a weight is missing,
+unexpected, of another shape or not finite. No pickle is opened, and no code in a file is executed.
 """
 
 from igpt_ray.weights.hf import load_hf, save_hf

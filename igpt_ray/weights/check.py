@@ -1,9 +1,12 @@
-"""What every format is held to: each name, each shape, each value finite; nothing missing, nothing left over."""
+"""Checks for all weight formats: names and shapes match the model exactly, and all values are finite."""
 
+import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from igpt_ray.errors import CheckpointError
@@ -13,12 +16,12 @@ from igpt_ray.model.image_gpt import ImageGPT
 Shape = tuple[int, ...]
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
-    if missing := sorted(expected.keys() - found.keys()):
+def check_shapes(actual: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
+    if missing := sorted(expected.keys() - actual.keys()):
         raise CheckpointError(f"{where} lacks {_some(missing)}")
-    if foreign := sorted(found.keys() - expected.keys()):
-        raise CheckpointError(f"{where} holds weights this model does not have: {_some(foreign)}")
-    for name, shape in found.items():
+    if foreign := sorted(actual.keys() - expected.keys()):
+        raise CheckpointError(f"{where} has weights that the model does not have: {_some(foreign)}")
+    for name, shape in actual.items():
         if shape != expected[name]:
             raise CheckpointError(f"{where}: {name} is {shape}, expected {expected[name]}")
 
@@ -28,20 +31,29 @@ def check_finite(name: str, value: Tensor, where: str) -> None:
         raise CheckpointError(f"{where}: {name} has values that are not finite")
 
 
+def config_from_sizes(where: str, positions: str, n_positions: int, **sizes: Any) -> ModelConfig:
+    """The settings of a model with these sizes. Raises `CheckpointError` if no model has them."""
+    n_px = math.isqrt(n_positions)
+    if n_px**2 != n_positions:
+        raise CheckpointError(f"{where}: {positions} has {n_positions} positions, which is not a square number")
+    try:
+        return ModelConfig(n_px=n_px, **sizes)
+    except ValidationError as error:
+        raise CheckpointError(f"{where} has invalid sizes: {error.errors()[0]['msg']}") from error
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
 def row_of(name: str) -> tuple[str, str]:
-    """Where one of our weights stands in a table, and the number of its block: `h.3.ln_1.weight` -> `h.#.ln_1.weight`
-    and `3`."""
+    """The table row of one of our weights, and its block number: `h.3.ln_1.weight` -> `h.#.ln_1.weight`, `3`."""
     block = re.match(r"h\.(\d+)\.(.*)", name)
     return (f"h.#.{block[2]}", block[1]) if block else (name, "")
 
 
 def outline(model: ModelConfig) -> ImageGPT:
-    """A network without memory for its weights, to be given some by `to_empty` and filled: no random number is drawn,
-    and names and shapes can be checked first."""
+    """A model on the meta device, so that names and shapes are checked before memory is allocated with `to_empty`."""
     with torch.device("meta"):
         return ImageGPT(model)
 

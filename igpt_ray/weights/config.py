@@ -1,4 +1,4 @@
-"""Settings of conversion between formats of weights."""
+"""Settings of the conversion between weight formats."""
 
 from typing import Literal
 
@@ -7,16 +7,15 @@ from igpt_ray.settings import Section, Uri
 
 
 class ConvertConfig(Section):
-    """Carry weights from one format to another: OpenAI's, transformers', and our releases."""
+    """Convert weights between OpenAI's checkpoints, transformers' folders and our releases."""
 
     source: Uri
-    """URI of a release, of a folder of transformers, or of OpenAI's checkpoint without `.index`."""
+    """URI of a release, of a transformers folder, or of OpenAI's checkpoint without `.index`."""
     out: Uri
     """URI of the folder to write."""
     to: Literal["release", "transformers"] = "release"
     """Format to write."""
     palette: PaletteUri | None = None
-    """URI of the palette (.npy), or the word openai; None: what the source holds (OpenAI's checkpoints hold none)."""
+    """URI of the palette (.npy), or the word openai; None: the source's palette (OpenAI's checkpoints have none)."""
     pipeline: Literal["fast", "reference"] = "reference"
-    """Pixel pipeline to give a release. The one behind foreign weights was never published; this is what images will
-    be prepared with."""
+    """Pixel pipeline that the release will use. The original pipeline of foreign weights is unpublished."""

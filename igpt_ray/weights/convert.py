@@ -1,4 +1,4 @@
-"""OpenAI's checkpoint, a folder of transformers or a release -> a release, or a folder of transformers."""
+"""Convert an OpenAI checkpoint, a transformers folder or a release to a release or a transformers folder."""
 
 import time
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from igpt_ray.weights.config import ConvertConfig
 
 @dataclass(frozen=True)
 class Source:
-    """What was found, as much of it as its format holds."""
+    """Weights that were read, with the palette if their format stores one."""
 
     format: str
     model: ImageGPT
@@ -25,23 +25,23 @@ class Source:
 
 
 def convert(settings: ConvertConfig) -> dict[str, Any]:
-    """Read what lies at the source, write it in the other format, say what it was."""
+    """Convert the weights at `settings.source`; return the source's format, the sizes and the palette's fingerprint."""
     started = time.perf_counter()
-    found = _read(settings.source)
-    palette = _palette(settings, found)
+    source = _read(settings.source)
+    palette = _palette(settings, source)
     if settings.to == "transformers":
-        hf.save_hf(found.model, settings.out, palette)
-    elif found.format == "release":
-        raise SettingError(f"{settings.source} is a release already: --to transformers makes the other format of it")
+        hf.save_hf(source.model, settings.out, palette)
+    elif source.format == "release":
+        raise SettingError(f"{settings.source} is already a release: use --to transformers to convert it")
     else:
-        _release(settings, found, palette)
+        _release(settings, source, palette)
     return {
         "source": settings.source,
-        "format": found.format,
+        "format": source.format,
         "out": settings.out,
         "to": settings.to,
-        **found.model.config.model_dump(),
-        "n_params": found.model.config.n_params,
+        **source.model.config.model_dump(),
+        "n_params": source.model.config.n_params,
         "palette": None if palette is None else palette.fingerprint,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -56,39 +56,41 @@ def _read(source: str) -> Source:
     if storage.exists(storage.join(source, hf.CONFIG)):
         return Source("transformers", hf.load_hf(source), hf.palette_of(source))
     raise CheckpointError(
-        f"nothing to convert at {source}: expected a release, a folder of transformers, or OpenAI's checkpoint by the"
-        " name that stands before .index, as in DIR/model.ckpt-1000000"
+        f"nothing to convert at {source}: expected a release, a transformers folder, or the path of an OpenAI"
+        " checkpoint without .index, as in DIR/model.ckpt-1000000"
     )
 
 
-def _palette(settings: ConvertConfig, found: Source) -> Palette | None:
-    """That of the settings, or what the source holds; if both, they must be equal."""
-    given = Palette.load(settings.palette) if settings.palette else None
-    if given and found.palette and given.fingerprint != found.palette.fingerprint:
+def _palette(settings: ConvertConfig, source: Source) -> Palette | None:
+    """The palette of the settings or of the source. Raises `SettingError` if both exist and differ."""
+    chosen = Palette.load(settings.palette) if settings.palette else None
+    if chosen and source.palette and chosen.fingerprint != source.palette.fingerprint:
         raise SettingError(
-            f"{settings.source} has a palette of its own, and {settings.palette} is another: leave it out"
+            f"{settings.source} already has a palette, which differs from {settings.palette}: omit --palette"
         )
-    return given or found.palette
+    return chosen or source.palette
 
 
-def _release(settings: ConvertConfig, found: Source, palette: Palette | None) -> None:
-    m = found.model.config
+def _release(settings: ConvertConfig, source: Source, palette: Palette | None) -> None:
+    m = source.model.config
     if palette is None:
-        raise SettingError(f"{settings.source} has no palette, and a release needs one: --palette openai, or a .npy")
+        raise SettingError(
+            f"{settings.source} has no palette, and a release needs one: set --palette openai, or a .npy"
+        )
     if len(palette) != m.n_vocab:
-        raise SettingError(f"the palette has {len(palette)} colours, the network a vocabulary of {m.n_vocab}")
+        raise SettingError(f"the palette has {len(palette)} colours, the model a vocabulary of {m.n_vocab}")
     kind = TokenFormat(
         n_px=m.n_px,
         n_vocab=m.n_vocab,
         palette=palette.fingerprint,
         pipeline=pixels.PIPELINES[settings.pipeline],
     )
-    about = release.ReleaseConfig(
+    config = release.ReleaseConfig(
         format=release.FORMAT,
         model=m,
         kind=kind,
         sha256="",
         classes=[],
-        trained={"converted_from": f"{settings.source} ({found.format})", **provenance(settings)},
+        trained={"converted_from": f"{settings.source} ({source.format})", **provenance(settings)},
     )
-    release.save_release(settings.out, found.model.state_dict(), palette, about)
+    release.save_release(settings.out, source.model.state_dict(), palette, config)

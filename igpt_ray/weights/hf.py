@@ -1,16 +1,15 @@
-"""transformers' ImageGPT folders, in and out. Neither way needs transformers.
+"""Read and write ImageGPT folders of transformers, without transformers.
 
-    <folder>/model.safetensors          or several, listed in model.safetensors.index.json
+    <folder>/model.safetensors          or several files, listed in model.safetensors.index.json
     <folder>/config.json                written last
-    <folder>/preprocessor_config.json   settings of its image processor; `clusters` is the palette
+    <folder>/preprocessor_config.json   settings of the image processor; `clusters` is the palette
 
-Only safetensors is read: pytorch_model.bin is a pickle, which can run code. The network has a bias in every linear
-layer of a block and feeds its start vector as token V; ours has neither, so that biases must be zero and row V of the
-embedding is `sos`. It has no masked objective.
+Only safetensors is read, because pytorch_model.bin is a pickle, which can run code. The model of transformers has
+biases in the linear layers of a block; ours has none, so they must be zero. It embeds the start vector as token V; ours
+stores it as `sos`. It has no masked objective.
 """
 
 import json
-import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,13 +26,13 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, row_of, shapes_of
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of, shapes_of
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
 class TensorMapping(NamedTuple):
-    """One of their tensors, and whether it lies as a Conv1D: [in, out], and with a bias beside it."""
+    """A tensor of transformers, and whether it belongs to a Conv1D: stored as [in, out], with a bias."""
 
     name: str
     conv1d: bool = False
@@ -51,11 +49,11 @@ TABLE = {
     "h.#.mlp.c_fc.weight": TensorMapping("transformer.h.#.mlp.c_fc.weight", conv1d=True),
     "h.#.mlp.c_proj.weight": TensorMapping("transformer.h.#.mlp.c_proj.weight", conv1d=True),
 }
-"""Our name -> theirs; # is the number of a block. Beside these stands EMBEDDING, which is our wte and sos."""
+"""Our name -> the name in transformers; # is a block number. EMBEDDING, which holds our wte and sos, is separate."""
 
 EMBEDDING = "transformer.wte.weight"
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)$")
-"""Causal masks, which older versions stored."""
+"""Causal masks, which older versions of transformers stored."""
 
 FIXED: dict[str, Any] = {
     "activation_function": "quick_gelu",
@@ -65,21 +63,21 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "add_cross_attention": False,
 }
-"""What must stand so in their config for the network to be ours; left out, it does."""
+"""Values that config.json must have, because our model implements no others. They are also the defaults."""
 
 PUBLISHED_HEADS = {512: 8, 1024: 8, 1536: 16}
-"""Heads of iGPT-S, -M and -L by their width."""
+"""n_embd -> n_head of iGPT-S, -M and -L."""
 
 
-# ------------------------------------------------------------------------------------------------ in
+# ------------------------------------------------------------------------------------------------ load
 
 
 def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None) -> ImageGPT:
-    """The network of a folder (path or URI), or of a state dict, in evaluation mode.
+    """Load a folder (path or URI) or a state dict, in evaluation mode.
 
-    The keys of a state dict may lack the prefix `transformer.`. It does not tell the number of heads: without `n_head`
-    it must have the width of iGPT-S, -M or -L, whose heads are known. Raises `CheckpointError` if anything is missing,
-    left over, of another shape or not finite, if a bias is not zero, or if the weights are a pickle.
+    The keys of a state dict may lack the prefix `transformer.`. A state dict does not contain the number of heads:
+    without `n_head`, its width must be that of iGPT-S, -M or -L. Raises `CheckpointError` if a weight is missing,
+    unexpected, of another shape or not finite, if a bias is not zero, or if the weights are a pickle.
     """
     if isinstance(source, Mapping):
         where, theirs = "the state dict", dict(source)
@@ -87,55 +85,55 @@ def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None
         where = storage.absolute(str(source))
         n_head = _heads_in(_read_json(where, CONFIG), where, n_head)
         theirs = _read_tensors(where)
-    found = _weights(theirs, where)
-    model = outline(_sizes(found, where, n_head))
-    check_shapes(shapes_of(found), _expected(model), where)
+    tensors = _weights(theirs, where)
+    model = outline(_sizes(tensors, where, n_head))
+    check_shapes(shapes_of(tensors), _expected(model), where)
     if not isinstance(source, Mapping):
         _check_folder(where, model.config)
-    for name, value in found.items():
+    for name, value in tensors.items():
         check_finite(name, value, where)
         if name.endswith(".bias") and value.any():
             raise CheckpointError(
-                f"{where}: {name} is not zero, and our network has no biases: what transformers trained further cannot"
-                " be carried over"
+                f"{where}: {name} is not zero, but our model has no biases: weights that were fine-tuned with"
+                " transformers cannot be converted"
             )
     model.to_empty(device="cpu")
-    model.load_state_dict(_ours(found, model))
+    model.load_state_dict(_ours(tensors, model))
     return model.eval()
 
 
 def _weights(theirs: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Without buffers, all names with the prefix."""
-    found = {_prefixed(name): value for name, value in theirs.items()}
-    if len(found) < len(theirs):
-        raise CheckpointError(f"{where} holds the same weight with and without the prefix 'transformer.'")
-    found = {name: value for name, value in found.items() if not BUFFERS.match(name)}
-    for name, value in found.items():
+    """The weights without buffers, with the prefix in every name."""
+    tensors = {_prefixed(name): value for name, value in theirs.items()}
+    if len(tensors) < len(theirs):
+        raise CheckpointError(f"{where} has the same weight with and without the prefix 'transformer.'")
+    tensors = {name: value for name, value in tensors.items() if not BUFFERS.match(name)}
+    for name, value in tensors.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise CheckpointError(f"{where}: {name} is no tensor of floating-point numbers")
-    return found
+            raise CheckpointError(f"{where}: {name} is not a floating-point tensor")
+    return tensors
 
 
 def palette_of(folder: str) -> Palette | None:
-    """The palette in the processor's settings; None if there are none."""
+    """The palette in the image processor's settings; None if there is none."""
     if not storage.exists(storage.join(folder, PROCESSOR)):
         return None
     clusters = _read_json(folder, PROCESSOR).get("clusters")
     try:
         return None if clusters is None else Palette(torch.tensor(clusters, dtype=torch.float32).numpy())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}/{PROCESSOR}: its clusters are no palette: {error}") from error
+        raise CheckpointError(f"{folder}/{PROCESSOR}: its clusters are not a palette: {error}") from error
 
 
-def _ours(found: dict[str, Tensor], model: ImageGPT) -> dict[str, Tensor]:
-    wte, sos = found[EMBEDDING].split([model.config.n_vocab, 1])
+def _ours(tensors: dict[str, Tensor], model: ImageGPT) -> dict[str, Tensor]:
+    wte, sos = tensors[EMBEDDING].split([model.config.n_vocab, 1])
     rows = _rows(model)
-    converted = {ours: found[row.name].T if row.conv1d else found[row.name] for ours, row in rows.items()}
+    converted = {ours: tensors[row.name].T if row.conv1d else tensors[row.name] for ours, row in rows.items()}
     return converted | {"wte.weight": wte, "sos": sos[0]}
 
 
 def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
-    """The table's row for each of the network's weights but wte and sos."""
+    """The mapping of each of the model's weights, except wte and sos."""
     rows = {}
     for ours, _ in model.named_parameters():
         if ours not in ("wte.weight", "sos"):
@@ -145,7 +143,7 @@ def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
 
 
 def _expected(model: ImageGPT) -> dict[str, Shape]:
-    """Their shapes, biases included."""
+    """The shapes of the tensors of transformers, biases included."""
     own = shapes_of(model.state_dict())
     shapes: dict[str, Shape] = {EMBEDDING: (model.config.n_vocab + 1, model.config.n_embd)}
     for ours, (name, conv1d) in _rows(model).items():
@@ -163,50 +161,46 @@ def _prefixed(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def _sizes(found: dict[str, Tensor], where: str, n_head: int | None) -> ModelConfig:
+def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelConfig:
     for name in (EMBEDDING, TABLE["wpe"].name):
-        if name not in found:
+        if name not in tensors:
             raise CheckpointError(f"{where} lacks {name}: is it an ImageGPTForCausalImageModeling of transformers?")
-        if found[name].ndim != 2:
-            raise CheckpointError(f"{where}: {name} is {tuple(found[name].shape)}, expected 2 axes")
-    n_positions, n_embd = found[TABLE["wpe"].name].shape
-    n_px = math.isqrt(n_positions)
-    if n_px**2 != n_positions:
-        raise CheckpointError(f"{where}: transformer.wpe.weight has {n_positions} positions, no square picture")
+        if tensors[name].ndim != 2:
+            raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected 2 axes")
+    n_positions, n_embd = tensors[TABLE["wpe"].name].shape
     if n_head is None and n_embd not in PUBLISHED_HEADS:
         raise CheckpointError(
-            f"{where} does not tell its number of heads, and a width of {n_embd} is not that of iGPT-S, -M or -L:"
-            " give it as n_head"
+            f"{where} does not contain the number of heads, and {n_embd} is not the width of iGPT-S, -M or -L:"
+            " set n_head"
         )
-    blocks = {match[1] for name in found if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    try:
-        return ModelConfig(
-            n_layer=len(blocks),
-            n_embd=n_embd,
-            n_head=PUBLISHED_HEADS[n_embd] if n_head is None else n_head,
-            n_px=n_px,
-            n_vocab=len(found[EMBEDDING]) - 1,
-        )
-    except ValidationError as error:
-        raise CheckpointError(f"{where} has sizes that no network has: {error.errors()[0]['msg']}") from error
+    blocks = {match[1] for name in tensors if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
+    return config_from_sizes(
+        where,
+        TABLE["wpe"].name,
+        n_positions,
+        n_layer=len(blocks),
+        n_embd=n_embd,
+        n_head=PUBLISHED_HEADS[n_embd] if n_head is None else n_head,
+        n_vocab=len(tensors[EMBEDDING]) - 1,
+    )
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
     try:
         content = json.loads(storage.read(storage.join(folder, name)))
     except NotFound as error:
-        raise CheckpointError(f"no folder of transformers at {folder}: it has no {name} ({error})") from error
+        raise CheckpointError(f"{folder} is not a transformers folder: it has no {name} ({error})") from error
     except ValueError as error:
         raise CheckpointError(f"{folder}/{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{folder}/{name} is not what transformers writes")
+        raise CheckpointError(f"{folder}/{name} is not a JSON object")
     return content
 
 
 def _heads_in(theirs: dict[str, Any], where: str, n_head: int | None) -> int:
-    """The number of heads in their config, once it is sure that the network is ours."""
+    """The number of heads in config.json, after a check that our model implements the other settings."""
     if theirs.get("model_type") != "imagegpt":
-        raise CheckpointError(f"{where}/{CONFIG} is of a {theirs.get('model_type')!r}, expected 'imagegpt'")
+        raise CheckpointError(f"{where}/{CONFIG} has the model_type {theirs.get('model_type')!r}, expected 'imagegpt'")
     for name, value in FIXED.items():
         if theirs.get(name, value) != value:
             raise CheckpointError(f"{where}/{CONFIG}: {name} is {theirs[name]!r}, ImageGPT has {value!r}")
@@ -217,7 +211,7 @@ def _heads_in(theirs: dict[str, Any], where: str, n_head: int | None) -> int:
 
 
 def _check_folder(where: str, model: ModelConfig) -> None:
-    """Its config and its palette tell of the same sizes as its weights."""
+    """Check that config.json and the palette have the same sizes as the weights."""
     theirs = _read_json(where, CONFIG)
     sizes = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_positions": model.n_positions}
     for name, value in (sizes | {"vocab_size": model.n_vocab + 1, "n_inner": 4 * model.n_embd}).items():
@@ -226,7 +220,7 @@ def _check_folder(where: str, model: ModelConfig) -> None:
     palette = palette_of(where)
     if palette is not None and len(palette) != model.n_vocab:
         raise CheckpointError(
-            f"{where}/{PROCESSOR} has {len(palette)} clusters, but its weights a vocabulary of {model.n_vocab} colours"
+            f"{where}/{PROCESSOR} has {len(palette)} clusters, but its weights have a vocabulary of {model.n_vocab}"
         )
 
 
@@ -238,11 +232,11 @@ def _read_tensors(folder: str) -> dict[str, Tensor]:
     if not storage.exists(storage.join(folder, index)):
         raise CheckpointError(
             f"{folder} has no {WEIGHTS}. Only safetensors is read: a .bin is a pickle, which can run code. If you trust"
-            " it, let transformers load and save it again: save_pretrained writes safetensors"
+            " it, load it with transformers and save it with save_pretrained, which writes safetensors"
         )
     places = _read_json(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) and "/" not in f for f in places.values()):
-        raise CheckpointError(f"{folder}/{index} is not what transformers writes: it lacks a weight_map of file names")
+        raise CheckpointError(f"{folder}/{index} is not an index of transformers: it lacks a weight_map of file names")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         tensors |= _load_safetensors(folder, file)
@@ -261,20 +255,22 @@ def _load_safetensors(folder: str, name: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{folder}/{name} is not a safetensors file: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ out
+# ------------------------------------------------------------------------------------------------ save
 
 
 def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None) -> None:
-    """Write the network so that `ImageGPTForCausalImageModeling.from_pretrained` reads it; with a palette also the
-    settings of its image processor. Raises `CheckpointError` if transformers has no such network."""
+    """Write a folder for `ImageGPTForCausalImageModeling.from_pretrained`; with a palette also for its image processor.
+
+    Raises `CheckpointError` if the model has parts that transformers' ImageGPT does not have.
+    """
     uri, c = storage.absolute(str(folder)), model.config
     if c.objective != "next" or c.n_class:
         kind = "masked network" if c.objective != "next" else "class head"
-        raise CheckpointError(f"transformers' ImageGPT has no {kind}: keep it as a release")
+        raise CheckpointError(f"transformers' ImageGPT has no {kind}: keep the release")
     if c.modern:
-        raise CheckpointError(f"transformers' ImageGPT has no {', '.join(c.modern)}: keep it as a release")
+        raise CheckpointError(f"transformers' ImageGPT has no {', '.join(c.modern)}: keep the release")
     if palette is not None and len(palette) != c.n_vocab:
-        raise CheckpointError(f"the palette has {len(palette)} colours, the network a vocabulary of {c.n_vocab}")
+        raise CheckpointError(f"the palette has {len(palette)} colours, the model a vocabulary of {c.n_vocab}")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, WEIGHTS)
         save_file(_tensors(model), path, metadata={"format": "pt"})
@@ -295,7 +291,7 @@ def _tensors(model: ImageGPT) -> dict[str, Tensor]:
 
 
 def _config(c: ModelConfig) -> dict[str, Any]:
-    """Dropout is written as zero, or fine-tuning there would drop what OpenAI never did."""
+    """The content of config.json. Dropout is zero, as in OpenAI's training; transformers' default is 0.1."""
     return {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": "imagegpt",
@@ -313,8 +309,10 @@ def _config(c: ModelConfig) -> dict[str, Any]:
 
 
 def _processor(c: ModelConfig, palette: Palette) -> dict[str, Any]:
-    """A picture is resized to n_px, scaled to [-1, 1], and each pixel becomes the nearest cluster. Its resize is none
-    of our pixel pipelines: tokens made there differ a little from those the network was trained on."""
+    """Settings of transformers' image processor: resize to n_px, scale to [-1, 1], quantise to the nearest cluster.
+
+    Its resize matches none of our pixel pipelines, so its tokens differ slightly from the training tokens.
+    """
     return {
         "image_processor_type": "ImageGPTImageProcessor",
         "do_resize": True,

@@ -1,78 +1,76 @@
-"""OpenAI's checkpoints -> ImageGPT. They are TensorFlow's, but TensorFlow is not needed to read them.
+"""Convert OpenAI's TensorFlow checkpoints to ImageGPT. TensorFlow is not needed.
 
-A masked ("BERT") checkpoint is known by its lack of a start vector. All sizes follow from the shapes.
+A checkpoint without a start vector (`model/sos`) is a masked ("BERT") model. All sizes follow from the shapes.
 """
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, outline, row_of
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of
 from igpt_ray.weights.tf_bundle import Bundle
 
 
-def _same(w: Tensor) -> Tensor:
+def _identity(w: Tensor) -> Tensor:
     return w
 
 
 def _transposed(w: Tensor) -> Tensor:
-    """OpenAI's `conv1d` is [in, out], torch's Linear [out, in]."""
+    """OpenAI's `conv1d` weights are [in, out]; those of torch's Linear are [out, in]."""
     return w.T
 
 
 def _heads_to_rows(*heads: Tensor) -> Tensor:
-    """`bsf,hef->bhse`: each (N, D, C) is a Linear's [out, in] once heads and their width are one axis."""
+    """Each (N, D, C), used as `bsf,hef->bhse`, becomes (N*D, C), the [out, in] of a Linear; all are concatenated."""
     return torch.cat([w.flatten(0, 1) for w in heads])
 
 
 def _heads_to_columns(w: Tensor) -> Tensor:
-    """`bhse,hef->bsf`: here heads and their width are what comes in."""
+    """(N, D, C), used as `bhse,hef->bsf`, becomes (C, N*D): heads and their width are the input."""
     return w.flatten(0, 1).T
 
 
 class TensorMapping(NamedTuple):
-    """The variables that make one of our weights, their shape, and how they become it."""
+    """OpenAI's variables for one of our weights, the shape of each, and the conversion."""
 
     names: tuple[str, ...]
     shape: str
-    turn: Callable[..., Tensor]
+    convert: Callable[..., Tensor]
 
 
 TABLE = {
-    "wpe": TensorMapping(("model/wpe",), "T C", _same),
-    "wte.weight": TensorMapping(("model/wte",), "V C", _same),
-    "wtet.weight": TensorMapping(("model/wtet",), "V C", _same),
-    "sos": TensorMapping(("model/sos",), "C", _same),
-    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C", _same),
-    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C", _same),
+    "wpe": TensorMapping(("model/wpe",), "T C", _identity),
+    "wte.weight": TensorMapping(("model/wte",), "V C", _identity),
+    "wtet.weight": TensorMapping(("model/wtet",), "V C", _identity),
+    "sos": TensorMapping(("model/sos",), "C", _identity),
+    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C", _identity),
+    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C", _identity),
     "h.#.attn.c_attn.weight": TensorMapping(
         ("model/h#/attn/q_proj", "model/h#/attn/k_proj", "model/h#/attn/v_proj"), "N D C", _heads_to_rows
     ),
     "h.#.attn.c_proj.weight": TensorMapping(("model/h#/attn/c_proj",), "N D C", _heads_to_columns),
-    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C", _same),
+    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C", _identity),
     "h.#.mlp.c_fc.weight": TensorMapping(("model/h#/mlp/c_fc/w",), "C 4C", _transposed),
     "h.#.mlp.c_proj.weight": TensorMapping(("model/h#/mlp/c_proj/w",), "4C C", _transposed),
 }
-"""Our name -> theirs; # is the number of a block. Shapes are in the letters of model.py."""
+"""Our name -> OpenAI's names; # is a block number. Shapes use the letters of `_expected`."""
 
 OPTIMISER = re.compile(r"(?!model/)|.*/Adam(_1)?$")
-"""What training leaves in a checkpoint beside the weights: Adam's moments, its powers, the step."""
+"""Names of optimiser state: Adam's moments and powers, and the step."""
 
 
 def load_openai(prefix: str | Path) -> ImageGPT:
-    """The network of a checkpoint, in evaluation mode: `prefix` is its path or URI without `.index`.
+    """Load a checkpoint, in evaluation mode. `prefix` is its path or URI without `.index`.
 
-    Raises `CheckpointError` if anything is missing, cut off, altered, left over, of another shape, or not finite.
+    Raises `CheckpointError` if a weight is missing, unexpected, of another shape or not finite, or a file is damaged.
     """
     where = storage.absolute(str(prefix))
     bundle = Bundle.open(where)
@@ -83,7 +81,7 @@ def load_openai(prefix: str | Path) -> ImageGPT:
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(rows[name].turn(*(_read(bundle, theirs) for theirs in rows[name].names)))
+            parameter.copy_(rows[name].convert(*(_read(bundle, variable) for variable in rows[name].names)))
     return model.eval()
 
 
@@ -94,7 +92,7 @@ def _read(bundle: Bundle, name: str) -> Tensor:
 
 
 def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
-    """The table's row for each of the network's weights."""
+    """The mapping of each of the model's weights."""
     rows = {}
     for ours, _ in model.named_parameters():
         row, block = row_of(ours)
@@ -115,18 +113,14 @@ def _sizes(shapes: dict[str, Shape], where: str) -> ModelConfig:
         if len(shapes[name]) != axes:
             raise CheckpointError(f"{where}: {name} is {shapes[name]}, expected {axes} axes")
     n_positions, n_embd = shapes["model/wpe"]
-    n_px = math.isqrt(n_positions)
-    if n_px**2 != n_positions:
-        raise CheckpointError(f"{where}: model/wpe has {n_positions} positions, which make no square picture")
-    blocks = [int(match[1]) for name in shapes if (match := re.match(r"model/h(\d+)/", name))]
-    try:
-        return ModelConfig(
-            objective="next" if "model/sos" in shapes else "masked",
-            n_layer=len(set(blocks)),
-            n_embd=n_embd,
-            n_head=shapes["model/h0/attn/q_proj"][0],
-            n_px=n_px,
-            n_vocab=shapes["model/wte"][0],
-        )
-    except ValidationError as error:
-        raise CheckpointError(f"{where} has sizes that no network has: {error.errors()[0]['msg']}") from error
+    blocks = {match[1] for name in shapes if (match := re.match(r"model/h(\d+)/", name))}
+    return config_from_sizes(
+        where,
+        "model/wpe",
+        n_positions,
+        objective="next" if "model/sos" in shapes else "masked",
+        n_layer=len(blocks),
+        n_embd=n_embd,
+        n_head=shapes["model/h0/attn/q_proj"][0],
+        n_vocab=shapes["model/wte"][0],
+    )

@@ -1,9 +1,9 @@
-"""Releases: the one form in which a model is served, scored and shared. No pickle on this path.
+"""Releases: the format in which models are served, evaluated and shared. It contains no pickle.
 
-<release>/model.safetensors   float32 weights, named as in model.py
+<release>/model.safetensors   float32 weights, named as in model/image_gpt.py
 <release>/palette.npy
 <release>/README.md           model card
-<release>/config.json         shape, palette, pixel pipeline, training; written last: the commit
+<release>/config.json         model settings, token format, training; written last, which commits the release
 """
 
 import hashlib
@@ -32,12 +32,12 @@ class ReleaseConfig(Strict):
     format: str
     model: ModelConfig
     kind: TokenFormat
-    """What the tokens it was trained on mean."""
+    """Format of the tokens that the model was trained on."""
     sha256: str
-    """Of model.safetensors."""
+    """SHA-256 of model.safetensors."""
     classes: list[str]
     trained: dict[str, Any]
-    """Steps and last nats per token, or what it was converted from; settings, versions."""
+    """Steps and last loss in nats per token, or the source of a conversion; settings and versions."""
 
 
 @dataclass(frozen=True)
@@ -48,81 +48,83 @@ class Release:
 
 
 def check_kind(trained: TokenFormat, kind: TokenFormat, where: str, who: str = "the release") -> None:
-    """Raises `CheckpointError` unless tokens of this kind are what it was trained on."""
+    """Raises `CheckpointError` unless `kind` equals `trained`, the format of the training tokens."""
     for field in TokenFormat.model_fields:
         ours, theirs = getattr(trained, field), getattr(kind, field)
         if ours != theirs:
             raise CheckpointError(
                 f"{who} was trained with {field} {ours}, but {where} has {theirs}:"
-                " use the token store (or prepare one) of the same kind"
+                " use or prepare a token store of the same format"
             )
 
 
-def check_next(about: ReleaseConfig, where: str) -> None:
-    """Raises `CheckpointError` for a masked network: it finishes no picture, and gives none a probability."""
-    if about.model.objective != "next":
+def check_next(config: ReleaseConfig, where: str) -> None:
+    """Raises `CheckpointError` for a masked model, which defines no likelihood and cannot complete images."""
+    if config.model.objective != "next":
         raise CheckpointError(
-            f"{where} is a masked network: completions, scores and the server need one that predicts the next pixel;"
-            " jobs/evaluate.py and jobs/probe.py take both"
+            f"{where} is a masked model: completions, scores and the server need a model of the objective 'next';"
+            " jobs/evaluate.py and jobs/probe.py accept both"
         )
 
 
-def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, about: ReleaseConfig) -> None:
-    """Write a release; `about.sha256` is filled in here."""
+def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, config: ReleaseConfig) -> None:
+    """Write a release. `config.sha256` is replaced by the hash of the weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         save_file({name: t.float().contiguous() for name, t in weights.items()}, path)
-        about = about.model_copy(update={"sha256": _sha256(path)})
+        config = config.model_copy(update={"sha256": _sha256(path)})
         storage.upload(path, storage.join(uri, "model.safetensors"))
     palette.save(storage.join(uri, "palette.npy"))
-    storage.write(storage.join(uri, "README.md"), _card(about).encode())
-    storage.write(storage.join(uri, "config.json"), (about.model_dump_json(indent=1) + "\n").encode())
+    storage.write(storage.join(uri, "README.md"), _card(config).encode())
+    storage.write(storage.join(uri, "config.json"), (config.model_dump_json(indent=1) + "\n").encode())
 
 
 def load_config(uri: str) -> ReleaseConfig:
-    """Raises `CheckpointError` if there is no release, or not one of ours."""
+    """Read config.json. Raises `CheckpointError` if it is missing, malformed or of another version."""
     try:
         data = storage.read(storage.join(uri, "config.json"))
     except NotFound as error:
         raise CheckpointError(f"no release at {uri}: expected the release/ folder of a run ({error})") from error
     try:
-        about = ReleaseConfig.model_validate_json(data)
+        config = ReleaseConfig.model_validate_json(data)
     except ValidationError as error:
         raise CheckpointError(f"{uri}/config.json is not a release of this version: {error.errors()[0]}") from error
-    if about.format != FORMAT:
-        raise CheckpointError(f"{uri} is {about.format!r}; this version reads {FORMAT!r}")
+    if config.format != FORMAT:
+        raise CheckpointError(f"{uri} is {config.format!r}; this version reads {FORMAT!r}")
     for field in ("n_px", "n_vocab"):
-        ours, theirs = getattr(about.model, field), getattr(about.kind, field)
+        ours, theirs = getattr(config.model, field), getattr(config.kind, field)
         if ours != theirs:
             raise CheckpointError(
-                f"{uri}/config.json contradicts itself: {field} of the model is {ours}, of its tokens {theirs}"
+                f"{uri}/config.json is inconsistent: {field} is {ours} for the model, but {theirs} for its tokens"
             )
-    return about
+    return config
 
 
 def load_release(uri: str, device: str = "cpu") -> Release:
-    """The model in evaluation mode on `device`, with its palette. Raises `CheckpointError` if anything is damaged,
-    missing, left over, of another shape, or not finite."""
-    about = load_config(uri)
+    """Load the model in evaluation mode on `device`, with its palette.
+
+    Raises `CheckpointError` if a file is damaged, or a weight is missing, unexpected, of another shape or not finite.
+    """
+    config = load_config(uri)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         storage.download(storage.join(uri, "model.safetensors"), path)
-        if _sha256(path) != about.sha256:
-            raise CheckpointError(f"{uri}/model.safetensors is damaged: its sha256 is not the one in config.json")
+        if _sha256(path) != config.sha256:
+            raise CheckpointError(f"{uri}/model.safetensors is damaged: its sha256 differs from config.json")
         try:
             weights = load_file(path, device=device)
         except SafetensorError as error:
             raise CheckpointError(f"{uri}/model.safetensors is not a safetensors file: {error}") from error
     palette = Palette.load(storage.join(uri, "palette.npy"))
-    if palette.fingerprint != about.kind.palette:
+    if palette.fingerprint != config.kind.palette:
         raise CheckpointError(f"{uri}/palette.npy is not the palette that the model was trained with")
-    model = outline(about.model)
+    model = outline(config.model)
     load_weights(model, weights, uri, device)
-    return Release(model.eval(), palette, about)
+    return Release(model.eval(), palette, config)
 
 
 def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str, device: str) -> None:
-    """Fill the outline of a model: every name, every shape, every value finite."""
+    """Load weights into a model from `outline`, after a check of names, shapes and values."""
     check_shapes(shapes_of(weights), shapes_of(model.state_dict()), where)
     for name, value in weights.items():
         check_finite(name, value, where)
@@ -134,10 +136,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _card(about: ReleaseConfig) -> str:
-    m, k = about.model, about.kind
+def _card(config: ReleaseConfig) -> str:
+    m, k = config.model, config.kind
     objective = "Autoregressive" if m.objective == "next" else "Masked"
-    history = "\n".join(f"| {name} | {value} |" for name, value in _history(about).items())
+    history = "\n".join(f"| {name} | {value} |" for name, value in _history(config).items())
     return f"""# ImageGPT, {m.n_layer} layers x {m.n_embd}, {m.n_px}x{m.n_px}, {m.n_vocab} colours
 
 {objective} model of pixels ("Generative Pretraining from Pixels", Chen et al., 2020), written by igpt_ray.
@@ -149,20 +151,20 @@ def _card(about: ReleaseConfig) -> str:
 {history}
 | palette | sha256 {k.palette[:16]} |
 | pixel pipeline | {k.pipeline} |
-| classes in the data | {len(about.classes)} |
+| classes in the data | {len(config.classes)} |
 
-Weights are in `model.safetensors`, settings and versions in `config.json`. The model reproduces what its training
-images show, their biases included; it has no notion of what a picture means.
+Weights are in `model.safetensors`, settings and versions in `config.json`. The model reproduces its training
+images' content and biases.
 """
 
 
-def _history(about: ReleaseConfig) -> dict[str, str]:
-    """Where the weights come from."""
-    trained, token = about.trained, "token" if about.model.objective == "next" else "masked token"
+def _history(config: ReleaseConfig) -> dict[str, str]:
+    """Rows of the model card about the origin of the weights."""
+    trained, token = config.trained, "token" if config.model.objective == "next" else "masked token"
     if origin := trained.get("converted_from"):
         return {
             "converted from": str(origin),
-            "pixel pipeline in training": "not told by the source; the one below was stated at the conversion",
+            "pixel pipeline in training": "unknown; the one below was set at the conversion",
         }
     nats = trained.get("nats_per_token")
     return {

@@ -1,38 +1,38 @@
-"""TensorFlow's checkpoints ("tensor bundles"), read without TensorFlow. Numbers come out; nothing in them can run.
+"""Read TensorFlow checkpoints ("tensor bundles") without TensorFlow. No code in a checkpoint is executed.
 
-    <prefix>.index                     a table of name -> where the tensor lies
+    <prefix>.index                     table of name -> dtype, shape, data file, offset and checksum of the tensor
     <prefix>.data-00000-of-00032 ...   the tensors, raw and little-endian
 
-The index is a LevelDB table: blocks of sorted (key, value) pairs, found through a block of their places, which a
-footer of 48 bytes finds in turn. Values are protocol buffers. Blocks and tensors carry a CRC-32C. Everything is
-checked: what is cut off, altered or of another kind is a `CheckpointError` that names its file.
+The index is a LevelDB table: a footer of 48 bytes points to an index block, which points to data blocks of sorted
+(key, value) pairs. The values are `BundleEntryProto` messages (tensorflow/core/protobuf/tensor_bundle.proto). Blocks
+and tensors have a CRC-32C. A file that is truncated, altered or of another format raises `CheckpointError`.
 """
 
 from dataclasses import dataclass, field
 from math import prod
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from igpt_ray import storage
 from igpt_ray.errors import CheckpointError, NotFound
-from igpt_ray.weights.crc32c import crc32c
 
 FOOTER = 48
 MAGIC = bytes.fromhex("57fb808b247547db")
 FLOAT32 = 1
 """TensorFlow's DT_FLOAT."""
 Fields = dict[int, list[int | bytes]]
-"""A protocol buffer: field number -> its values, in order."""
+"""A parsed protocol buffer message: field number -> its values, in order."""
 
 
 class _Malformed(Exception):
-    """Said with the name of the file by `Bundle.open`."""
+    """The index is malformed. `Bundle.open` adds the file name."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """Where a tensor lies."""
+    """The index entry of a tensor."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Variable:
     n_bytes: int
     crc: int
     in_slices: bool
-    """Cut over several entries, as a partitioned variable is."""
+    """Whether it is a partitioned variable, stored as several entries."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Bundle:
 
     @classmethod
     def open(cls, prefix: str) -> "Bundle":
-        """Read the index, and see that every data file is there and long enough."""
+        """Read the index, and check that every data file exists and is long enough."""
         uri = f"{prefix}.index"
         try:
             entries = _table(storage.read(uri))
@@ -60,41 +60,43 @@ class Bundle:
             bundle = cls(prefix, _int(header, 1), {key.decode(): _variable(value) for key, value in entries.items()})
         except NotFound as error:
             raise CheckpointError(
-                f"no TensorFlow checkpoint at {prefix}: expected the name that stands before .index,"
+                f"no TensorFlow checkpoint at {prefix}: expected the path without .index,"
                 f" as in DIR/model.ckpt-1000000 ({error})"
             ) from error
         except (_Malformed, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{uri} is damaged, or no index of a TensorFlow checkpoint: {error}") from error
+            raise CheckpointError(
+                f"{uri} is damaged, or is not the index of a TensorFlow checkpoint: {error}"
+            ) from error
         if _int(header, 2):
-            raise CheckpointError(f"{uri} says that its data are big-endian; only little-endian ones are read")
+            raise CheckpointError(f"{uri} is big-endian; only little-endian checkpoints can be read")
         bundle._check_data_files()
         return bundle
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """One tensor, its checksum verified."""
+        """The tensor `name`, after a check of its checksum. Raises `CheckpointError` if it is not a float32 tensor."""
         v, uri = self.variables[name], self._data_file(self.variables[name].shard)
         if v.dtype != FLOAT32 or v.in_slices:
-            kind = "cut into slices" if v.in_slices else f"of TensorFlow's type {v.dtype}"
-            raise CheckpointError(f"{self.prefix}: {name} is {kind}; only whole float32 variables are read")
+            kind = "is partitioned into slices" if v.in_slices else f"has the TensorFlow dtype {v.dtype}"
+            raise CheckpointError(f"{self.prefix}: {name} {kind}; only unpartitioned float32 variables can be read")
         data = storage.read(uri, v.offset, v.n_bytes)
         if len(data) != v.n_bytes:
-            raise self._cut(v.shard)
-        if _masked(crc32c(data)) != v.crc:
-            raise CheckpointError(f"{uri} is damaged: the checksum of {name} is not the one in the index")
+            raise self._truncated(v.shard)
+        if _masked_crc32c(data) != v.crc:
+            raise CheckpointError(f"{uri} is damaged: the checksum of {name} differs from the index")
         return np.frombuffer(data, "<f4").reshape(v.shape)
 
     def _data_file(self, shard: int) -> str:
         return f"{self.prefix}.data-{shard:05d}-of-{self.n_shards:05d}"
 
     def _check_data_files(self) -> None:
-        """Also, that sizes agree: what is announced is then no larger than what is there."""
+        """Check that each tensor's shape matches its size, and that the data files contain every tensor."""
         ends: dict[int, int] = {}
         for name, v in self.variables.items():
             if v.shard >= self.n_shards:
                 raise CheckpointError(f"{self.prefix}.index puts {name} into data file {v.shard} of {self.n_shards}")
             if v.dtype == FLOAT32 and not v.in_slices and v.n_bytes != 4 * prod(v.shape):
                 raise CheckpointError(
-                    f"{self.prefix}.index contradicts itself: {v.shape} of {name} in {v.n_bytes} bytes"
+                    f"{self.prefix}.index is inconsistent: {name} has the shape {v.shape} but {v.n_bytes} bytes"
                 )
             ends[v.shard] = max(ends.get(v.shard, 0), v.offset + v.n_bytes)
         for shard in range(self.n_shards):
@@ -104,24 +106,24 @@ class Bundle:
             except NotFound as error:
                 raise CheckpointError(f"{self._data_file(shard)} is missing") from error
             if len(last) != min(end, 1):
-                raise self._cut(shard)
+                raise self._truncated(shard)
 
-    def _cut(self, shard: int) -> CheckpointError:
-        return CheckpointError(f"{self._data_file(shard)} is cut off: the index says that more follows")
+    def _truncated(self, shard: int) -> CheckpointError:
+        return CheckpointError(f"{self._data_file(shard)} is truncated: its last tensor ends after the end of the file")
 
 
-# ------------------------------------------------------------------------------------------------ LevelDB's table
+# ------------------------------------------------------------------------------------------------ LevelDB table
 
 
 def _table(data: bytes) -> dict[bytes, bytes]:
     if len(data) < FOOTER or data[-8:] != MAGIC:
-        raise _Malformed("it does not end as such a table does")
+        raise _Malformed("it has no LevelDB table footer")
     footer = _Cursor(data[-FOOTER:])
-    footer.varint(), footer.varint()  # where the metaindex lies, which is empty
+    footer.varint(), footer.varint()  # offset and size of the metaindex block, which is empty
     entries: dict[bytes, bytes] = {}
     for _, handle in _block(data, footer.varint(), footer.varint()):
-        place = _Cursor(handle)
-        for key, value in _block(data, place.varint(), place.varint()):
+        block = _Cursor(handle)
+        for key, value in _block(data, block.varint(), block.varint()):
             if key in entries:
                 raise _Malformed(f"{key!r} occurs twice")
             entries[key] = value
@@ -129,15 +131,18 @@ def _table(data: bytes) -> dict[bytes, bytes]:
 
 
 def _block(data: bytes, offset: int, size: int) -> list[tuple[bytes, bytes]]:
-    """The pairs of a block. A key shares its beginning with the one before; a list of restart points follows at the
-    end, then the kind of compression and the checksum."""
+    """The (key, value) pairs of a block.
+
+    Keys are prefix-compressed against the preceding key. After the pairs come the restart points, their number, the
+    compression type and the checksum.
+    """
     block, crc = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + 5]
     if len(crc) != 4 or size < 4:
-        raise _Malformed("a block lies beyond its end")
-    if _masked(crc32c(block)) != int.from_bytes(crc, "little"):
+        raise _Malformed("a block extends past its end")
+    if _masked_crc32c(block) != int.from_bytes(crc, "little"):
         raise _Malformed("a block's checksum is wrong")
     if block[-1]:
-        raise _Malformed("a block is compressed, which those of checkpoints never are")
+        raise _Malformed("a block is compressed, which is not supported")
     n_restarts = int.from_bytes(block[-5:-1], "little")
     cursor, pairs, key = _Cursor(block[: max(0, size - 4 - 4 * n_restarts)]), [], b""
     while cursor.left:
@@ -148,35 +153,36 @@ def _block(data: bytes, offset: int, size: int) -> list[tuple[bytes, bytes]]:
 
 
 class _Cursor:
-    """Bytes, read from the front; running past their end is an error."""
+    """Sequential reads of bytes. A read past the end raises `_Malformed`."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.at = 0
+        self.position = 0
 
     @property
     def left(self) -> int:
-        return len(self.data) - self.at
+        return len(self.data) - self.position
 
     def take(self, n: int) -> bytes:
         if n > self.left:
-            raise _Malformed("it ends too early")
-        self.at += n
-        return self.data[self.at - n : self.at]
+            raise _Malformed("it ends in the middle of a value")
+        self.position += n
+        return self.data[self.position - n : self.position]
 
     def varint(self) -> int:
-        """Seven bits a byte, the lowest first; the highest bit says that more follow."""
+        """A base-128 varint: seven bits per byte, low bits first; the high bit is set in all bytes but the last."""
         value = 0
         for shift in range(0, 64, 7):
             byte = self.take(1)[0]
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise _Malformed("a number does not end")
+        raise _Malformed("a varint is longer than 64 bits")
 
 
-def _masked(crc: int) -> int:
-    """LevelDB's rotation, so that the checksum of data with checksums in it stays meaningful."""
+def _masked_crc32c(data: bytes) -> int:
+    """CRC-32C, masked as in LevelDB (util/crc32c.h), because the CRC of data that contains CRCs is a weak check."""
+    crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -196,28 +202,28 @@ def _fields(message: bytes) -> Fields:
         elif kind in (1, 5):
             value = int.from_bytes(cursor.take(8 if kind == 1 else 4), "little")
         else:
-            raise _Malformed(f"a field of wire type {kind}")
+            raise _Malformed(f"it has a field of wire type {kind}")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
 def _int(fields: Fields, number: int) -> int:
-    """The last value of a field; zero, which is not written, if there is none."""
+    """The last value of a field; zero if the field is absent, as in proto3."""
     value = fields.get(number, [0])[-1]
     if not isinstance(value, int):
-        raise _Malformed(f"field {number} is no number")
+        raise _Malformed(f"field {number} is not an integer")
     return value
 
 
 def _messages(fields: Fields, number: int) -> list[Fields]:
     values = fields.get(number, [])
     if not all(isinstance(value, bytes) for value in values):
-        raise _Malformed(f"field {number} is no message")
+        raise _Malformed(f"field {number} is not a message")
     return [_fields(value) for value in values if isinstance(value, bytes)]
 
 
 def _variable(entry: bytes) -> Variable:
-    """A BundleEntryProto."""
+    """Parse a `BundleEntryProto`."""
     fields = _fields(entry)
     dimensions = [_int(d, 1) for shape in _messages(fields, 2) for d in _messages(shape, 2)]
     return Variable(

@@ -164,7 +164,7 @@ def test_every_layout_and_store_gives_the_same_images(layout: Layout, place: str
     """Labels do not depend on the order of an archive, nor keys on the file extension of a layout."""
     LAYOUTS[layout](place, tiny())
     plan = sources.plan(place, 3)
-    assert sources.recognise(place) == layout
+    assert sources.detect_layout(place) == layout
     assert len(plan.classes) == 4
     if layout != "webdataset":  # which knows class 2 by its number alone, for it has no training image
         assert list(plan.classes) == classes_of(tiny())
@@ -349,7 +349,7 @@ def test_a_malicious_member_goes_to_quarantine_and_the_others_are_read(
 def test_a_file_too_large_for_an_image_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of a terabyte with an image's name would fill the worker's memory."""
     for module in ("folders", "imagenet", "webdataset", "parquet"):
-        monkeypatch.setattr(f"igpt_ray.data.sources.{module}.MOST_BYTES", 10_000)
+        monkeypatch.setattr(f"igpt_ray.data.sources.{module}.MAX_BYTES", 10_000)
     big = [p._replace(data=b"x" * 20_000) if p.name.endswith("3_7.JPEG") else p for p in tiny()]
     for layout, build in LAYOUTS.items():
         build(f"{tmp_path}/{layout}", big)
@@ -400,7 +400,7 @@ def test_an_outer_tar_has_exactly_one_tar_per_class(outer: dict[str, bytes], sai
 
 def test_a_flat_archive_of_too_many_members_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan has all names in memory."""
-    monkeypatch.setattr(imagenet, "MOST_FLAT", 3)
+    monkeypatch.setattr(imagenet, "MAX_FLAT", 3)
     as_tars(str(tmp_path), tiny())
     with pytest.raises(SourceError, match="has more than 3 members"):
         sources.plan(str(tmp_path), 3)
@@ -436,7 +436,7 @@ def test_an_incomplete_sample_is_reported(tmp_path: Path) -> None:
     read = shard(tmp_path, {"1.jpg": b"one", "2.cls": b"1", "3.jpg": b"three", "3.cls": b"0"})
     assert read[2] == Image("3.jpg", 0, b"three")
     assert [type(image) for image in read[:2]] == [UnreadableImage, UnreadableImage]
-    assert ["has no label" in read[0][1], "has no picture" in read[1][1]] == [True, True]
+    assert ["has no label" in read[0][1], "has no image" in read[1][1]] == [True, True]
     twice = shard(tmp_path, {"1.cls": b"1", "1.jpg": b"one", "1.png": b"again"})
     assert [type(image) for image in twice] == [Image, UnreadableImage]
 
@@ -467,8 +467,8 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
 
 def test_many_shards_must_name_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the labels of a million shards takes days, and the first shards may lack classes."""
-    monkeypatch.setattr(webdataset, "MOST_SURVEYED", 2)
-    monkeypatch.setattr(parquet, "MOST_SURVEYED", 2)
+    monkeypatch.setattr(webdataset, "MAX_SURVEYED", 2)
+    monkeypatch.setattr(parquet, "MAX_SURVEYED", 2)
     for i in range(3):
         storage.write(f"{tmp_path}/wds/{i}.tar", tar({"1.jpg": b"x", "1.cls": b"0"}))
         storage.write(f"{tmp_path}/pq/{i}.parquet", table([(b"x", "1.jpg", 0)]))
@@ -502,7 +502,7 @@ def test_many_parquet_files_are_one_unit_each_and_are_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_parquet(str(tmp_path), tiny())
-    monkeypatch.setattr(parquet, "MOST_OPENED", 1)
+    monkeypatch.setattr(parquet, "MAX_OPENED", 1)
     assert set(everything(sources.plan(str(tmp_path), 1))) == expected(tiny())
     assert len(sources.plan(str(tmp_path), 1).units) == 2
 

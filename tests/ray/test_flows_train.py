@@ -121,7 +121,7 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
         lambda: serve.run(ServeConfig(release=both["release"], open=True)),
         lambda: Replica("masked", both["release"], {}, 1),
     ):
-        with pytest.raises(CheckpointError, match="is a masked network: completions, scores and the server need"):
+        with pytest.raises(CheckpointError, match="is a masked model: completions, scores and the server need"):
             refused()
     with pytest.raises(SettingError, match="remove --baselines, --out and --against"):
         evaluate.evaluate(EvaluateConfig(**both, baselines="train"))

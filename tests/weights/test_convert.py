@@ -54,7 +54,7 @@ def test_a_release_from_openais_checkpoint_records_its_origin(palette: Palette, 
     assert loaded.config.kind.pipeline == "fast-1"
     card = (tmp_path / "r" / "README.md").read_text()
     assert f"| converted from | {OPENAI} (openai) |" in card
-    assert "not told by the source; the one below was stated at the conversion" in card
+    assert "unknown; the one below was set at the conversion" in card
     assert card.count("Masked model of pixels") == 1
     assert "steps" not in card
 
@@ -65,20 +65,20 @@ def test_missing_or_contradictory_settings_are_errors(release: str, palette: Pal
     Palette(palette.colours[:3]).save(small)
     (tmp_path / "empty").mkdir()
     for source, more, error, said in (
-        (OPENAI, {}, SettingError, "has no palette, and a release needs one: --palette openai, or a .npy"),
-        (OPENAI, {"palette": "openai"}, SettingError, "the palette has 512 colours, the network a vocabulary of 16"),
+        (OPENAI, {}, SettingError, "has no palette, and a release needs one: set --palette openai, or a .npy"),
+        (OPENAI, {"palette": "openai"}, SettingError, "the palette has 512 colours, the model a vocabulary of 16"),
         (OPENAI, {"palette": small}, SettingError, "the palette has 3 colours"),
         (OPENAI, {"palette": str(OPENAI) + ".index"}, PaletteError, "is not a palette"),
         (OPENAI, {"to": "transformers"}, CheckpointError, "transformers' ImageGPT has no masked network"),
-        (release, {}, SettingError, "is a release already: --to transformers"),
+        (release, {}, SettingError, "is already a release: use --to transformers"),
         (
             release,
             {"to": "transformers", "palette": other},
             SettingError,
-            "has a palette of its own, and .* is another",
+            "already has a palette, which differs from",
         ),
         (tmp_path / "empty", {}, CheckpointError, "nothing to convert at"),
-        (OPENAI.parent, {}, CheckpointError, "the name that stands before .index"),
+        (OPENAI.parent, {}, CheckpointError, "without .index"),
     ):
         with pytest.raises(error, match=said):
             run(source, tmp_path / "out", **more)
@@ -93,7 +93,4 @@ def test_the_job_prints_its_result_or_its_error_in_one_line(release: str, tmp_pa
     assert json.loads(done.stdout)["out"] == str(tmp_path / "hf")
     refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert (
-        refused.stderr.strip()
-        == f"error: {release} is a release already: --to transformers makes the other format of it"
-    )
+    assert refused.stderr.strip() == f"error: {release} is already a release: use --to transformers to convert it"

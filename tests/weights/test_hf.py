@@ -111,7 +111,7 @@ def test_large_models_are_in_several_files(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for hostile in ("[]", "{}", '{"weight_map": {"a": "../../x"}}', '{"weight_map": {"a": 1}}'):
         index.write_text(hostile)
-        assert "model.safetensors.index.json is not what transformers writes" in refusal(tmp_path)
+        assert "model.safetensors.index.json is not a" in refusal(tmp_path)
 
 
 def test_a_state_dict_may_lack_the_prefix_and_contain_old_buffers() -> None:
@@ -135,8 +135,8 @@ def test_the_number_of_heads_of_a_state_dict_must_be_known_or_given() -> None:
     small = random_hf(n_layer=1, n_embd=512, n_head=8, n_px=2, n_vocab=4)
     assert weights.load_hf(small.state_dict()).config.n_head == 8
     own = random_hf(**HF_SHAPES[0]).state_dict()
-    assert "does not tell its number of heads" in refusal(own)
-    assert "give it as n_head" in refusal(own)
+    assert "does not contain the number of heads" in refusal(own)
+    assert "set n_head" in refusal(own)
     assert "n_embd 32 is not a multiple of n_head 5" in refusal(own, n_head=5)
 
 
@@ -178,10 +178,10 @@ C_FC = "transformer.h.1.mlp.c_fc"
         (lambda t: t.update({f"{C_FC}.bias": torch.full((128,), 1e-8)}), f"{C_FC}.bias is not zero"),
         (lambda t: t.update({f"{C_FC}.weight": torch.zeros(128, 32)}), "c_fc.weight is (128, 32), expected (32, 128)"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(17, 32)}), "lm_head.weight is (17, 32), expected (16, 32)"),
-        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(17, 32)}), "17 positions, no square picture"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(17, 32)}), "17 positions, which is not a square"),
         (lambda t: t.update({"transformer.wpe.weight": torch.zeros(16)}), "is (16,), expected 2 axes"),
         (lambda t: t.update({"transformer.ln_f.weight": torch.full((32,), torch.nan)}), "are not finite"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(32).int()}), "no tensor of floating-point numbers"),
+        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(32).int()}), "is not a floating-point tensor"),
     ],
 )
 def test_weights_of_another_network_are_an_error(
@@ -193,16 +193,16 @@ def test_weights_of_another_network_are_an_error(
     assert said in refusal(load_file(folder / "model.safetensors"), n_head=4)
 
 
-def test_a_dictionary_that_is_no_state_dict_is_an_error() -> None:
-    """For example a training checkpoint, which has the weights one level deeper."""
-    assert "transformer.model is no tensor" in refusal({"model": {}}, n_head=4)
+def test_a_dictionary_that_is_no_state_dict_is_refused() -> None:
+    """What `torch.load` gives for a training checkpoint: the weights one level deeper."""
+    assert "transformer.model is not a floating-point tensor" in refusal({"model": {}}, n_head=4)
     assert "lacks transformer.wte.weight" in refusal({}, n_head=4)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c.update(model_type="gpt2"), "is of a 'gpt2', expected 'imagegpt'"),
+        (lambda c: c.update(model_type="gpt2"), "has the model_type 'gpt2', expected 'imagegpt'"),
         (lambda c: c.update(activation_function="gelu"), "activation_function is 'gelu', ImageGPT has 'quick_gelu'"),
         (lambda c: c.update(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
         (lambda c: c.update(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
@@ -224,10 +224,10 @@ def test_a_config_of_another_network_is_an_error(
 def test_a_palette_of_another_size_is_an_error(folder: Path) -> None:
     """The vocabulary must be the palette and the start token."""
     change_json(folder / "preprocessor_config.json", lambda c: c["clusters"].pop())
-    assert "has 15 clusters, but its weights a vocabulary of 16 colours" in refusal(folder)
+    assert "has 15 clusters, but its weights have a vocabulary of 16" in refusal(folder)
     change_json(folder / "preprocessor_config.json", lambda c: c.update(clusters=[[0, 0], [1, "a"]]))
-    assert "preprocessor_config.json: its clusters are no palette" in refusal(folder)
-    with pytest.raises(CheckpointError, match="the palette has 2 colours, the network a vocabulary of 16"):
+    assert "preprocessor_config.json: its clusters are not a palette" in refusal(folder)
+    with pytest.raises(CheckpointError, match="the palette has 2 colours, the model a vocabulary of 16"):
         weights.save_hf(random_model(), folder, Palette(np.zeros((2, 3), np.float32)))
 
 
@@ -251,9 +251,9 @@ def test_a_truncated_file_is_an_error(folder: Path) -> None:
         assert "model.safetensors is not a safetensors file" in refusal(folder)
 
 
-def test_the_error_for_another_folder_describes_the_expected_one(tmp_path: Path) -> None:
-    assert "no folder of transformers" in refusal(tmp_path / "nowhere")
-    for wrong, said in (("{", "config.json is not JSON"), ("[]", "config.json is not what transformers writes")):
+def test_what_is_no_folder_of_transformers_is_answered_with_what_one_is(tmp_path: Path) -> None:
+    assert "is not a transformers folder" in refusal(tmp_path / "nowhere")
+    for wrong, said in (("{", "config.json is not JSON"), ("[]", "config.json is not a JSON object")):
         (tmp_path / "config.json").write_text(wrong)
         assert said in refusal(tmp_path)
 
@@ -273,6 +273,6 @@ def test_other_networks_of_transformers_are_an_error(
 def test_a_network_that_transformers_lacks_is_not_saved(change: dict[str, Any], tmp_path: Path) -> None:
     """transformers would run a masked network with a causal mask without an error."""
     model = ImageGPT(random_model().config.model_copy(update=change))
-    with pytest.raises(CheckpointError, match=r"transformers' ImageGPT has no .*: keep it as a release"):
+    with pytest.raises(CheckpointError, match=r"transformers' ImageGPT has no .*: keep the release"):
         weights.save_hf(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -59,7 +59,7 @@ def plan(source: str, images_per_unit: int, layout: Layout | None = None) -> Pla
 
     Raises `SourceError` if the source is empty, or does not have the given or detected layout.
     """
-    return PLANNERS[layout or recognise(source)](source, images_per_unit)
+    return PLANNERS[layout or detect_layout(source)](source, images_per_unit)
 
 
 def read(unit: WorkUnit, key_filter: KeyFilter | None = None) -> Iterator[Image | UnreadableImage]:
@@ -74,7 +74,7 @@ def read(unit: WorkUnit, key_filter: KeyFilter | None = None) -> Iterator[Image 
         raise SourceError(f"unit {unit.split}/{unit.name} cannot be read: {error}") from error
 
 
-def recognise(source: str) -> Layout:
+def detect_layout(source: str) -> Layout:
     """The layout of a source, detected from its first file names and, for tars, from the first member of one."""
     head = list(islice(storage.walk(source), N_DETECT))
     names = [storage.relative_to(source, entry.uri).lower() for entry in head]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from igpt_ray import storage
 from igpt_ray.data.sources.ranges import fetched
 from igpt_ray.data.sources.units import (
-    MOST_BYTES,
+    MAX_BYTES,
     SPLITS,
     TEST,
     TRAIN,
@@ -69,10 +69,10 @@ class Files:
     def _fetch(self, items: tuple[tuple[str, str, int], ...]) -> list[Image | UnreadableImage]:
         images: list[Image | UnreadableImage] = []
         for path, key, label in items:
-            data = storage.read(storage.join(self.root, path), 0, MOST_BYTES + 1)
-            complete = len(data) <= MOST_BYTES
+            data = storage.read(storage.join(self.root, path), 0, MAX_BYTES + 1)
+            complete = len(data) <= MAX_BYTES
             images.append(
-                Image(key, label, data) if complete else UnreadableImage(key, f"has more than {MOST_BYTES} bytes")
+                Image(key, label, data) if complete else UnreadableImage(key, f"has more than {MAX_BYTES} bytes")
             )
         return images
 

@@ -17,8 +17,8 @@ from igpt_ray import storage
 from igpt_ray.data.sources.ranges import Window
 from igpt_ray.data.sources.tars import Member, RejectedMember, members
 from igpt_ray.data.sources.units import (
-    MOST_BYTES,
-    MOST_CLASSES,
+    MAX_BYTES,
+    MAX_CLASSES,
     TEST,
     TRAIN,
     UNLABELLED,
@@ -37,7 +37,7 @@ from igpt_ray.errors import NotFound, SourceError
 TYPICAL_BYTES = 110_000
 """Mean size of an image: the 1,281,167 training images have 137.9 GB."""
 
-MOST_FLAT = 1_000_000
+MAX_FLAT = 1_000_000
 """Most members of a flat archive, whose names are held in memory. ImageNet has 50,000 and 100,000."""
 
 
@@ -120,8 +120,8 @@ def _class_tars(entry: storage.Entry) -> list[Member]:
             if next(members(window, member.start, member.start + member.size), None) is None:
                 raise SourceError(f"{entry.uri}: {member.name} holds no images")
             inner.append(member)
-            if len(inner) > MOST_CLASSES:
-                raise SourceError(f"{entry.uri} holds more than {MOST_CLASSES} classes")
+            if len(inner) > MAX_CLASSES:
+                raise SourceError(f"{entry.uri} holds more than {MAX_CLASSES} classes")
     return sorted(inner, key=lambda member: storage.name(member.name))
 
 
@@ -133,9 +133,9 @@ def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) ->
 
 def _flat(entry: storage.Entry) -> list[Member | RejectedMember]:
     with Window(*entry) as window:
-        entries = list(islice(members(window), MOST_FLAT + 1))
-    if len(entries) > MOST_FLAT:
-        raise SourceError(f"{entry.uri} has more than {MOST_FLAT} members: for flat archives use WebDataset shards")
+        entries = list(islice(members(window), MAX_FLAT + 1))
+    if len(entries) > MAX_FLAT:
+        raise SourceError(f"{entry.uri} has more than {MAX_FLAT} members: for flat archives use WebDataset shards")
     return entries
 
 
@@ -208,7 +208,7 @@ def _images(
             continue
         if member.name.lower().endswith(".tar"):
             yield UnreadableImage(key, "is a tar archive inside the archive of its class")
-        elif member.size > MOST_BYTES:
-            yield UnreadableImage(key, f"has {member.size} bytes, more than {MOST_BYTES}")
+        elif member.size > MAX_BYTES:
+            yield UnreadableImage(key, f"has {member.size} bytes, more than {MAX_BYTES}")
         else:
             yield Image(key, label, window.read_all(member.start, member.size))

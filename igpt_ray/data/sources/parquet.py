@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from igpt_ray import storage
 from igpt_ray.data.sources.ranges import LARGEST, RangeFile, ahead
 from igpt_ray.data.sources.units import (
-    MOST_BYTES,
+    MAX_BYTES,
     UNLABELLED,
     DraftUnit,
     Image,
@@ -40,9 +40,9 @@ from igpt_ray.data.sources.units import (
 )
 from igpt_ray.errors import SourceError
 
-MOST_OPENED = 4096
+MAX_OPENED = 4096
 """Most files whose footers are read while planning, to divide them into units of the requested size."""
-MOST_SURVEYED = 64
+MAX_SURVEYED = 64
 """Most files whose labels are read while planning, if the classes are not named."""
 BATCH = 16
 """Rows per batch."""
@@ -88,8 +88,8 @@ class Rows:
         data = image["bytes"].as_py() if image.is_valid else None
         if data is None:
             yield UnreadableImage(key, f"has no bytes in row {row}")
-        elif len(data) > MOST_BYTES:
-            yield UnreadableImage(key, f"has {len(data)} bytes, more than {MOST_BYTES}")
+        elif len(data) > MAX_BYTES:
+            yield UnreadableImage(key, f"has {len(data)} bytes, more than {MAX_BYTES}")
         else:
             yield Image(key, label, data)
 
@@ -105,15 +105,15 @@ class Index(NamedTuple):
 def plan_parquet(source: str, images_per_unit: int) -> Plan:
     """Raises `SourceError` if a file is damaged or has other columns, or if the classes are unknown."""
     listing = (entry for entry in storage.walk(source) if entry.uri.lower().endswith(".parquet"))
-    head = list(islice(listing, MOST_OPENED + 1))
+    head = list(islice(listing, MAX_OPENED + 1))
     if not head:
         raise SourceError(f"{source} holds no Parquet files")
     with ThreadPoolExecutor(THREADS) as pool:
-        indexes = list(pool.map(_index, head[:1] if len(head) > MOST_OPENED else head))
+        indexes = list(pool.map(_index, head[:1] if len(head) > MAX_OPENED else head))
     if len({index.classes for index in indexes}) > 1:
         raise SourceError(f"the files of {source} name different classes in their metadata")
     classes = indexes[0].classes or stated_classes(source) or _survey(source, head)
-    if len(head) <= MOST_OPENED:
+    if len(head) <= MAX_OPENED:
         drafts: Iterable[DraftUnit] = chain.from_iterable(
             _runs(source, entry, index.rows, len(classes), images_per_unit)
             for entry, index in zip(head, indexes, strict=True)
@@ -144,8 +144,8 @@ def _runs(
 def _index(entry: storage.Entry) -> Index:
     with _opened(*entry) as file:
         rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-        said = (file.schema_arrow.metadata or {}).get(b"huggingface")
-        return Index(rows, _names(said, entry.uri) if said else None)
+        metadata = (file.schema_arrow.metadata or {}).get(b"huggingface")
+        return Index(rows, _names(metadata, entry.uri) if metadata else None)
 
 
 def _names(metadata: bytes, uri: str) -> tuple[str, ...] | None:
@@ -159,8 +159,8 @@ def _names(metadata: bytes, uri: str) -> tuple[str, ...] | None:
 
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
     """The classes, from all labels. Only the columns of labels and paths are fetched."""
-    if len(head) > MOST_SURVEYED:
-        raise unnamed_classes(source, MOST_SURVEYED, "files")
+    if len(head) > MAX_SURVEYED:
+        raise unnamed_classes(source, MAX_SURVEYED, "files")
     seen: dict[int, str] = {}
     for entry in head:
         with _opened(*entry) as file:

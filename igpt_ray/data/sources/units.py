@@ -19,10 +19,10 @@ SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPELLINGS)})(?![a-z])")
 UNLABELLED = -1
 """The label of a test image of unknown class, as in Hugging Face's data sets."""
 
-MOST_BYTES = 128 << 20
+MAX_BYTES = 128 << 20
 """Largest encoded image. Larger files are quarantined without being fetched in full."""
 
-MOST_CLASSES = 1 << 16
+MAX_CLASSES = 1 << 16
 
 WNID = re.compile(r"(n\d{8})_\d+$")
 IMAGENET = re.compile(r"(n\d{8}_\d+|ILSVRC\d{4}_(?:val|test)_\d{8})(?:_n\d{8})?")
@@ -173,9 +173,9 @@ def observe(seen: dict[int, str], label: int | None, key: str) -> None:
 
 def observed_classes(seen: dict[int, str]) -> tuple[str, ...]:
     """Class names from one key per label: the WordNet id in an ImageNet key, otherwise the label's number."""
-    if not seen or min(seen) < 0 or max(seen) >= MOST_CLASSES:
+    if not seen or min(seen) < 0 or max(seen) >= MAX_CLASSES:
         raise SourceError(
-            f"labels run from {min(seen, default=None)} to {max(seen, default=None)}: expected 0 to {MOST_CLASSES - 1}"
+            f"labels run from {min(seen, default=None)} to {max(seen, default=None)}: expected 0 to {MAX_CLASSES - 1}"
         )
     matches = {label: WNID.match(key) for label, key in seen.items()}
     names = [match[1] if (match := matches.get(label)) else str(label) for label in range(max(seen) + 1)]

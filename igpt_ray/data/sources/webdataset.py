@@ -15,7 +15,7 @@ from igpt_ray import storage
 from igpt_ray.data.sources.ranges import Window
 from igpt_ray.data.sources.tars import BLOCK, Member, RejectedMember, members
 from igpt_ray.data.sources.units import (
-    MOST_BYTES,
+    MAX_BYTES,
     TEST,
     UNLABELLED,
     Image,
@@ -36,7 +36,7 @@ from igpt_ray.errors import SourceError
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = {"cls": 1 << 10, "json": 1 << 20}
 """Extensions of label files, and the largest size in bytes that is read."""
-MOST_SURVEYED = 64
+MAX_SURVEYED = 64
 """Most shards whose labels are read while planning, if the classes are not named."""
 TYPICAL = 16
 """Images of the first shard from which the mean size is estimated."""
@@ -76,7 +76,7 @@ class TarShard:
                     )
                 label = index[label]
             if sample.image is None:
-                yield UnreadableImage(sample.key, f"has no picture: expected one of {', '.join(IMAGES)}")
+                yield UnreadableImage(sample.key, f"has no image: expected one of {', '.join(IMAGES)}")
             elif label is None and self.split != TEST:
                 yield UnreadableImage(sample.key, "has no label: expected a .cls, or a .json with a label")
             else:
@@ -92,19 +92,19 @@ class Sample:
         self.key = stem
         self.size = 0
         """Bytes in the archive."""
-        self.has_picture = False
+        self.has_image = False
         self.image: bytes | None = None
         self.skipped = False
         """Its image was filtered out, or is too large."""
         self.labels: dict[str, bytes] = {}
 
-    def add_picture(self, window: Window, member: Member, key_filter: KeyFilter | None) -> Iterator[UnreadableImage]:
-        self.has_picture = True
+    def add_image(self, window: Window, member: Member, key_filter: KeyFilter | None) -> Iterator[UnreadableImage]:
+        self.has_image = True
         self.key = key_of(member.name)
         self.skipped = key_filter is not None and not key_filter(self.key)
-        if not self.skipped and member.size > MOST_BYTES:
+        if not self.skipped and member.size > MAX_BYTES:
             self.skipped = True
-            yield UnreadableImage(self.key, f"has {member.size} bytes, more than {MOST_BYTES}")
+            yield UnreadableImage(self.key, f"has {member.size} bytes, more than {MAX_BYTES}")
         elif not self.skipped:
             self.image = window.read_all(member.start, member.size)
 
@@ -112,7 +112,7 @@ class Sample:
 def plan_webdataset(source: str, images_per_unit: int) -> Plan:
     """Raises `SourceError` if there are no shards, or the classes are unknown. A unit is a shard of any size."""
     listing = (entry for entry in storage.walk(source) if entry.uri.lower().endswith(".tar"))
-    head = list(islice(listing, MOST_SURVEYED + 1))
+    head = list(islice(listing, MAX_SURVEYED + 1))
     if not head:
         raise SourceError(f"{source} holds no tar shards")
     first = _peek(head[0])
@@ -141,8 +141,8 @@ def _peek(entry: storage.Entry) -> ShardHead:
 
 def _survey(source: str, head: list[storage.Entry]) -> tuple[str, ...]:
     """The classes, from the labels of all samples."""
-    if len(head) > MOST_SURVEYED:
-        raise unnamed_classes(source, MOST_SURVEYED, "shards")
+    if len(head) > MAX_SURVEYED:
+        raise unnamed_classes(source, MAX_SURVEYED, "shards")
     numbers: dict[int, str] = {}
     names: set[str] = set()
     for entry in head:
@@ -175,13 +175,13 @@ def _samples(window: Window, key_filter: KeyFilter | None) -> Iterator["Sample |
         stem, extension = folder + slash + base, extension.lower()
         if extension not in IMAGES and extension not in LABELS:
             continue
-        if sample is None or stem != sample.stem or (extension in IMAGES and sample.has_picture):
+        if sample is None or stem != sample.stem or (extension in IMAGES and sample.has_image):
             if sample is not None:
                 yield sample
             sample = Sample(stem)
         sample.size += member.size + 2 * BLOCK
         if extension in IMAGES:
-            yield from sample.add_picture(window, member, key_filter)
+            yield from sample.add_image(window, member, key_filter)
         elif member.size <= LABELS[extension]:
             sample.labels[extension] = window.read_all(member.start, member.size)
     if sample is not None:
