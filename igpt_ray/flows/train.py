@@ -261,7 +261,7 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     def on_metrics(line: metrics.Line) -> None:
         for name in line.keys() - {"time"}:
             if name not in gauges:
-                gauges[name] = Gauge(f"igpt_{name}", f"{name} of metrics.jsonl", ("run",))
+                gauges[name] = Gauge(f"igpt_{name}", f"{name} of the run's metrics", ("run",))
             gauges[name].set(line[name], {"run": run})
 
     return on_metrics

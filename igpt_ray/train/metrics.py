@@ -1,10 +1,14 @@
 """A run's metrics: one JSON object per line, without gaps or duplicates after any number of restarts.
 
-Object stores cannot append, so each flush rewrites the whole file. The training loop flushes before it commits a
-checkpoint, so the lines up to the step of any checkpoint exist; a resumed run drops the lines after its step.
+    <run>/metrics/000000.jsonl, 000001.jsonl, ...     PART lines each, in the order of the steps
+
+Object stores cannot append, so a flush rewrites the last part only. The training loop flushes before it commits a
+checkpoint, so the lines up to the step of any checkpoint exist; a resumed run drops the lines after its step. Runs
+before version 0.2 have all lines in one file, `<run>/metrics.jsonl`.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,17 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ray import storage
-from igpt_ray.errors import NotFound, SettingError
+from igpt_ray.errors import SettingError
 
 Line = dict[str, Any]
 
 
+PART = 1000
+"""Lines in a part. A flush writes at most one part and the lines since the flush before."""
+
+
 class Metrics:
-    """The lines of `<run>/metrics.jsonl` up to `step`, and new lines. Later lines of the file are dropped."""
+    """The stored lines of a run up to `step`, and new lines. The first flush deletes stored lines after `step`."""
 
     def __init__(self, run: str, step: int, tensorboard: bool = False):
-        self.uri = storage.join(run, "metrics.jsonl")
+        self.folder = storage.join(run, "metrics")
+        stored = _parts(run)
         self.lines = [line for line in read(run) if line["step"] <= step]
+        self.stale = stored[math.ceil(len(self.lines) / PART) :]
+        self.n_stored = len(self.lines) // PART * PART if stored else 0
+        """Number of lines in complete parts."""
         self.events = Events(run, step) if tensorboard else None
 
     def add(self, line: Line) -> None:
@@ -32,11 +44,17 @@ class Metrics:
         self.flusher()()
 
     def flusher(self) -> Callable[[], None]:
-        """A function for another thread that stores the current lines."""
-        return partial(self._store, self.lines.copy())
+        """A function for another thread that stores the current lines. If it fails, the next one stores them too."""
+        return partial(self._store, self.n_stored, self.lines[self.n_stored :])
 
-    def _store(self, lines: list[Line]) -> None:
-        storage.write(self.uri, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    def _store(self, start: int, lines: list[Line]) -> None:
+        for uri in self.stale:
+            storage.delete(uri)
+        self.stale = []
+        for i in range(0, len(lines), PART):
+            text = "".join(json.dumps(line) + "\n" for line in lines[i : i + PART])
+            storage.write(storage.join(self.folder, f"{(start + i) // PART:06d}.jsonl"), text.encode())
+        self.n_stored = max(self.n_stored, (start + len(lines)) // PART * PART)
         if self.events is not None:
             self.events.store(lines)
 
@@ -72,8 +90,14 @@ class Events:
 
 def read(run: str) -> list[Line]:
     """All lines of a run; an empty list if it has none."""
-    try:
-        text = storage.read(storage.join(run, "metrics.jsonl")).decode()
-    except NotFound:
-        return []
-    return [json.loads(line) for line in text.splitlines()]
+    texts = [storage.read(uri) for uri in _parts(run) or _single_file(run)]
+    return [json.loads(line) for text in texts for line in text.decode().splitlines()]
+
+
+def _parts(run: str) -> list[str]:
+    return sorted(entry.uri for entry in storage.walk(storage.join(run, "metrics")))
+
+
+def _single_file(run: str) -> list[str]:
+    uri = storage.join(run, "metrics.jsonl")
+    return [uri] if storage.exists(uri) else []

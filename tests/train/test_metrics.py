@@ -1,11 +1,14 @@
 """The metrics of a run contain every step once, after any number of kills and resumes."""
 
 import json
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from igpt_ray import storage
+from igpt_ray.errors import StorageError
 from igpt_ray.train import metrics
 from igpt_ray.train.metrics import Metrics
 
@@ -28,7 +31,7 @@ def test_lines_survive_a_flush(place: str) -> None:
     assert metrics.read(place) == []
     stream.flush()
     assert metrics.read(place) == [line(10, lr=0.1 + 0.2, note="é\n"), line(20, lr=0.1 + 0.2, note="é\n")]
-    text = storage.read(storage.join(place, "metrics.jsonl")).decode()
+    text = storage.read(storage.join(place, "metrics", "000000.jsonl")).decode()
     assert [json.loads(t)["step"] for t in text.splitlines()] == [10, 20]
     assert text.endswith("\n")
 
@@ -62,3 +65,48 @@ def test_a_second_flush_does_not_repeat_the_first(tmp_path: Any) -> None:
     stream.add(line(2))
     stream.flush()
     assert [x["step"] for x in metrics.read(str(tmp_path))] == [1, 2]
+
+
+@pytest.mark.parametrize("resumed_at", [0, 2, 3, 4, 9, 10])
+def test_parts_are_written_once_and_later_ones_are_dropped_by_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed_at: int
+) -> None:
+    """The bytes of a flush do not grow with the run."""
+    monkeypatch.setattr(metrics, "PART", 3)
+    written: list[str] = []
+    write = storage.write
+    monkeypatch.setattr(storage, "write", lambda uri, data: (written.append(storage.name(uri)), write(uri, data)))
+    stream = Metrics(str(tmp_path), 0)
+    for step in range(1, 11):
+        stream.add(line(step))
+        stream.flush()
+    assert written == [f"{i // 3:06d}.jsonl" for i in range(10)]
+    resumed = Metrics(str(tmp_path), resumed_at)
+    resumed.flush()
+    assert [x["step"] for x in metrics.read(str(tmp_path))] == list(range(1, resumed_at + 1))
+    for step in range(resumed_at + 1, 15):
+        resumed.add(line(step))
+    resumed.flush()
+    assert [x["step"] for x in metrics.read(str(tmp_path))] == list(range(1, 15))
+
+
+def test_lines_of_a_failed_flush_are_stored_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "PART", 2)
+    stream = Metrics(str(tmp_path), 0)
+    for step in range(1, 6):
+        stream.add(line(step))
+    with monkeypatch.context() as failing:
+        failing.setattr(storage, "write", Mock(side_effect=StorageError("no space")))
+        with pytest.raises(StorageError):
+            stream.flush()
+    stream.flush()
+    assert [x["step"] for x in metrics.read(str(tmp_path))] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_with_one_file_is_read_and_continued_in_parts(tmp_path: Path) -> None:
+    storage.write(storage.join(str(tmp_path), "metrics.jsonl"), b'{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    stream = Metrics(str(tmp_path), 2)
+    stream.add(line(3))
+    stream.flush()
+    assert [x["step"] for x in metrics.read(str(tmp_path))] == [1, 2, 3]
+    assert metrics.read(str(tmp_path))[2] == line(3)
