@@ -146,7 +146,7 @@ IMPOSSIBLE = [
     (RunConfig, {"name": ""}),
     (RunConfig, {"name": "a/b"}),
     (RunConfig, {"name": ".."}),
-    (RunConfig, {"root": "gs://bucket"}),
+    (RunConfig, {"root": "ftp://bucket"}),
     (RunConfig, {"keep": 0}),
     (PretrainConfig, {"seed": -1}),
     (PretrainConfig, {"seed": 2**32}),

@@ -19,7 +19,7 @@ from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.flows.config import DemoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-MAKE_TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 JOB = re.compile(r"(?:\bpython (?:jobs/|-m benchmarks )|^igpt (?=[a-z]+ )).*")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,8 +14,9 @@ from igpt_ray.interrupt import Terminated, run_interruptible
 
 ENDINGS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 
-SLOW_IMPORT = """
-import sys, time
+SLEEPING = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its programs ignore SIGINT
 from igpt_ray import interrupt
 with interrupt.exits_on_interrupt():
     print("ready", flush=True)
@@ -24,12 +26,20 @@ with interrupt.exits_on_interrupt():
 
 @pytest.mark.parametrize(("signum", "code", "word"), ENDINGS)
 def test_a_signal_ends_a_program_with_one_line_and_its_exit_code(signum: int, code: int, word: str) -> None:
-    program = subprocess.Popen([sys.executable, "-c", SLOW_IMPORT], stdout=-1, stderr=-1, text=True)
+    program = subprocess.Popen([sys.executable, "-c", SLEEPING], stdout=-1, stderr=-1, text=True)
     assert program.stdout is not None
     program.stdout.readline()
     program.send_signal(signum)
     _, err = program.communicate(timeout=10)
     assert (program.returncode, err) == (code, f"{word}\n")
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """A shell has the programs that it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_soon(signum: int = signal.SIGINT) -> None:

@@ -55,8 +55,8 @@ def test_the_image_installs_the_pinned_versions() -> None:
     ]
     assert len(installs) == 4
     assert all("--constraint constraints.txt" in command or "--no-deps" in command for command in installs)
-    extras = set(re.findall(r"\.\[(\w+)\]", " ".join(installs)))
-    assert extras == {"cpu", "gpu"} <= PROJECT["optional-dependencies"].keys()
+    extras = {extra for group in re.findall(r"\.\[([\w,]+)\]", " ".join(installs)) for extra in group.split(",")}
+    assert extras == {"cpu", "gpu", "report"} <= PROJECT["optional-dependencies"].keys()
     for need in PROJECT["dependencies"]:
         name, exact = re.match(r"([\w.-]+)(?:\[[^]]*\])?(?:==(.*))?", need).groups()  # type: ignore[union-attr]
         locked = re.search(rf"^{name}==(.*)$", CONSTRAINTS, re.MULTILINE | re.IGNORECASE)

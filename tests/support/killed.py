@@ -3,8 +3,8 @@
     python tests/support/killed.py '{"source": ..., "palette": ..., "pixels": ..., ...}' <root>
 
 For n = 0, 1, 2 ... a child process prepares into <root>/<n> and kills itself with SIGKILL right before its n-th write:
-the creation, opening, renaming, linking or removal of a file of the store, or for a bucket the sending of bytes.
-Python's audit hooks report these events. The loop ends with the first child that completes. For each child a JSON line
+the creation, opening, renaming, linking or removal of a file of the store (reported by audit hooks), or for a
+bucket before or after a request that changes it. The loop ends with the first child that completes. For each child a JSON line
 has the event before which it died, and the store's files after the death and after the repeat (local stores only).
 """
 
@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import obstore
+
 from igpt_ray import storage
 from igpt_ray.data.config import PrepareConfig
 from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.prepare import prepare
 
 FILES = {"tempfile.mkstemp", "open", "os.rename", "os.link", "os.remove"}
-SENT = "http.client.send"
+REQUESTS = ("put", "delete")
+"""Functions of obstore that change a bucket."""
 
 
 def main(settings: dict[str, Any], root: str) -> None:
@@ -40,7 +43,10 @@ def main(settings: dict[str, Any], root: str) -> None:
 
 
 def doomed(settings: PrepareConfig, n: int, writer: int) -> None:
-    sys.addaudithook(Killer(settings.tokens, n, writer))
+    killer = Killer(settings.tokens, n, writer)
+    sys.addaudithook(killer)
+    if storage.is_remote(settings.tokens):
+        killer.intercept_requests()
     prepare(settings, serial_map)
 
 
@@ -72,14 +78,26 @@ class Killer:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in FILES and (event != "open" or arguments[1] == "w"):
             paths = [str(a) for a in arguments if str(a).startswith(self.tokens + "/")]
-            step = f"{event} {paths[0].removeprefix(self.tokens)}" if paths else ""
-        else:
-            sent = bytes(arguments[1][:60]) if event == SENT else b"GET"
-            step = "" if sent.startswith((b"GET", b"HEAD")) else f"{event} {sent!r}"
-        if step and not self.left:
-            os.write(self.writer, step.encode())
+            if paths:
+                self.step(f"{event} {paths[0].removeprefix(self.tokens)}")
+
+    def step(self, name: str) -> None:
+        if not self.left:
+            os.write(self.writer, name.encode())
             os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= bool(step)
+        self.left -= 1
+
+    def intercept_requests(self) -> None:
+        for name in REQUESTS:
+            setattr(obstore, name, partial(self.request, name, getattr(obstore, name)))
+
+    def request(
+        self, name: str, send: Callable[..., object], bucket: object, key: str, *words: Any, **more: Any
+    ) -> object:
+        self.step(f"{name} {key}")
+        answer = send(bucket, key, *words, **more)
+        self.step(f"return from {name} {key}")
+        return answer
 
 
 def files_below(tokens: str) -> dict[str, str]:
