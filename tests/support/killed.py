@@ -3,8 +3,8 @@
     python tests/support/killed.py '{"source": ..., "palette": ..., "pixels": ..., ...}' <root>
 
 For n = 0, 1, 2 ... a child process prepares into <root>/<n> and kills itself with SIGKILL right before its n-th write:
-the creation, opening, renaming, linking or removal of a file of the store (reported by audit hooks), or for a
-bucket before or after a request that changes it. The loop ends with the first child that completes. For each child a JSON line
+the creation, opening, renaming, linking or removal of a file of the store (reported by audit hooks), or for a bucket
+before or after a request that changes it. The loop ends with the first child that completes. For each child a JSON line
 has the event before which it died, and the store's files after the death and after the repeat (local stores only).
 """
 
