@@ -22,7 +22,7 @@ from igpt_ray.evaluate import features
 from igpt_ray.evaluate.heads import Head, load_head
 from igpt_ray.evaluate.likelihood import class_logits, image_nats
 from igpt_ray.evaluate.logistic import probabilities
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.model.image_gpt import ImageGPT
 
 Picture = Image.Image | str | Path | bytes | NDArray[np.uint8]
@@ -86,7 +86,7 @@ class Pretrained:
         prompt_mask = torch.from_numpy(flat.astype(np.bool_))[None]
         start = torch.from_numpy(self.tokens(image).astype(np.int64)).to(self.model.wpe.device)
         seeds = [rng.seed_of(seed, sample) for sample in range(n)]
-        samples = sampler.complete(self.model, start, n, seeds, temperature, top_k, top_p, prompt_mask)
+        samples = completion.complete(self.model, start, n, seeds, temperature, top_k, top_p, prompt_mask)
         return [self.image(tokens) for tokens in samples.cpu().numpy()]
 
     def features(

@@ -1,6 +1,7 @@
 """The order of sub-packages: each imports only those before it; and the tree in docs/design.md is the tree."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -115,3 +116,20 @@ def test_the_tree_in_the_design_names_every_file_with_a_clause() -> None:
         "igpt_ray/__init__.py",
         "igpt_ray/flows/__init__.py",
     } == real
+
+
+def test_imports_between_files_have_no_cycle() -> None:
+    """Imports inside functions and for type checkers count too. A package's __init__ is where its names are loaded."""
+    graph = {path: {file_of(name) for name in imports_of(path)} - {None, path} for path in FILES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_files_and_functions_are_short() -> None:
+    long_files = {str(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+    long_functions = {
+        f"{path.relative_to(ROOT)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    }
+    assert (long_files, long_functions.keys()) == ({}, {"igpt_ray/train/loop.py:train"})

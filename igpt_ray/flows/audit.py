@@ -25,7 +25,7 @@ from igpt_ray.evaluate.config import AuditConfig
 from igpt_ray.evaluate.features import Features
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,6 @@ class CompleteAndClassify:
         prompt = torch.from_numpy(tokens[None, : self.prompt_length].astype(np.int64)).to(model.wpe.device)
         seeds = [rng.seed_of(self.settings.seed, key, i) for i in range(n)]
         completions = (
-            sampler.complete(model, prompt, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
+            completion.complete(model, prompt, n, seeds, self.settings.temperature).cpu().numpy().astype(np.uint16)
         )
         return completions, self.classifier.select(completions, [f"{key} {i}" for i in range(n)])

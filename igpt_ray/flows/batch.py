@@ -46,7 +46,7 @@ from igpt_ray.flows.batch_units import (
     unit_path,
 )
 from igpt_ray.flows.evaluate import device
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.generate.engine import Engine, Request
 from igpt_ray.progress import Progress
@@ -294,7 +294,7 @@ def _write_few(settings: CompleteConfig, request: BatchPlan, table: pa.Table) ->
 
 def _figure(palette: Palette, rows: int, table: pa.Table) -> bytes:
     originals, done = (table[name].combine_chunks().to_numpy_ndarray() for name in ("original", "completions"))
-    return pixels.png(sampler.figure(palette, originals, done, rows))
+    return pixels.png(completion.figure(palette, originals, done, rows))
 
 
 def _palette(settings: CompleteConfig, client: Client | None) -> Palette:

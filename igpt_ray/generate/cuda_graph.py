@@ -1,15 +1,14 @@
 """A decode step as a CUDA graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from igpt_ray.generate.kv_cache import KVCache
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A layer's cache, q, k and v -> the output of attention."""
 
 
 class CUDAGraph:
@@ -18,12 +17,15 @@ class CUDAGraph:
     The shapes in a graph are fixed, so attention covers all positions and masks those that a slot has not reached.
     """
 
-    def __init__(self, cache: "KVCache"):
-        n = cache.kv.shape[2]
-        self.cache = cache
-        self.positions = torch.zeros(n, dtype=torch.long, device=cache.device)
+    def __init__(
+        self, n_slots: int, n_positions: int, device: torch.device, forward: Callable[[Tensor, Tensor, Attend], Tensor]
+    ):
+        """`forward` takes positions (slots,), previous tokens (slots,) and attention; it returns logits (slots, V)."""
+        self.forward = forward
+        self.positions = torch.zeros(n_slots, dtype=torch.long, device=device)
         self.previous_tokens = torch.zeros_like(self.positions)
-        self.all = torch.arange(n, device=cache.device)
+        self.all = torch.arange(n_slots, device=device)
+        self.all_positions = torch.arange(n_positions, device=device)
         self.recorded: torch.cuda.CUDAGraph | None = None
 
     def decode_step(self, slots: Sequence[int], positions: Sequence[int], previous_tokens: Sequence[int]) -> Tensor:
@@ -57,10 +59,8 @@ class CUDAGraph:
 
     def run(self) -> Tensor:
         """Logits (slots, V). An inactive slot overwrites its position 0, which is written again before use."""
-        reached = (
-            torch.arange(self.cache.kv.shape[4], device=self.positions.device) <= self.positions[:, None]
-        )  # (slots, T)
-        return self.cache.forward(self.positions, self.previous_tokens, partial(self._attend, reached[:, None, None]))
+        reached = self.all_positions <= self.positions[:, None]  # (slots, T)
+        return self.forward(self.positions, self.previous_tokens, partial(self._attend, reached[:, None, None]))
 
     def _attend(self, reached: Tensor, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv[:, self.all, :, self.positions] = torch.stack([k[:, :, 0], v[:, :, 0]], dim=1)

@@ -7,7 +7,7 @@ at least that many rows.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ray.errors import SettingError
-from igpt_ray.generate.cuda_graph import CUDAGraph
+from igpt_ray.generate.cuda_graph import Attend, CUDAGraph
 from igpt_ray.generate.quantize import PACKED_ROWS, Precision, prepare_network
 from igpt_ray.model.image_gpt import ImageGPT, sdpa
 
@@ -45,7 +45,7 @@ class KVCache:
         self.kv = torch.zeros(shape, dtype=self.network.wpe.dtype, device=self.device)
         """Keys and values (L, 2, slots, N, T, D), allocated once."""
         self.rope = model.rotation(c.n_positions)
-        self.graph = CUDAGraph(self) if self.device.type == "cuda" else None
+        self.graph = CUDAGraph(n, c.n_positions, self.device, self.forward) if self.device.type == "cuda" else None
         self.min_rows = n if self.graph else self._same_bits_from(max(n, PACKED_ROWS))
         """Least number of rows that a step computes."""
 
@@ -73,9 +73,7 @@ class KVCache:
         attend = partial(_attend_runs, torch.tensor(slots), at[:n], _runs(slots, positions))
         return self.forward(at, tokens, attend)[:n]
 
-    def forward(
-        self, positions: Tensor, previous_tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def forward(self, positions: Tensor, previous_tokens: Tensor, attend: Attend) -> Tensor:
         """(rows,), (rows,) -> (rows, V). `attend` takes a layer's cache, q, k and v."""
         m = self.network
         h = torch.where(positions[:, None] > 0, m.wte(previous_tokens), m.sos) + m.wpe[positions]  # (rows, C)

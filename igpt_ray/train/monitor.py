@@ -22,7 +22,7 @@ from igpt_ray.data.loader import Batch, SplitCache
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import evenly
 from igpt_ray.errors import StorageError
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.train import estimate
@@ -188,8 +188,8 @@ def draw_samples(
     rows = n_px // 2
     given = torch.from_numpy(originals[:, : rows * n_px].astype(np.int64)).to(device)
     seeds = [rng.seed_of("sample", i) for i in range(len(originals) * COMPLETIONS)]
-    done = sampler.complete(plain, given, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
-    figure = sampler.figure(palette, originals, done.reshape(len(originals), COMPLETIONS, -1), rows)
+    done = completion.complete(plain, given, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
+    figure = completion.figure(palette, originals, done.reshape(len(originals), COMPLETIONS, -1), rows)
     try:
         storage.write(storage.join(run, "samples", f"step_{step:08d}.png"), pixels.png(figure))
     except StorageError as error:

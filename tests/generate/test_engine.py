@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from igpt_ray.errors import SettingError
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.generate.engine import Engine, Generation, Request
 from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.image_gpt import ImageGPT
@@ -32,11 +32,11 @@ def drained(engine: Engine) -> list[Generation]:
 
 
 def alone(request: Request, model: ImageGPT = MODEL) -> NDArray[np.integer]:
-    """Samples of `sampler.complete`, one seed at a time: (n, T)."""
+    """Samples of `completion.complete`, one seed at a time: (n, T)."""
     tokens, mask = torch.from_numpy(request.tokens)[None], torch.from_numpy(request.prompt_mask)[None]
     how = request.temperature, request.top_k, request.top_p
     return np.concatenate(
-        [sampler.complete(model, tokens, 1, [seed], *how, prompt_mask=mask).numpy() for seed in request.seeds]
+        [completion.complete(model, tokens, 1, [seed], *how, prompt_mask=mask).numpy() for seed in request.seeds]
     )
 
 

@@ -124,7 +124,7 @@ def test_the_step_of_a_cuda_graph_gives_the_same_logits_without_recording() -> N
     model = random_model(**SHAPES[1])
     x = random_tokens(model, 3)
     cache = KVCache(model, 4, "float32")
-    graph = CUDAGraph(cache)
+    graph = CUDAGraph(cache.kv.shape[2], cache.kv.shape[4], cache.device, cache.forward)
     cache.prefill([1], x[0, :6])
     cache.prefill([3], x[1, :15])
     graph.set_inputs([0, 1, 3], [0, 6, 15], [0, int(x[0, 5]), int(x[1, 14])])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_ray import rng
 from igpt_ray.errors import SettingError
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion, sampler
 from igpt_ray.model.image_gpt import ImageGPT
 
 
@@ -29,7 +29,7 @@ def given(model: ImageGPT) -> Tensor:
 
 def test_the_prompt_is_unchanged_and_the_rest_is_generated(model: ImageGPT, given: Tensor) -> None:
     """Positions are not shifted, and the samples of an image are adjacent."""
-    done = sampler.complete(model, given, 2, list(range(6)))
+    done = completion.complete(model, given, 2, list(range(6)))
     assert done.shape == (6, 16)
     assert torch.equal(done[:, :6], given.repeat_interleave(2, 0))
     assert done.min() >= 0
@@ -39,29 +39,29 @@ def test_the_prompt_is_unchanged_and_the_rest_is_generated(model: ImageGPT, give
 
 def test_the_same_seed_gives_the_same_sample(model: ImageGPT, given: Tensor) -> None:
     """With a global generator, a completion could not be repeated."""
-    first = sampler.complete(model, given, 1, [5, 6, 7])
+    first = completion.complete(model, given, 1, [5, 6, 7])
     torch.manual_seed(123)
     np.random.seed(123)
-    assert torch.equal(sampler.complete(model, given, 1, [5, 6, 7]), first)
-    assert not torch.equal(sampler.complete(model, given, 1, [8, 9, 10]), first)
+    assert torch.equal(completion.complete(model, given, 1, [5, 6, 7]), first)
+    assert not torch.equal(completion.complete(model, given, 1, [8, 9, 10]), first)
 
 
 def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -> None:
     """Each sample has its own stream of random numbers."""
     seeds = [11, 12, 13, 14, 15, 16]
-    together = sampler.complete(model, given, 2, seeds)
+    together = completion.complete(model, given, 2, seeds)
     for i, seed in enumerate(seeds):
-        alone = sampler.complete(model, given[i // 2 : i // 2 + 1], 1, [seed])
+        alone = completion.complete(model, given[i // 2 : i // 2 + 1], 1, [seed])
         assert torch.equal(alone[0], together[i])
-    backwards = sampler.complete(model, given.flip(0), 2, seeds[::-1])
+    backwards = completion.complete(model, given.flip(0), 2, seeds[::-1])
     assert torch.equal(backwards.flip(0), together)
 
 
 def test_a_sample_continues_from_its_own_prefix(model: ImageGPT) -> None:
     """Random numbers belong to positions: a longer prompt does not change later ones."""
-    whole = sampler.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
+    whole = completion.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
     for rows in (1, 5, 15, 16):
-        assert torch.equal(sampler.complete(model, whole[:, :rows], 1, [3]), whole)
+        assert torch.equal(completion.complete(model, whole[:, :rows], 1, [3]), whole)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-6}])
@@ -71,7 +71,7 @@ def test_greedy_samples_equal_those_without_a_cache(model: ImageGPT, given: Tens
     for t in range(6, 16):
         padded = torch.nn.functional.pad(expected, (0, 16 - t))
         expected = torch.cat([expected, model(padded)[:, t].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(sampler.complete(model, given, 1, [0, 1, 2], **how), expected)
+    assert torch.equal(completion.complete(model, given, 1, [0, 1, 2], **how), expected)
 
 
 def test_prompt_pixels_at_any_position_are_unchanged_and_attended_to(model: ImageGPT) -> None:
@@ -81,7 +81,7 @@ def test_prompt_pixels_at_any_position_are_unchanged_and_attended_to(model: Imag
     expected = torch.where(given, x, 0)
     for t in range(16):
         expected[:, t] = torch.where(given[:, t], x[:, t], model(expected)[:, t].argmax(-1))
-    assert torch.equal(sampler.complete(model, x, 1, [0, 1, 2], temperature=0, prompt_mask=given), expected)
+    assert torch.equal(completion.complete(model, x, 1, [0, 1, 2], temperature=0, prompt_mask=given), expected)
 
 
 def test_a_number_of_rows_is_equivalent_to_a_mask(model: ImageGPT, given: Tensor) -> None:
@@ -89,30 +89,30 @@ def test_a_number_of_rows_is_equivalent_to_a_mask(model: ImageGPT, given: Tensor
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, :6] = True
     padded = torch.nn.functional.pad(given, (0, 10), value=3)
-    masked = sampler.complete(model, padded, 2, seeds, prompt_mask=mask)
-    assert torch.equal(masked, sampler.complete(model, given, 2, seeds))
+    masked = completion.complete(model, padded, 2, seeds, prompt_mask=mask)
+    assert torch.equal(masked, completion.complete(model, given, 2, seeds))
 
 
 def test_more_samples_than_slots_are_generated_in_turn(model: ImageGPT, given: Tensor) -> None:
     """The samples of an image keep their order, and none is lost."""
-    n = sampler.SLOTS + 3
-    done = sampler.complete(model, given[:2], n, list(range(2 * n)))
+    n = completion.SLOTS + 3
+    done = completion.complete(model, given[:2], n, list(range(2 * n)))
     assert done.shape == (2 * n, 16)
     for i in (0, n - 1, n, 2 * n - 1):
-        assert torch.equal(sampler.complete(model, given[i // n][None], 1, [i])[0], done[i])
+        assert torch.equal(completion.complete(model, given[i // n][None], 1, [i])[0], done[i])
 
 
 def test_a_prompt_longer_than_an_image_is_an_error(model: ImageGPT) -> None:
     """Instead of an IndexError from the position embedding."""
     with pytest.raises(SettingError, match="the prompt has 17 pixels, expected at most the 16"):
-        sampler.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
+        completion.complete(model, torch.zeros(1, 17, dtype=torch.long), 1, [0])
 
 
 def test_a_masked_network_is_an_error() -> None:
     """It has no start vector."""
     masked = random_model(objective="masked")
     with pytest.raises(SettingError, match="which cannot generate"):
-        sampler.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
+        completion.complete(masked, torch.zeros(1, 2, dtype=torch.long), 1, [0])
 
 
 # ------------------------------------------------------------------------------------------------ one pixel

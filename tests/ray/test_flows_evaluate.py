@@ -16,7 +16,7 @@ from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
 from igpt_ray.evaluate.likelihood import image_nats
 from igpt_ray.flows import batch, evaluate, prepare
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.generate.config import CompleteConfig
 
 pytestmark = pytest.mark.ray
@@ -99,7 +99,7 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
     assert report["sampled_tokens"] == 3 * 2 * 24
     figure = np.asarray(Image.open(tmp_path / "completions.png"))
     palette = TokenStore.open(both["tokens"]).palette()
-    scale = sampler.TILE // 8
+    scale = completion.TILE // 8
     assert (figure[2, -3] == palette.decode(originals[0, 7])).all()  # the top right corner is the original's
     assert (figure[2 + 6 * scale, 3] == 128).all()  # what is not given is grey
 

@@ -24,7 +24,7 @@ from igpt_ray.data import pixels
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.evaluate.likelihood import image_nats
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.serve import middleware, schemas
 from igpt_ray.serve.middleware import Keys
 from igpt_ray.serve.schemas import CompletionRequest, Reader
@@ -72,7 +72,7 @@ def test_completions_equal_the_sampler_s_and_preserve_the_prompt(place: Place, r
     rgb = pixels.centre_view(base64.b64decode(PICTURE), 8, pixels.FAST)
     tokens = loaded.palette.encode(rgb).reshape(1, -1).astype(np.int64)
     assert said["original"]["tokens"] == tokens[0].tolist()
-    expected = sampler.complete(loaded.model, torch.from_numpy(tokens[:, :24]), 2, [5, 6], 0.8, 4)
+    expected = completion.complete(loaded.model, torch.from_numpy(tokens[:, :24]), 2, [5, 6], 0.8, 4)
     assert [x["tokens"] for x in said["data"]] == expected.tolist()
     assert [x["seed"] for x in said["data"]] == [5, 6]
     assert said["usage"] == {"painted_pixels": 2 * 40}

@@ -18,7 +18,7 @@ from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTI
 from igpt_ray import weights
 from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError
-from igpt_ray.generate import sampler
+from igpt_ray.generate import completion
 from igpt_ray.model.image_gpt import ImageGPT
 
 StateDict = dict[str, Tensor]
@@ -80,8 +80,8 @@ def test_greedy_completions_equal_those_of_transformers(shape: dict[str, int]) -
             theirs = torch.cat([theirs, hf(theirs).logits[:, -1:].argmax(-1)], dim=1)
             padded = torch.nn.functional.pad(uncached, (0, T - t))
             uncached = torch.cat([uncached, model(padded)[:, t : t + 1].argmax(-1)], dim=1)
-    batched = sampler.complete(model, given, 1, [0, 1, 2], temperature=0)
-    single = torch.cat([sampler.complete(model, one[None], 1, [0], temperature=0) for one in given])
+    batched = completion.complete(model, given, 1, [0, 1, 2], temperature=0)
+    single = torch.cat([completion.complete(model, one[None], 1, [0], temperature=0) for one in given])
     for ours in (batched, single, uncached):
         assert torch.equal(ours, theirs[:, 1:])
 
