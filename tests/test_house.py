@@ -9,10 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    (
-        *("errors", "object_clients", "object_store", "storage", "settings", "provenance", "rng", "interrupt"),
-        "progress",
-    ),
+    ("errors", "interrupt", "object_clients", "object_store", "progress", "provenance", "rng", "settings", "storage"),
+    ("artifact",),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data import pixels
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
@@ -125,7 +125,7 @@ class TokenStore:
             data = storage.read(storage.join(root, "manifest.json"))
         except NotFound as error:
             raise TokenStoreError(f"no token store is committed at {root}: run jobs/prepare.py ({error})") from error
-        body = unseal(data)
+        body = artifact.unseal(data)
         if body is None:
             raise TokenStoreError(
                 f"{root}/manifest.json is damaged or of another version (it does not end with the sha256 of its"
@@ -153,13 +153,7 @@ class TokenStore:
     def read(self, shard: Shard) -> pa.Table:
         """The rows of a shard. Raises `TokenStoreError` if its size or sha256 differs from the manifest's."""
         uri = storage.join(self.root, shard.path)
-        data = storage.read(uri)
-        if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
-            raise TokenStoreError(
-                f"{uri} is damaged ({len(data)} bytes, expected {shard.bytes} with sha256"
-                f" {shard.sha256[:12]}...): delete it and repeat jobs/prepare.py"
-            )
-        return parse(data)
+        return parse(artifact.read(uri, shard.bytes, shard.sha256, TokenStoreError, "jobs/prepare.py"))
 
     def read_split(self, split: str) -> Iterator[pa.Table]:
         """The shards of a split, one table at a time."""
@@ -235,30 +229,12 @@ def evenly(n: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
-CHECKSUM = ',\n "sha256": "{}"\n}}\n'
-
-
-def append_checksum(manifest: str) -> bytes:
-    """The bytes of a manifest file: its JSON with a last field added, the sha256 of all preceding bytes.
-
-    Without it, a flipped bit in the name of a split could hide a shard from readers.
-    """
-    body = manifest.rstrip().removesuffix("}").rstrip()
-    return (body + CHECKSUM.format(hashlib.sha256(body.encode()).hexdigest())).encode()
-
-
-def unseal(data: bytes) -> bytes | None:
-    """The JSON without the checksum field; None if the checksum is wrong."""
-    body = data[: -len(CHECKSUM.format("0" * 64))]
-    return body + b"}" if data == body + CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode() else None
-
-
 def commit(root: str, manifest: Manifest) -> TokenStore:
     """Write the manifest, which commits the store. If an equal store is already committed, nothing changes.
 
     Raises `TokenStoreError` if a different store has been committed under this root in the meantime.
     """
-    data = append_checksum(manifest.model_dump_json(indent=1))
+    data = artifact.seal(manifest.model_dump_json(indent=1))
     if not storage.write_new(storage.join(root, "manifest.json"), data):
         committed = TokenStore.open(root)
         if committed.manifest.shards != manifest.shards or committed.kind != manifest.kind:

@@ -10,7 +10,6 @@ own: any Parquet reader opens the folder of a layer as one table, and a probe re
 ROWS_AT_ONCE rows at a time, which bounds the memory.
 """
 
-import hashlib
 import io
 import json
 import tempfile
@@ -28,8 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from igpt_ray import storage, weights
-from igpt_ray.data import token_store
+from igpt_ray import artifact, storage, weights
 from igpt_ray.data.token_format import Strict, Tokens
 from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
 from igpt_ray.errors import FeatureError, NotFound, SettingError
@@ -230,7 +228,7 @@ def make_unit(
 
 def commit(root: str, manifest: Manifest) -> None:
     """Write the manifest of a split, unless it exists with the same content."""
-    uri, data = _manifest_uri(root, manifest.split), token_store.append_checksum(manifest.model_dump_json(indent=1))
+    uri, data = _manifest_uri(root, manifest.split), artifact.seal(manifest.model_dump_json(indent=1))
     try:
         existing = _manifest(root, manifest.split)
         if (existing.about, existing.units) == (manifest.about, manifest.units):
@@ -252,11 +250,9 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _store(root: str, shard: Shard, layer: int, path: Path) -> File:
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
     name = f"{shard.split}/layer-{layer:02d}/{Path(shard.path).name}"
     storage.upload(path, storage.join(root, name))
-    return File(layer=layer, path=name, bytes=path.stat().st_size, sha256=digest)
+    return File(layer=layer, path=name, bytes=path.stat().st_size, sha256=artifact.sha256_of(path))
 
 
 def _check_finite(features: Features, keys: list[str], spec: FeatureSpec) -> None:
@@ -308,12 +304,7 @@ class FeatureStore:
 
     def _open(self, file: File) -> tuple[Features, Labels]:
         uri = storage.join(self.root, file.path)
-        data = storage.read(uri)
-        if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
-            raise FeatureError(
-                f"{uri} is damaged ({len(data)} bytes, expected {file.bytes} with sha256 {file.sha256[:12]}...):"
-                " delete it and repeat jobs/features.py"
-            )
+        data = artifact.read(uri, file.bytes, file.sha256, FeatureError, "jobs/features.py")
         table = pq.read_table(io.BytesIO(data))
         features = np.asarray(table["features"].combine_chunks().to_numpy_ndarray()).reshape(-1, *self.spec.shape)
         if not np.isfinite(features).all():
@@ -335,7 +326,7 @@ def _manifest(root: str, split: str, spec: FeatureSpec | None = None) -> Manifes
     """Raise `FeatureError` if the split is not committed, or its manifest is damaged or has another specification."""
     uri = _manifest_uri(root, split)
     try:
-        body = token_store.unseal(storage.read(uri))
+        body = artifact.unseal(storage.read(uri))
     except NotFound as error:
         raise FeatureError(f"no features of {split!r} are committed at {root}: run jobs/features.py") from error
     if body is None:

@@ -10,7 +10,6 @@ only the files that hold its shards.
 """
 
 import dataclasses
-import hashlib
 import logging
 import re
 import tempfile
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data.token_format import Strict
 from igpt_ray.errors import CheckpointError, NotFound, StorageError
 from igpt_ray.train.torch_compat import tree_flatten, tree_unflatten
@@ -249,17 +248,7 @@ class _Reader(dcp.FileSystemReader):
         for file in self.manifest.files:
             if file.name in names:
                 path = self.folder / (f".{METADATA}" if file.name == METADATA else file.name)
-                _fetch(storage.join(self.uri, file.name), path, file.sha256)
-
-
-def _fetch(uri: str, path: Path, sha256: str) -> None:
-    try:
-        storage.download(uri, path)
-    except NotFound as error:
-        raise CheckpointError(f"{uri} is missing") from error
-    with open(path, "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-            raise CheckpointError(f"{uri} is damaged: its sha256 differs from the manifest")
+                artifact.download(storage.join(self.uri, file.name), path, file.sha256, CheckpointError)
 
 
 def _all_or_error(work: Callable[[], None]) -> None:
@@ -342,8 +331,6 @@ def _or_error(work: Callable[[], T]) -> T | str:
 
 
 def _upload(path: Path, uri: str) -> File:
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
     name = path.name.lstrip(".")
     _persist(lambda: storage.upload(path, storage.join(uri, name)))
-    return File(name=name, bytes=path.stat().st_size, sha256=digest)
+    return File(name=name, bytes=path.stat().st_size, sha256=artifact.sha256_of(path))

@@ -6,7 +6,6 @@
 <release>/config.json         model settings, token format, training; written last, which commits the release
 """
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Strict, TokenFormat
 from igpt_ray.errors import CheckpointError, NotFound
@@ -72,7 +71,7 @@ def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         save_file({name: t.float().contiguous() for name, t in weights.items()}, path)
-        config = config.model_copy(update={"sha256": _sha256(path)})
+        config = config.model_copy(update={"sha256": artifact.sha256_of(path)})
         storage.upload(path, storage.join(uri, "model.safetensors"))
     palette.save(storage.join(uri, "palette.npy"))
     storage.write(storage.join(uri, "README.md"), _card(config).encode())
@@ -108,9 +107,7 @@ def load_release(uri: str, device: str = "cpu") -> Release:
     config = load_config(uri)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
-        storage.download(storage.join(uri, "model.safetensors"), path)
-        if _sha256(path) != config.sha256:
-            raise CheckpointError(f"{uri}/model.safetensors is damaged: its sha256 differs from config.json")
+        artifact.download(storage.join(uri, "model.safetensors"), path, config.sha256, CheckpointError)
         try:
             weights = load_file(path, device=device)
         except SafetensorError as error:
@@ -129,11 +126,6 @@ def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str, device
     for name, value in weights.items():
         check_finite(name, value, where)
     model.to_empty(device=device).load_state_dict(weights)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _card(config: ReleaseConfig) -> str:

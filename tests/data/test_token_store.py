@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import listing_of, manifest_of
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data import token_store
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, Tokens, TokenStore
@@ -186,8 +186,8 @@ def test_a_store_without_a_manifest_is_not_a_store(store: TokenStore) -> None:
 def test_a_manifest_with_other_fields_is_an_error(store: TokenStore, change: object) -> None:
     """Unknown fields are not ignored, and missing ones have no default. The checksum is valid."""
     path = Path(store.root, "manifest.json")
-    text = token_store.unseal(path.read_bytes()).decode()
-    path.write_bytes(token_store.append_checksum(change(text)))
+    text = artifact.unseal(path.read_bytes()).decode()
+    path.write_bytes(artifact.seal(change(text)))
     with pytest.raises(TokenStoreError, match=r"version: |this version reads"):
         TokenStore.open(store.root)
 

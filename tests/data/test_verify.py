@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data import pixels, prepare, token_store, verify
 from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
 from igpt_ray.data.mapper import serial_map
@@ -81,7 +81,7 @@ def recommit(tokens: Path, change: Callable[[np.ndarray, list[int], list[str]], 
     (tokens / first.path).write_bytes(data)
     again = first.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [again, *store.manifest.shards[1:]]})
-    (tokens / "manifest.json").write_bytes(token_store.append_checksum(Manifest.model_dump_json(manifest)))
+    (tokens / "manifest.json").write_bytes(artifact.seal(Manifest.model_dump_json(manifest)))
 
 
 def test_wrong_tokens_labels_and_keys_are_found_even_if_every_hash_agrees(tokens: Path) -> None:

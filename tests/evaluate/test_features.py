@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import HF_SHAPES, ROOT, listing_of, manifest_of, random_hf, random_model, random_tokens, shifted
 
-from igpt_ray import storage, weights
+from igpt_ray import artifact, storage, weights
 from igpt_ray.data import token_store
 from igpt_ray.data.mapper import serial_map
 from igpt_ray.data.palette import Palette
@@ -214,7 +214,7 @@ def test_a_unit_without_images_is_valid(store: TokenStore, extract: Extract, rel
     storage.write(storage.join(store.root, empty.path), data)
     empty = empty.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [empty, *store.manifest.shards]})
-    storage.write(storage.join(store.root, "manifest.json"), token_store.append_checksum(manifest.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), artifact.seal(manifest.model_dump_json()))
     folder = str(extract()["features"])
     assert FeatureStore(folder).layer("test", 1)[0].shape == (3, 32)
 
@@ -285,7 +285,7 @@ def test_the_error_names_another_release_or_store(extract: Extract, store: Token
     with pytest.raises(FeatureError, match=r"another specification: release [0-9a-f]{64}, not"):
         extract(release=other)
     changed = store.manifest.model_copy(update={"made_by": {"by": "another test"}})
-    storage.write(storage.join(store.root, "manifest.json"), token_store.append_checksum(changed.model_dump_json()))
+    storage.write(storage.join(store.root, "manifest.json"), artifact.seal(changed.model_dump_json()))
     with pytest.raises(FeatureError, match=r"another specification: tokens [0-9a-f]{64}, not"):
         extract()
 

@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from igpt_ray import storage, weights
-from igpt_ray.data import token_store
+from igpt_ray import artifact, storage, weights
 from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import CheckpointError, SettingError, TokenStoreError
 from igpt_ray.evaluate.config import EvaluateConfig, ProbeConfig, ScoreConfig
@@ -228,7 +227,7 @@ def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared
     data = shard.read_bytes()
     shard.write_bytes(data[:200] + bytes([data[200] ^ 4]) + data[201:])
     manifest = tmp_path / "tokens/manifest.json"  # another store's hash, or the node's cache would serve its tokens
-    manifest.write_bytes(token_store.append_checksum(json.dumps(json.loads(token_store.unseal(manifest.read_bytes())))))
+    manifest.write_bytes(artifact.seal(json.dumps(json.loads(artifact.unseal(manifest.read_bytes())))))
     with pytest.raises(TokenStoreError, match=f"{shard} is damaged"):
         train.pretrain(settings_for(prepared, "damaged", data=DataConfig(tokens=str(tmp_path / "tokens"))))
 

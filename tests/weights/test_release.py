@@ -219,7 +219,7 @@ def test_the_error_names_missing_files(release: str, palette: Palette) -> None:
     Path(release, "palette.npy").unlink()
     assert "palette.npy does not exist" in refusal(release, NotFound)
     Path(release, "model.safetensors").unlink()
-    assert "model.safetensors does not exist" in refusal(release, NotFound)
+    assert "model.safetensors is missing" in refusal(release)
 
 
 def test_another_palette_next_to_the_weights_is_an_error(release: str, palette: Palette) -> None:
