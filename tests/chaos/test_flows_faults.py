@@ -52,7 +52,7 @@ def test_a_preparation_through_faults_ends_with_the_same_shards(
 
 @pytest.mark.ray
 def test_a_preparation_whose_workers_are_killed_ends_with_the_same_shards(
-    prepared: str, digit_images: str, tmp_path: Path
+    cluster: str, prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """SIGKILL of every actor at work, twice, while the driver lives: Ray starts others, which find half of the work."""
     settings = PrepareConfig(
