@@ -8,7 +8,6 @@
 import csv
 import io
 import json
-import logging
 import tempfile
 import time
 from dataclasses import asdict
@@ -27,9 +26,8 @@ from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
+from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
-
-log = logging.getLogger(__name__)
 
 NETWORK, UNTRAINED, PIXELS = "network", "untrained", "raw_pixels"
 Report = dict[str, Any]
@@ -108,10 +106,11 @@ def _extract(settings: ProbeConfig) -> dict[str, str]:
 def _run(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict[Any, Any]:
     results = {}
     arguments = {"settings": settings, "roots": roots}
+    progress = Progress("probe", len(tasks), "fits")
     for task, result in zip(tasks, actor_map(tasks, Prober, arguments, settings.pool), strict=True):
         results[task] = result
-        if isinstance(result, Choice):
-            log.info("%s %s: %.1f %% accuracy on held-out images", task.source, task.layers, 100 * result.validation)
+        chosen = isinstance(result, Choice)
+        progress.add(1, f"{task.source} {task.layers}: {result.validation:.1%} held out" if chosen else "")
     return results
 
 
