@@ -10,6 +10,7 @@ usual for ImageNet. Bytes after the end of the image are ignored.
 """
 
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from igpt_ray.errors import ImageError
 
@@ -88,6 +89,8 @@ def _named_damage(format: str) -> Iterator[None]:
         yield
     except (ImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its text has the address of an object
+        raise ImageError(f"damaged {format}: PIL cannot identify it") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"damaged {format}: {reason}") from error
@@ -107,9 +110,30 @@ def _rgb(picture: Image.Image) -> RGB:
 # ------------------------------------------------------------------------------------------------ JPEG
 
 
+LOSSLESS = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}
+"""Frame markers of lossless and hierarchical JPEGs (ITU T.81, table B.1). libjpeg-turbo writes out of bounds when it
+decodes a lossless JPEG at a reduced scale."""
+START_OF_SCAN = 0xDA
+MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+"""A marker, but not a restart marker or a stuffed byte of pixel data."""
+
+
 def _jpeg_header(data: bytes) -> Header:
+    for marker, _ in _jpeg_segments(data):
+        if marker in LOSSLESS:
+            raise ImageError("a lossless or hierarchical JPEG is not supported: convert it to PNG")
+        if marker == START_OF_SCAN:
+            break
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     return Header("JPEG", int(width), int(height), "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, offset of the segment's length) up to the end of the image; other bytes in between are skipped."""
+    at = 2
+    while (found := MARKER.search(data, at)) and found[1] != b"\xd9":
+        yield found[1][0], found.end()
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
 def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
@@ -127,13 +151,16 @@ def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
 
 def _check_scans(data: bytes) -> None:
     """Limit the scans: a few kilobytes can hold thousands of empty ones, each of which costs a pass over the image."""
-    at, components = 2, 0
-    while data[at] == 0xFF and data[at + 1] != 0xDA:  # from marker to marker, up to the first scan
-        if data[at + 1] in (0xC0, 0xC1):  # sequential: a scan with all components is the only scan
-            components = data[at + 9]
-        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if data[at + 4] != components and data.count(b"\xff\xda") > MAX_SCANS:
-        raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+    components, n_scans = 0, 0
+    for marker, at in _jpeg_segments(data):
+        if marker in (0xC0, 0xC1):  # sequential: a scan with all components is the only scan
+            components = data[at + 7]
+        elif marker == START_OF_SCAN:
+            n_scans += 1
+            if data[at + 2] == components:
+                return
+            if n_scans > MAX_SCANS:
+                raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
 
 
 # ------------------------------------------------------------------------------------------------ PNG
@@ -184,7 +211,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if end > len(data):
             raise ImageError("damaged PNG: the file is truncated")
-        if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+        if name in PNG_CHUNKS and zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise ImageError(f"damaged PNG: the checksum of its chunk {name!r} is wrong")
         yield name, data[at:end]
         at = end
@@ -206,9 +233,9 @@ def _inflated_size(stream: bytes, limit: int) -> int:
 
 
 def _webp_header(data: bytes) -> Header:
-    if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
-        raise ImageError("damaged WEBP: the file is truncated")
     kind = data[12:16]
+    if len(data) < max(25 if kind == b"VP8L" else 30, 8 + int.from_bytes(data[4:8], "little")):
+        raise ImageError("damaged WEBP: the file is truncated")
     if kind == b"VP8X":
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
     elif kind == b"VP8L":

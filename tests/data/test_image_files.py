@@ -263,6 +263,46 @@ def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
     both_refuse(data[:-2] + last_scan * 300 + b"\xff\xd9", "scans")
 
 
+@pytest.mark.parametrize("stray", [b"", b"\0\0", b"\xff\0", b"\xff\xff"])
+@pytest.mark.parametrize("frame", sorted(image_files.LOSSLESS))
+def test_a_lossless_jpeg_is_an_error_before_a_decoder_runs(smooth: RGB, frame: int, stray: bytes) -> None:
+    """libjpeg-turbo writes out of bounds when it scales one; stray bytes before the marker must not hide it."""
+    start, rest = encoded(smooth, "JPEG").split(b"\xff\xc0", 1)
+    both_refuse(start + stray + bytes([0xFF, frame]) + rest, "lossless or hierarchical JPEG")
+
+
+def test_only_scans_of_the_image_count(smooth: RGB) -> None:
+    """Motion photos append a video; metadata may contain a thumbnail of many scans."""
+    data = encoded(smooth, "JPEG", progressive=True)
+    scans = b"\xff\xda" * 300
+    metadata = b"\xff\xe5" + struct.pack(">H", 2 + len(scans)) + scans
+    for changed in (data + scans, data[:2] + metadata + data[2:]):
+        np.testing.assert_array_equal(image_files.decode(changed), image_files.decode(data))
+        np.testing.assert_array_equal(pixels.centre_view(changed, 32), pixels.centre_view(data, 32))
+
+
+def test_damage_in_chunks_of_a_png_without_pixels_does_not_matter(smooth: RGB) -> None:
+    data = encoded(smooth, "PNG")
+    text = struct.pack(">I", 4) + b"tEXta\0bc" + b"sum?"
+    np.testing.assert_array_equal(image_files.decode(data[:33] + text + data[33:]), smooth)
+
+
+def test_a_webp_of_28_bytes_is_read() -> None:
+    """A black image of 64 x 64 pixels."""
+    data = bytes.fromhex("5249464614000000574542505650384c080000002f3fc00f00888808")
+    assert not image_files.decode(data).any()
+    assert image_files.decode(data).shape == (64, 64, 3)
+
+
+def test_the_reason_is_the_same_every_time() -> None:
+    """The quarantine list of a repeated preparation is equal byte by byte."""
+    header = struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    cut = image_files.PNG_MAGIC + header + struct.pack(">I", zlib.crc32(header[4:]))
+    with pytest.raises(ImageError) as caught:
+        image_files.decode(cut)
+    assert " at 0x" not in str(caught.value)
+
+
 def test_the_format_is_detected_from_the_bytes_and_not_from_the_name(smooth: RGB) -> None:
     """ImageNet's n02105855_2933.JPEG is a PNG."""
     both_refuse(b"<!DOCTYPE html><title>404 Not Found</title>" * 100, "not a JPEG, PNG, WEBP")
