@@ -52,6 +52,7 @@ def decode(data: bytes) -> RGB:
         if header.format == "JPEG":
             # PIL drops libjpeg's warnings: decode a second time at the smallest scale to detect them.
             scaled_jpeg(data, header, 1 if min(header.width, header.height) >= 16 else 8)
+            data = _cleaned_jpeg(data)
         elif header.format == "PNG":
             data = _checked_png(data, header)
         with Image.open(io.BytesIO(data), formats=[header.format]) as picture:
@@ -124,7 +125,7 @@ def _jpeg_header(data: bytes) -> Header:
             raise ImageError("a lossless or hierarchical JPEG is not supported: convert it to PNG")
         if marker == START_OF_SCAN:
             break
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     return Header("JPEG", int(width), int(height), "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
 
 
@@ -139,14 +140,53 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
     """Decode a JPEG at eighths/8 of its size.
 
-    Decoding is strict, because libjpeg only warns when it fills missing data with grey or meets corrupt data.
+    Decoding is strict, because libjpeg only warns when it fills missing data with grey or meets corrupt data. A file
+    with a warning is decoded again without the parts that do not determine pixels.
     """
+    size: dict[str, int] = {}
+    if eighths < 8:
+        size = {"min_height": -(-header.height * eighths // 8), "min_width": -(-header.width * eighths // 8)}
     with _named_damage("JPEG"):
         _check_scans(data)
-        if eighths == 8:
-            return simplejpeg.decode_jpeg(data, header.colours, strict=True)
-        height, width = -(-header.height * eighths // 8), -(-header.width * eighths // 8)
-        return simplejpeg.decode_jpeg(data, header.colours, min_height=height, min_width=width, strict=True)
+        try:
+            return simplejpeg.decode_jpeg(data, header.colours, strict=True, **size)
+        except ValueError:
+            data = _cleaned_jpeg(data)
+        try:
+            return simplejpeg.decode_jpeg(data, header.colours, strict=True, **size)
+        except ValueError as error:
+            if not AFTER_LAST_BLOCK.search(str(error)):
+                raise
+            return simplejpeg.decode_jpeg(data, header.colours, strict=False, **size)
+
+
+AFTER_LAST_BLOCK = re.compile(r"\d+ extraneous bytes before marker 0xd9$")
+"""libjpeg's warning about bytes between the last block of a whole image and the end marker."""
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+ADOBE = 0xEE
+
+
+def _cleaned_jpeg(data: bytes) -> bytes:
+    """The file without stray bytes between segments and without metadata, whose damage does not matter.
+
+    Kept are tables, frames and scans, and the two application segments that determine the colour space: JFIF (replaced
+    by version 1.1) and Adobe's. The spectral parameters of sequential scans, which decoders ignore, are corrected.
+    """
+    parts, sequential, end = [data[:2]], False, 2
+    for marker, at in _jpeg_segments(data):
+        end = at + int.from_bytes(data[at : at + 2], "big")
+        segment = data[at - 2 : end]
+        if marker == 0xE0:
+            segment = JFIF if segment[4:9] == b"JFIF\0" and len(segment) >= len(JFIF) else b""
+        elif 0xE0 <= marker <= 0xFE and marker != ADOBE:
+            segment = b""
+        elif marker == START_OF_SCAN:
+            following = MARKER.search(data, end)
+            pixels = data[end : following.start() if following else len(data)]
+            segment = (segment[:-3] + b"\0\x3f\0" if sequential else segment) + pixels
+        sequential = sequential or marker in (0xC0, 0xC1)
+        parts.append(segment)
+    return b"".join(parts) + (b"\xff\xd9" if MARKER.search(data, end) else b"")
 
 
 def _check_scans(data: bytes) -> None:

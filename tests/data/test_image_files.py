@@ -281,6 +281,49 @@ def test_only_scans_of_the_image_count(smooth: RGB) -> None:
         np.testing.assert_array_equal(pixels.centre_view(changed, 32), pixels.centre_view(data, 32))
 
 
+def _second_revision(data: bytes) -> bytes:
+    return data.replace(b"JFIF\0\1\1", b"JFIF\0\2\1", 1)
+
+
+def _empty_jfif(data: bytes) -> bytes:
+    return data[:2] + b"\xff\xe0\0\2" + data[20:]
+
+
+def _scan_parameters(data: bytes) -> bytes:
+    at = data.index(b"\xff\xda") + 11  # three components
+    return data[:at] + b"\0\0\0" + data[at + 3 :]
+
+
+def _bytes_before_tables(data: bytes) -> bytes:
+    return data.replace(b"\xff\xdb", b"\0\0\xff\xdb", 1)
+
+
+def _bytes_before_the_end(data: bytes) -> bytes:
+    return data[:-2] + bytes(240) + data[-2:]
+
+
+@pytest.mark.parametrize("pipeline", [pixels.FAST, pixels.REFERENCE])
+@pytest.mark.parametrize(
+    "change", [_second_revision, _empty_jfif, _scan_parameters, _bytes_before_tables, _bytes_before_the_end]
+)
+def test_whole_images_with_warnings_of_libjpeg_are_read(
+    smooth: RGB, change: Callable[[bytes], bytes], pipeline: str
+) -> None:
+    """Phones and editors write such files, and every other program reads them."""
+    data = encoded(smooth, "JPEG")
+    changed = change(data)
+    assert changed != data
+    np.testing.assert_array_equal(image_files.decode(changed), image_files.decode(data))
+    np.testing.assert_array_equal(pixels.centre_view(changed, 32, pipeline), pixels.centre_view(data, 32, pipeline))
+
+
+@pytest.mark.parametrize("change", [_second_revision, _bytes_before_tables, _bytes_before_the_end])
+def test_a_harmless_warning_does_not_hide_a_truncation(smooth: RGB, change: Callable[[bytes], bytes]) -> None:
+    data = encoded(smooth, "JPEG")
+    for cut in (data[: len(data) // 2], data[: len(data) // 2] + data[-2:]):
+        both_refuse(change(cut), "damaged JPEG")
+
+
 def test_damage_in_chunks_of_a_png_without_pixels_does_not_matter(smooth: RGB) -> None:
     data = encoded(smooth, "PNG")
     text = struct.pack(">I", 4) + b"tEXta\0bc" + b"sum?"
