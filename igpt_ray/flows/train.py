@@ -7,6 +7,7 @@ start. The training loop is `train/loop.py`. All state is in the run's folder; R
 
 import json
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -94,7 +95,7 @@ def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchT
         # A unique name in a temporary folder, because nothing is reported to Ray Train.
         run_config=ray.train.RunConfig(
             name=f"{settings.run.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=tempfile.gettempdir() + "/igpt_ray-train",
+            storage_path=f"{tempfile.gettempdir()}/igpt_ray-train-{os.getuid()}",
             failure_config=ray.train.FailureConfig(controller_failure_limit=limit),
         ),
     )
