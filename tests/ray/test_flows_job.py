@@ -122,13 +122,18 @@ def test_errors_survive_the_way_between_processes() -> None:
         assert (type(again), str(again)) == (kind, "what to do")
 
 
+def handle_sigint() -> None:
+    """A shell has the programs that it starts in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_stops_what_it_started(ending: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C in the middle of a stage: no Ray, no S3 server, no worker is left."""
     command = [sys.executable, "jobs/demo.py", "--store", "s3", "--out", str(tmp_path / "demo")]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    demo = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    demo = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=handle_sigint)
     assert demo.stderr is not None
     seen = []
     for line in demo.stderr:

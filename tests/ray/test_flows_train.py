@@ -29,6 +29,7 @@ from igpt_ray.model.config import ModelConfig
 from igpt_ray.serve.config import ServeConfig
 from igpt_ray.train import checkpoint, metrics
 from igpt_ray.train.config import DataConfig, OptimConfig, PretrainConfig, RunConfig, WorkersConfig
+from tests.ray.test_flows_job import handle_sigint
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,7 +252,7 @@ def test_an_interrupted_run_saves_first(signum: int, code: int, word: str, prepa
     settings = settings.model_copy(update={"run": run})
     command = [sys.executable, "jobs/pretrain.py", *words_of(settings)]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    program = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=handle_sigint)
     assert program.stderr is not None
     before = list(itertools.takewhile(lambda line: "nats per token" not in line, program.stderr))
     program.send_signal(signum)
