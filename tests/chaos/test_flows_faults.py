@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_preparation_through_faults_ends_with_the_same_shards(
     prepared: str, digit_images: str, rclone_s3: Keyed, aws: Callable[..., None], on_rclone: str
 ) -> None:
@@ -97,6 +98,7 @@ RPC_FAILURES = {
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_preparation_whose_messages_get_lost_ends_with_the_same_shards(
     prepared: str, digit_images: str, tmp_path: Path
 ) -> None:

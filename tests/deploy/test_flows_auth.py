@@ -23,7 +23,7 @@ import yaml
 
 from igpt_ray.flows import local_cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 WORKERS_CALLS = ["CoreWorkerService/GetCoreWorkerStats", "CoreWorkerService/KillActor"]

@@ -81,6 +81,7 @@ def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: 
     assert (protocol["fit_images"], protocol["held_out_images"], protocol["test_images"]) == (120, 24, 40)
 
 
+@pytest.mark.slow
 def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Path) -> None:
     """The memory map filled in another order than the labels."""
     by_lbfgs = probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(1,)))

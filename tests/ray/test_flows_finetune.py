@@ -62,7 +62,7 @@ def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> Fin
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("objective", ["next", "masked"])
+@pytest.mark.parametrize("objective", ["next", pytest.param("masked", marks=pytest.mark.slow)])
 def test_what_comes_out_is_evaluated_probed_and_served(
     cluster: str, tmp_path: Path, palette: Palette, kind: TokenFormat, objective: str
 ) -> None:

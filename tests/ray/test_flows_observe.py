@@ -46,6 +46,7 @@ def names_there() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     cluster: str, prepared: str, released: str, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def both(prepared: str, released: str) -> dict[str, Any]:
     return {"release": released, "tokens": storage.join(prepared, "tokens")}
 
 
+@pytest.mark.slow
 def test_the_report_computes_only_missing_parts(both: dict[str, Any], tmp_path: Path) -> None:
     """The page has the figures of its parts; a part that is missing, damaged or of other settings is recomputed."""
     settings = ReportConfig(**both, out=str(tmp_path), images=2, n=2, low_data=(2, 400))
@@ -54,6 +55,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_part(both: dict[str, An
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_audit_s_figures_equal_a_direct_computation(
     both: dict[str, Any], digit_images: str, tmp_path: Path
 ) -> None:

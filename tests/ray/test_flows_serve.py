@@ -242,6 +242,7 @@ def test_the_check_finds_wrong_values_too() -> None:
             check.check_config(said, "it")
 
 
+@pytest.mark.slow
 def test_the_cluster_s_file_deploys(cluster: str, release: str, keys: str) -> None:
     """With a release and keys that are here, and no GPU: what Ray makes of the file, autoscaling included."""
     import ray.serve

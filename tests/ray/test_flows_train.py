@@ -95,6 +95,7 @@ def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str
     assert alone == pytest.approx(together, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tmp_path: Path) -> None:
     """A likelihood, a completion or a server from a network that has none; a probe of unmasked pictures."""
     model = ModelConfig(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
