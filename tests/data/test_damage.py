@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from igpt_ray.data import pixels, sources, token_store
+from igpt_ray.data import pixels, sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
 from igpt_ray.data.loader import SplitCache
 from igpt_ray.data.make_shard import MakeShard, tasks_of
@@ -172,7 +172,7 @@ def test_every_flipped_bit_of_the_manifest_is_detected(tokens: Path) -> None:
     """A bit may change the name of a class, the split of a shard, or its view."""
     path = tokens / "manifest.json"
     whole = path.read_bytes()
-    assert all(token_store.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
+    assert all(artifact.unseal(flip(whole, at, bit)) is None for at in range(len(whole)) for bit in range(8))
     for at in range(0, len(whole), 200):
         path.write_bytes(flip(whole, at, at % 8))
         with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged.*repeat jobs/prepare\.py"):
