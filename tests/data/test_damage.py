@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from igpt_ray import artifact
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.config import PixelsConfig, PrepareConfig, VerifyConfig
 from igpt_ray.data.loader import SplitCache
