@@ -254,10 +254,13 @@ def test_an_interrupted_run_saves_first(signum: int, code: int, word: str, prepa
     command = [sys.executable, "jobs/pretrain.py", *words_of(settings)]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     program = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=handle_sigint)
-    assert program.stderr is not None
-    before = list(itertools.takewhile(lambda line: "nats per token" not in line, program.stderr))
-    program.send_signal(signum)
-    _, after = program.communicate(timeout=120)
+    try:
+        assert program.stderr is not None
+        before = list(itertools.takewhile(lambda line: "nats per token" not in line, program.stderr))
+        program.send_signal(signum)
+        _, after = program.communicate(timeout=120)
+    finally:
+        program.kill()
     assert program.returncode == code, after
     last = after.splitlines()[-1]
     steps = checkpoint.committed_steps(settings.run.uri)
