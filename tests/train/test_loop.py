@@ -316,6 +316,7 @@ def _load(rank: int, n: int, rendezvous: str, settings: str, file: str) -> None:
     state = state_of(built)
     if rank == 0:
         torch.save(state, file)
+    dist.barrier()  # gloo aborts a process whose peer has left during a collective
     dist.destroy_process_group()
 
 
