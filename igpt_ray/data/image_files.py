@@ -155,13 +155,18 @@ def scaled_jpeg(data: bytes, header: Header, eighths: int) -> RGB:
         try:
             return simplejpeg.decode_jpeg(data, header.colours, strict=True, **size)
         except ValueError as error:
-            if not AFTER_LAST_BLOCK.search(str(error)):
+            warning = AFTER_LAST_BLOCK.search(str(error))
+            end = len(data) - 2 - int(warning[1]) if warning else 0
+            if len(data) - 2 - end < MIN_PADDING or len(set(data[end:-2])) != 1:
                 raise
-            return simplejpeg.decode_jpeg(data, header.colours, strict=False, **size)
+            return simplejpeg.decode_jpeg(data[:end] + data[-2:], header.colours, strict=True, **size)
 
 
-AFTER_LAST_BLOCK = re.compile(r"\d+ extraneous bytes before marker 0xd9$")
-"""libjpeg's warning about bytes between the last block of a whole image and the end marker."""
+AFTER_LAST_BLOCK = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
+"""libjpeg's warning about bytes between the last block and the end marker."""
+MIN_PADDING = 16
+"""Least number of equal bytes before the end marker that count as padding. Other bytes there are a sign of damage: a
+flipped bit can make the decoder reach the last block too early."""
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 ADOBE = 0xEE
 

@@ -43,6 +43,9 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
             connect(ray_log)
         report = flow(settings)
         failed = False
+    except KeyboardInterrupt:
+        failed = False
+        raise
     except Exception as error:
         known = user_error(error)
         if known is None:

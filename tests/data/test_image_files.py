@@ -324,6 +324,20 @@ def test_a_harmless_warning_does_not_hide_a_truncation(smooth: RGB, change: Call
         both_refuse(change(cut), "damaged JPEG")
 
 
+def test_damage_that_a_strict_decoder_detects_stays_an_error(smooth: RGB) -> None:
+    """Flipped bits often end the decoding early; the bytes that remain are not padding."""
+    data = encoded(smooth, "JPEG")
+    start, detected = data.index(b"\xff\xda") + 14, 0
+    for at in range(start, len(data) - 2, 3):
+        damaged = data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+        try:
+            simplejpeg.decode_jpeg(damaged, strict=True)
+        except ValueError:
+            detected += 1
+            both_refuse(damaged, "damaged JPEG")
+    assert detected > 10
+
+
 def test_damage_in_chunks_of_a_png_without_pixels_does_not_matter(smooth: RGB) -> None:
     data = encoded(smooth, "PNG")
     text = struct.pack(">I", 4) + b"tEXta\0bc" + b"sum?"
