@@ -220,7 +220,7 @@ def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
     with run.going() as driver:
         until(lambda: run.committed() >= 50, driver)
         driver.kill()
-    books = list(Path(tempfile.gettempdir(), "igpt_ray-train").glob(f"{run.name}-*"))
+    books = list(Path(tempfile.gettempdir(), f"igpt_ray-train-{os.getuid()}").glob(f"{run.name}-*"))
     assert books
     for folder in books:
         (folder / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
