@@ -7,7 +7,9 @@ from pydantic import AfterValidator, Field
 from igpt_ray import storage
 from igpt_ray.settings import Count, PoolConfig, Section, Uri
 
-Layout = Literal["folders", "kaggle", "tars", "webdataset", "parquet"]
+Layout = Literal[
+    "folders", "classes", "flat", "kaggle", "tiny-imagenet", "cifar", "tars", "class-tars", "webdataset", "parquet"
+]
 
 OPENAI_PALETTE = "openai"
 """The value that selects OpenAI's own palette instead of a URI. A file of that name is `./openai`."""
@@ -18,6 +20,18 @@ def _palette(uri: str) -> str:
 
 
 PaletteUri = Annotated[str, AfterValidator(_palette)]
+
+
+def _columns(words: tuple[str, ...]) -> tuple[str, ...]:
+    for word in words:
+        role, _, name = word.partition("=")
+        if role not in ("image", "label") or not name:
+            raise ValueError(f"{word!r} is not image=NAME or label=NAME, such as: --columns image=img label=fine_label")
+    return words
+
+
+Columns = Annotated[tuple[str, ...], AfterValidator(_columns)]
+"""Names of Parquet columns, such as image=img and label=fine_label."""
 
 
 class PixelsConfig(Section):
@@ -39,7 +53,9 @@ class PaletteConfig(Section):
     source: Uri
     """URI of images in one of the layouts listed under layout."""
     layout: Layout | None = None
-    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: detected."""
+    """Structure of the source, see docs/data.md; None: detected."""
+    columns: Columns = ()
+    """Columns of Parquet files with unusual names, as image=NAME and label=NAME."""
     out: Uri
     """URI of the palette to write (.npy). A .json next to it records its origin, and a .png shows its colours."""
     k: Annotated[int, Field(ge=2, le=65536)] = 512
@@ -60,7 +76,9 @@ class PrepareConfig(Section):
     source: Uri
     """URI of images in one of the layouts listed under layout."""
     layout: Layout | None = None
-    """Class folders, Kaggle's ImageNet, the original tars, WebDataset or Hugging Face's Parquet; None: detected."""
+    """Structure of the source, see docs/data.md; None: detected."""
+    columns: Columns = ()
+    """Columns of Parquet files with unusual names, as image=NAME and label=NAME."""
     palette: PaletteUri
     """URI of the palette (.npy), or openai for OpenAI's own 512 colours."""
     tokens: Uri
@@ -72,7 +90,11 @@ class PrepareConfig(Section):
     shard_images: Count = 10_000
     """Images per shard."""
     budget: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Largest share of unreadable images. They go to quarantine; above this share the job fails."""
+    """Largest share of unreadable images. They go to quarantine; above this share the job fails. A single unreadable
+    image is allowed in any set, unless the budget is 0."""
+    dry_run: bool = False
+    """Only print the plan: layout, splits, classes, numbers of images, examples, and what is passed over. No image is
+    decoded, and nothing is written."""
     pixels: PixelsConfig = PixelsConfig()
     pool: PoolConfig = PoolConfig()
 

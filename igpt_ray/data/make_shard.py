@@ -1,6 +1,7 @@
 """One task of preparation: a work unit and a view -> one shard of tokens, or two if a part is held out."""
 
 import hashlib
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +110,7 @@ class MakeShard:
         """The shard of each split, computed from the images that pass `key_filter`, or from all. Writes nothing."""
         builders = {split: _ShardBuilder(self.palette, self.kind) for split in splits_of(task.unit, self.holdout)}
         training = task.unit.split == TRAIN
-        for image in sources.read(task.unit, key_filter):
+        for image in sources.read(task.unit, key_filter, builders[task.unit.split].passed_over):
             split = HOLDOUT if HOLDOUT in builders and held_out(image.key, self.holdout) else task.unit.split
             if isinstance(image, UnreadableImage):
                 builders[split].quarantine(image.key, image.reason)
@@ -180,6 +181,7 @@ class _ShardBuilder:
         self.labels: list[int] = []
         self.quarantined: list[Quarantined] = []
         self.source_bytes = self.squared_error = 0
+        self.passed_over: Counter[str] = Counter()
         self._views: list[RGB] = []
         self._tokens = [np.empty((0, kind.n_positions), np.uint16)]
 
@@ -201,6 +203,7 @@ class _ShardBuilder:
             quarantined=len(self.quarantined),
             source_bytes=self.source_bytes,
             squared_error=self.squared_error,
+            passed_over=dict(sorted(self.passed_over.items())),
         )
         metadata = {**metadata, "statistics": statistics.model_dump()}
         tokens = np.concatenate(self._tokens)

@@ -32,7 +32,7 @@ def fit_palette(settings: PaletteConfig, mapper: Mapper) -> dict[str, Any]:
     Raises `SourceError` if the source has no training images.
     """
     started = time.perf_counter()
-    plan = sources.plan(settings.source, PALETTE_UNIT, settings.layout)
+    plan = sources.plan(settings.source, PALETTE_UNIT, settings.layout, settings.columns)
     units = [unit for unit in plan.units if unit.split == TRAIN]
     total = sum(unit.images for unit in units)  # estimated for archives, so the sample size is approximate as well
     if total == 0:

@@ -7,15 +7,18 @@ import json
 import logging
 import math
 import time
+from collections import Counter, defaultdict
+from itertools import islice
 from typing import Any
 
 from igpt_ray import storage
 from igpt_ray.data import pixels as images
 from igpt_ray.data import sources, token_store
 from igpt_ray.data.config import OPENAI_PALETTE, PrepareConfig
-from igpt_ray.data.make_shard import MakeShard, Task, path_of, splits_of, tasks_of
+from igpt_ray.data.make_shard import HOLDOUT, MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.palette import Palette, sidecar
+from igpt_ray.data.sources.units import TRAIN, UNLABELLED
 from igpt_ray.data.token_format import TokenFormat
 from igpt_ray.data.token_store import Manifest, Quarantined, Shard, TokenStore
 from igpt_ray.errors import NotFound, PaletteError, SourceError, TokenStoreError
@@ -35,7 +38,9 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     pipeline = images.PIPELINES[settings.pixels.pipeline]
     palette = _load_palette(settings.palette, pipeline)
     kind = TokenFormat(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
-    plan = sources.plan(settings.source, settings.shard_images, settings.layout)
+    plan = sources.plan(settings.source, settings.shard_images, settings.layout, settings.columns)
+    if settings.dry_run:
+        return describe(plan)
     tasks = tasks_of(plan, settings.views)
     arguments = {
         "root": settings.tokens,
@@ -55,6 +60,7 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
         progress.add(result.n_planned, f"{len(quarantined)} quarantined", result.reused)
     shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
     n_images = sum(shard.rows for shard in shards)
+    passed_over = _check_counts(plan, shards)
     _check_budget(quarantined, n_images + len(quarantined), settings)
     manifest = Manifest(
         format=token_store.FORMAT, kind=kind, classes=list(plan.classes), shards=shards, made_by=provenance(settings)
@@ -73,10 +79,63 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in shards),
         "psnr_db": _psnr_db(shards, kind),
         "quarantined": len(quarantined),
+        "passed_over": passed_over,
         "images_per_second": round(n_images / seconds, 1),
         "mb_per_second": round(source_bytes / seconds / 1e6, 1),
         "seconds": round(seconds, 2),
     }
+
+
+EXAMPLES = 3
+"""Images of each split that a dry run names."""
+
+
+def describe(plan: sources.Plan) -> dict[str, Any]:
+    """What a dry run prints. Reads, but does not decode, the first images of each split."""
+    splits: dict[str, dict[str, Any]] = {}
+    for unit in plan.units:
+        split = splits.setdefault(unit.split, {"images": 0, "units": 0, "examples": []})
+        split["images"] += unit.images
+        split["units"] += 1
+        if split["units"] == 1:
+            for image in islice(sources.read(unit), EXAMPLES):
+                label = image.label if isinstance(image, sources.Image) else UNLABELLED
+                name = plan.classes[label] if label != UNLABELLED else None
+                reason = {"unreadable": image.reason} if isinstance(image, sources.UnreadableImage) else {}
+                split["examples"].append({"key": image.key, "class": name, **reason})
+    return {
+        "dry_run": True,
+        "layout": plan.layout,
+        "classes": len(plan.classes),
+        "first_classes": list(plan.classes[:10]),
+        "splits": splits,
+        "passed_over": dict(plan.passed_over),
+    }
+
+
+def _check_counts(plan: sources.Plan, shards: list[Shard]) -> dict[str, int]:
+    """Files and members that were passed over, by kind; each view of a unit counts them, so one view is taken.
+
+    Raises `SourceError` if a view lacks images of another one.
+    """
+    totals: dict[tuple[str, int], int] = defaultdict(int)
+    passed_over = Counter(plan.passed_over)
+    for shard in shards:
+        split = TRAIN if shard.split == HOLDOUT else shard.split
+        totals[split, shard.view] += shard.rows + shard.statistics.quarantined
+        if shard.view == 0:
+            passed_over.update(shard.statistics.passed_over)
+    for (split, view), total in totals.items():
+        if total != totals[split, 0]:
+            raise SourceError(f"view {view} of {split} has {total} images, but view 0 has {totals[split, 0]}")
+    counts = ", ".join(f"{n} {kind}" for kind, n in passed_over.most_common(8)) or "none"
+    quarantined = sum(shard.statistics.quarantined for shard in shards if shard.view == 0)
+    listed = sum(total for (_, view), total in totals.items() if view == 0)
+    log.info(
+        "listed %d = %d read + %d quarantined + %d passed over (%s)",
+        *(listed + passed_over.total(), listed - quarantined, quarantined, passed_over.total(), counts),
+    )
+    return dict(passed_over)
 
 
 def _load_palette(uri: str, pipeline: str) -> Palette:
@@ -139,7 +198,7 @@ def _psnr_db(shards: list[Shard], kind: TokenFormat) -> float | None:
 
 
 def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: PrepareConfig) -> None:
-    if len(quarantined) > settings.budget * n_images:
+    if len(quarantined) > max(settings.budget * n_images, min(1, math.ceil(settings.budget))):
         split, first = quarantined[0]
         raise SourceError(
             f"{len(quarantined)} of {n_images} images cannot be read, more than the budget of"

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from igpt_ray import artifact, storage
 from igpt_ray.data import pixels
@@ -44,6 +44,8 @@ class Statistics(Strict):
     """Encoded bytes of the readable images."""
     squared_error: int
     """Squared quantisation error in 8-bit units, summed over pixels and channels."""
+    passed_over: dict[str, int] = Field(default_factory=dict)
+    """Number of members of the unit's archive that are no images, by kind."""
 
 
 class Shard(Strict):

@@ -15,6 +15,7 @@ from igpt_ray.data import sources
 from igpt_ray.data.config import PrepareConfig, VerifyConfig
 from igpt_ray.data.make_shard import MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.data.mapper import Mapper
+from igpt_ray.data.sources.units import UNLABELLED
 from igpt_ray.data.token_store import Shard, TokenStore, evenly, metadata, parse, tokens_of
 from igpt_ray.errors import StorageError, TokenStoreError
 from igpt_ray.progress import Progress
@@ -83,7 +84,7 @@ class CheckShard:
             problems.append(f"tokens are {tokens.shape}, expected {(shard.rows, manifest.kind.n_positions)}")
         if tokens.size and tokens.max() >= manifest.kind.n_vocab:
             problems.append(f"token {tokens.max()} in a palette of {manifest.kind.n_vocab}")
-        if labels.size and not 0 <= labels.min() <= labels.max() < len(manifest.classes):
+        if labels.size and not UNLABELLED <= labels.min() <= labels.max() < len(manifest.classes):
             problems.append(f"labels {labels.min()} to {labels.max()} for {len(manifest.classes)} classes")
         if len(table["key"].unique()) != shard.rows:
             problems.append("a key occurs twice")
@@ -95,7 +96,7 @@ def _check_against_source(store: TokenStore, settings: VerifyConfig, mapper: Map
     if settings.remake == 0:
         return []
     settings_used = PrepareConfig.model_validate(store.manifest.made_by["settings"])
-    plan = sources.plan(settings_used.source, settings_used.shard_images, settings_used.layout)
+    plan = sources.plan(settings_used.source, settings_used.shard_images, settings_used.layout, settings_used.columns)
     tasks = {
         path_of(split, task): task
         for task in tasks_of(plan, settings_used.views)

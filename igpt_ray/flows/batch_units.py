@@ -58,7 +58,7 @@ def plan_batch(settings: BatchConfig) -> BatchPlan:
         owner = "the release" if settings.release else f"the model at {settings.endpoint}"
         weights.check_kind(kind, store.kind, settings.tokens, owner)
         return BatchPlan(kind, sha256, store.manifest.select(settings.split))
-    plan = sources.plan(settings.source, settings.unit_images, settings.layout)
+    plan = sources.plan(settings.source, settings.unit_images, settings.layout, settings.columns)
     units = [unit for unit in plan.units if unit.split == settings.split]
     if not units:
         splits = ", ".join(sorted({unit.split for unit in plan.units}))

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from igpt_ray.data.config import Layout
+from igpt_ray.data.config import Columns, Layout
 from igpt_ray.settings import Count, OptionalUri, PoolConfig, Section, Uri
 
 
@@ -23,6 +23,8 @@ class BatchConfig(Section):
     """URI of a folder or bucket of images instead of tokens, in any layout that `igpt prepare` reads."""
     layout: Layout | None = None
     """Layout of the images; None detects it."""
+    columns: Columns = ()
+    """Columns of Parquet files with unusual names, as image=NAME and label=NAME."""
     split: str = "test"
     """Split to read."""
     unit_images: Count = 1000

@@ -1,10 +1,14 @@
-"""ImageNet's original archives, read by range requests without unpacking.
+"""ImageNet's archives, read by range requests without unpacking; and archives of one class each.
+
+tars: the original archives
 
     ILSVRC2012_img_train.tar    a tar of one tar per class, <wnid>.tar: each is a unit
     ILSVRC2012_img_val.tar      flat; a text file next to it has one label per line, in the order of the names
     ILSVRC2012_img_test*.tar    flat, unlabelled
 
-Planning reads only the tar headers.
+class-tars: <class>.tar or <split>/<class>.tar, a tar of images per class, as in the unpacked training archive
+
+Planning reads only the tar headers; of class-tars it reads only the listing.
 """
 
 import re
@@ -14,7 +18,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from igpt_ray import storage
-from igpt_ray.data.sources.ranges import Window
+from igpt_ray.data.sources.listing import TARS, Listing, count_others, is_image, kind_of
+from igpt_ray.data.sources.ranges import Window, archive_window
 from igpt_ray.data.sources.tars import Member, RejectedMember, members
 from igpt_ray.data.sources.units import (
     MAX_BYTES,
@@ -25,7 +30,9 @@ from igpt_ray.data.sources.units import (
     DraftUnit,
     Image,
     KeyFilter,
+    PassedOver,
     Plan,
+    Reading,
     UnreadableImage,
     batched,
     key_of,
@@ -56,13 +63,29 @@ class ClassTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.size, self.wnid, self.label
 
-    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Reading:
         try:
             with Window(self.uri, self.total) as window:
                 inner = members(window, self.start, self.start + self.size)
-                yield from _images(window, inner, lambda name: self.label, key_filter)
+                return (yield from _images(window, inner, lambda name: self.label, key_filter))
         except SourceError as error:
             raise SourceError(f"class {self.wnid}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class WholeClassTar:
+    """The images of one class in an archive of their own, which may be compressed."""
+
+    uri: str
+    size: int
+    label: int
+
+    def identity(self) -> object:
+        return storage.name(self.uri), self.size, self.label
+
+    def read(self, key_filter: KeyFilter | None) -> Reading:
+        with archive_window(self.uri, self.size) as window:
+            return (yield from _images(window, members(window), lambda name: self.label, key_filter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +101,27 @@ class FlatTar:
     def identity(self) -> object:
         return storage.name(self.uri), self.total, self.start, self.names, self.labels
 
-    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]:
+    def read(self, key_filter: KeyFilter | None) -> Reading:
         label_of = dict(zip(self.names, self.labels, strict=True))
         with Window(self.uri, self.total) as window:
             entries = islice(members(window, self.start), len(self.names))
             yield from _images(window, entries, label_of.get, key_filter)
+        return len(self.names)
 
 
-def plan_tars(source: str, images_per_unit: int) -> Plan:
+def plan_tars(listing: Listing, images_per_unit: int) -> Plan:
     """Raises `SourceError` if an archive is truncated, a class is empty, or labels and images do not match."""
-    entries = list(storage.walk(source))
-    tars = [entry for entry in entries if entry.uri.lower().endswith(".tar")]
+    tars = listing.entries(".tar")
     if not tars:
-        raise SourceError(f"{source} holds no tar archives: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar")
-    nested = {entry: _class_tars(entry) for entry in tars if split_of(storage.name(entry.uri)) == TRAIN}
+        raise SourceError(
+            f"{listing.source} holds no tar archives: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"
+        )
+    others = count_others(listing.files, lambda path: path.lower().endswith((".tar", ".txt")))
+    nested = {entry: _class_tars(entry, others) for entry in tars if split_of(storage.name(entry.uri)) == TRAIN}
     flat = {entry: _flat(entry) for entry in tars if entry not in nested}
-    wnid_of = {entry: _labels(entry.uri, images, entries) for entry, images in flat.items()}
+    wnid_of = {entry: _labels(entry.uri, images, listing.entries(".txt")) for entry, images in flat.items()}
     wnids = [storage.name(member.name)[:-4] for inner in nested.values() for member in inner]
-    if len(wnids) > len(set(wnids)):
-        wnid = Counter(wnids).most_common(1)[0][0]
-        raise SourceError(f"{source} holds the class {wnid} twice: keep only one archive of training images")
+    _check_unique(wnids, listing.source)
     classes = tuple(sorted(set(wnids).union(*(labels.values() for labels in wnid_of.values()))))
     index = {wnid: i for i, wnid in enumerate(classes)}
     drafts: list[DraftUnit] = []
@@ -106,14 +130,48 @@ def plan_tars(source: str, images_per_unit: int) -> Plan:
     for entry, images in flat.items():
         labels = {name: index[wnid] for name, wnid in wnid_of[entry].items()}
         drafts += _cut(entry, images, labels, images_per_unit)
-    return Plan(classes, numbered(drafts))
+    return Plan(classes, numbered(drafts), others)
 
 
-def _class_tars(entry: storage.Entry) -> list[Member]:
-    """The inner archives, sorted by class."""
+def plan_class_tars(listing: Listing, images_per_unit: int) -> Plan:
+    """Raises `SourceError` if there are no archives, or if a split has a class twice."""
+    tars = [entry for entry in listing.entries(TARS) if not storage.name(entry.uri).startswith("._")]
+    if not tars:
+        raise SourceError(f"{listing.source} holds no tar archives: expected one per class, <class>.tar")
+    named = [(split_of(f"{path.rpartition('/')[0]}/"), class_of_tar(path)) for path in map(listing.path, tars)]
+    for split in {split for split, _ in named}:
+        _check_unique([name for other, name in named if other == split], listing.source)
+    classes = tuple(sorted({name for _, name in named}))
+    index = {name: i for i, name in enumerate(classes)}
+    drafts = [
+        DraftUnit(split, max(1, round(size / TYPICAL_BYTES)), WholeClassTar(uri, size, index[name]))
+        for (uri, size), (split, name) in zip(tars, named, strict=True)
+    ]
+    return Plan(classes, numbered(drafts), count_others(listing.files, lambda path: path.lower().endswith(TARS)))
+
+
+def class_of_tar(path: str) -> str:
+    """The class that a tar is named after: `train/n01440764.tar.gz` -> n01440764."""
+    suffix = next(suffix for suffix in TARS if path.lower().endswith(suffix))
+    return storage.name(path)[: -len(suffix)]
+
+
+def _check_unique(classes: list[str], source: str) -> None:
+    if len(classes) > len(set(classes)):
+        name = Counter(classes).most_common(1)[0][0]
+        raise SourceError(f"{source} holds the class {name} twice: keep only one archive of training images")
+
+
+def _class_tars(entry: storage.Entry, others: Counter[str]) -> list[Member]:
+    """The inner archives, sorted by class. AppleDouble members are counted in `others`."""
     inner = []
-    with Window(*entry) as window:
+    with archive_window(*entry) as window:
+        if window.size != entry.size:
+            raise SourceError(f"{entry.uri} is compressed, and its classes cannot be read separately: decompress it")
         for member in members(window):
+            if storage.name(member.name).startswith("._"):
+                others[kind_of(member.name)] += 1
+                continue
             if isinstance(member, RejectedMember) or not member.name.lower().endswith(".tar"):
                 reason = member.reason if isinstance(member, RejectedMember) else "is not a tar archive"
                 raise SourceError(f"{entry.uri}: {member.name!r} {reason}; expected one tar per class, <wnid>.tar")
@@ -132,7 +190,9 @@ def _class_draft(entry: storage.Entry, member: Member, index: dict[str, int]) ->
 
 
 def _flat(entry: storage.Entry) -> list[Member | RejectedMember]:
-    with Window(*entry) as window:
+    with archive_window(*entry) as window:
+        if window.size != entry.size:
+            raise SourceError(f"{entry.uri} is compressed, and parts of it cannot be read separately: decompress it")
         entries = list(islice(members(window), MAX_FLAT + 1))
     if len(entries) > MAX_FLAT:
         raise SourceError(f"{entry.uri} has more than {MAX_FLAT} members: for flat archives use WebDataset shards")
@@ -165,6 +225,7 @@ def _labels(tar: str, images: list[Member | RejectedMember], entries: list[stora
             )
     uri = min(texts, key=lambda text: ("synset" not in text.lower(), text))
     lines = storage.read(uri).decode("utf-8", "backslashreplace").split()
+    images = [member for member in images if is_image(member.name)]
     names = sorted({member.name for member in images})
     if not len(lines) == len(names) == len(images):
         raise SourceError(
@@ -196,8 +257,10 @@ def _images(
     entries: Iterator[Member | RejectedMember],
     label_of: Callable[[str], int | None],
     key_filter: KeyFilter | None,
-) -> Iterator[Image | UnreadableImage]:
+) -> Reading:
+    n = 0
     for member in entries:
+        n += 1
         if isinstance(member, RejectedMember):
             yield UnreadableImage(member.name, member.reason)
             continue
@@ -206,9 +269,12 @@ def _images(
             raise SourceError(f"{window.uri} has changed since it was planned: the plan does not list {member.name!r}")
         if key_filter is not None and not key_filter(key):
             continue
-        if member.name.lower().endswith(".tar"):
+        if not is_image(member.name) and not member.name.lower().endswith(".tar"):
+            yield PassedOver(member.name, kind_of(member.name))
+        elif member.name.lower().endswith(".tar"):
             yield UnreadableImage(key, "is a tar archive inside the archive of its class")
         elif member.size > MAX_BYTES:
             yield UnreadableImage(key, f"has {member.size} bytes, more than {MAX_BYTES}")
         else:
             yield Image(key, label, window.read_all(member.start, member.size))
+    return n

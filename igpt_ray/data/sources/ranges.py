@@ -1,12 +1,19 @@
 """Read-ahead that hides the latency of an object store, for many small files and for range requests on a large one."""
 
+import bz2
+import gzip
 import io
+import lzma
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import pyarrow as pa
 
 from igpt_ray import storage
+from igpt_ray.data.sources.listing import LFS_POINTER
 from igpt_ray.errors import SourceError
 
 FIRST = 256 << 10
@@ -79,6 +86,9 @@ class Window:
             raise SourceError(f"{self.uri} has changed since it was listed: it ends before byte {start + length}")
         return data
 
+    def finish(self) -> None:
+        """Called at the end mark of an archive. A decompressed file is read to its end, where its checksum is."""
+
     def _move(self, start: int) -> None:
         """Load the block that contains `start`."""
         block_end = self._start + len(self._block)
@@ -125,6 +135,63 @@ class RangeFile(io.RawIOBase):
         data = self._fetch(self.position, length) if length else b""
         self.position += len(data)
         return data
+
+    def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class DecompressedWindow(Window):
+    """Forward reads of the decompressed content of a file. Memory is one block of at most `LARGEST` bytes.
+
+    The decompressed size is not known in advance: `size` is larger than any file, and reads end at the end of the file.
+    """
+
+    def __init__(self, uri: str, size: int, stream: BinaryIO):
+        super().__init__(uri, 1 << 62)
+        self._stream = stream
+        self._start = 0
+
+    def finish(self) -> None:
+        while self._block:
+            self._move(self._start + len(self._block))
+
+    def _move(self, start: int) -> None:
+        try:
+            position = self._start + len(self._block)
+            if start < position:
+                raise SourceError(f"{self.uri} is compressed and can only be read from its beginning")
+            while position < start and (skipped := self._stream.read(min(start - position, FIRST))):
+                position += len(skipped)
+            self._start, self._block = start, self._stream.read(FIRST) if position == start else b""
+        except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            raise SourceError(f"{self.uri} is damaged or cut: {error or type(error).__name__}") from error
+
+
+def _zstd(file: io.RawIOBase) -> BinaryIO:
+    return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+
+COMPRESSED: dict[bytes, Callable[[io.RawIOBase], BinaryIO]] = {
+    b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=io.BufferedReader(file, FIRST)),
+    b"BZh": lambda file: bz2.BZ2File(io.BufferedReader(file, FIRST)),
+    b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(io.BufferedReader(file, FIRST)),  # noqa: SIM115
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+"""Decompressors by the first bytes of a file."""
+
+
+def archive_window(uri: str, size: int) -> Window:
+    """A window on an archive, decompressed if its first bytes are those of gzip, bzip2, xz or Zstandard."""
+    window = Window(uri, size)
+    start = window.read(0, 6)
+    for magic, opened in COMPRESSED.items():
+        if start.startswith(magic):
+            return DecompressedWindow(uri, size, opened(RangeFile(uri, size)))
+    if start.startswith(LFS_POINTER[:6]) and window.read(0, len(LFS_POINTER)) == LFS_POINTER:
+        raise SourceError(f"{uri} is a Git LFS pointer instead of the file: run `git lfs pull`")
+    return window
 
 
 T = TypeVar("T")

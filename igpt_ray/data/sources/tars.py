@@ -72,6 +72,7 @@ def members(window: Window, start: int = 0, end: int | None = None) -> Iterator[
         if step.member is not None:
             yield step.member
         offset = _next_header(window, step.next_offset, end) if step.lost else step.next_offset
+    window.finish()
 
 
 def _step(window: Window, first: int, end: int) -> _Step | None:
@@ -135,12 +136,13 @@ def _too_large(size: int, left: int) -> str:
 
 def _next_header(window: Window, at: int, end: int) -> int | None:
     """Offset of the next header; None at the end mark. Raises `SourceError` if the end mark is missing."""
-    while at + BLOCK <= end:
-        block = window.read(at, BLOCK)
+    zeros = 0
+    while at + BLOCK <= end and len(block := window.read(at, BLOCK)) == BLOCK:
         if block[257:262] == b"ustar" and _parse(block) is not None:
             return at
+        zeros = 0 if any(block) else zeros + 1
         at += BLOCK
-    if end < 2 * BLOCK or any(window.read(end - 2 * BLOCK, 2 * BLOCK)):
+    if zeros < 2:
         raise SourceError(f"{window.uri} is cut: a tar archive in it has no end mark at byte {end}")
     return None
 

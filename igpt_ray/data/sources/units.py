@@ -2,22 +2,29 @@
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol, TypeVar
 
 from igpt_ray import storage
+from igpt_ray.data.config import Layout
+from igpt_ray.data.sources.listing import escaped
 from igpt_ray.errors import NotFound, SourceError
 
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = SPLITS
-SPELLINGS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+SPELLINGS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), VAL),
+    **dict.fromkeys(("test", "testing"), TEST),
+}
+"""The usual names of splits, in lower case."""
 SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPELLINGS)})(?![a-z])")
 
 UNLABELLED = -1
-"""The label of a test image of unknown class, as in Hugging Face's data sets."""
+"""The label of an image of unknown class, as in Hugging Face's data sets. Jobs that need labels refuse such images."""
 
 MAX_BYTES = 128 << 20
 """Largest encoded image. Larger files are quarantined without being fetched in full."""
@@ -45,6 +52,17 @@ class UnreadableImage(NamedTuple):
     reason: str
 
 
+class PassedOver(NamedTuple):
+    """A member of an archive that is no image and no label."""
+
+    name: str
+    kind: str
+    """See `listing.kind_of`."""
+
+
+Reading = Generator[Image | UnreadableImage | PassedOver, None, int]
+"""What a unit holds. The return value is the number of entries that the unit lists, for comparison."""
+
 KeyFilter = Callable[[str], bool]
 """Returns whether the image with this key is to be read."""
 
@@ -55,7 +73,7 @@ class Content(Protocol):
     def identity(self) -> object:
         """Everything that determines the images, without what changes when the source is copied elsewhere."""
 
-    def read(self, key_filter: KeyFilter | None) -> Iterator[Image | UnreadableImage]: ...
+    def read(self, key_filter: KeyFilter | None) -> Reading: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +100,12 @@ class WorkUnit:
 @dataclass(frozen=True)
 class Plan:
     classes: tuple[str, ...]
+    """Names in the order of the labels; empty if the source has no labels."""
     units: tuple[WorkUnit, ...]
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Number of listed files that are no images, by kind (see `listing.kind_of`)."""
+    layout: Layout | None = None
+    """The layout that was given or detected."""
 
 
 class DraftUnit(NamedTuple):
@@ -106,11 +129,11 @@ def numbered(drafts: Iterable[DraftUnit]) -> tuple[WorkUnit, ...]:
 
 
 def whole_files(
-    source: str, entries: Iterable[storage.Entry], bytes_per_image: float, content: Callable[[str, int, str], Content]
+    root: str, entries: Iterable[storage.Entry], bytes_per_image: float, content: Callable[[str, int, str], Content]
 ) -> Iterator[DraftUnit]:
     """Each file is one unit, `content(path, size, split)`. Its number of images is estimated from its size."""
     for uri, size in entries:
-        path = storage.relative_to(source, uri)
+        path = storage.relative_to(root, uri)
         split = split_of(path)
         yield DraftUnit(split, max(1, round(size / bytes_per_image)), content(path, size, split))
 
@@ -123,7 +146,7 @@ def key_of(path: str) -> str:
     has the same key and the same random crop in all layouts. The key of any other image is its whole path.
     """
     known = IMAGENET.fullmatch(PurePosixPath(path).stem)
-    return known[1] if known else path
+    return known[1] if known else escaped(path)
 
 
 def split_of(path: str) -> str:
@@ -136,18 +159,23 @@ def split_of(path: str) -> str:
     return TRAIN
 
 
-def label_in(label: int, n_classes: int, split: str, where: str) -> int:
-    """`label` if it is valid; in the test split also `UNLABELLED`. Raises `SourceError` otherwise."""
-    if 0 <= label < n_classes or (split == TEST and label == UNLABELLED):
+def label_in(label: int, n_classes: int, where: str) -> int:
+    """`label` if it is a class or `UNLABELLED`. Raises `SourceError` otherwise."""
+    if 0 <= label < n_classes or label == UNLABELLED:
         return label
+    if n_classes == 0:
+        raise SourceError(
+            f"{where} has label {label}, but the beginning of the source has no labels: add a classes.txt with one name"
+            " per line in the order of the labels"
+        )
     raise SourceError(f"{where} has label {label}: expected 0 to {n_classes - 1} ({n_classes} classes)")
 
 
-def stated_classes(source: str) -> tuple[str, ...] | None:
+def stated_classes(root: str) -> tuple[str, ...] | None:
     """Class names from `classes.txt`, one per line in the order of the labels; None if the file does not exist."""
-    uri = storage.join(source, "classes.txt")
+    uri = storage.join(root, "classes.txt")
     try:
-        names = tuple(line.strip() for line in storage.read(uri).decode().strip().splitlines())
+        names = tuple(line.strip() for line in storage.read(uri).decode("utf-8-sig").strip().splitlines())
     except NotFound:
         return None
     except UnicodeDecodeError as error:
@@ -172,11 +200,14 @@ def observe(seen: dict[int, str], label: int | None, key: str) -> None:
 
 
 def observed_classes(seen: dict[int, str]) -> tuple[str, ...]:
-    """Class names from one key per label: the WordNet id in an ImageNet key, otherwise the label's number."""
-    if not seen or min(seen) < 0 or max(seen) >= MAX_CLASSES:
-        raise SourceError(
-            f"labels run from {min(seen, default=None)} to {max(seen, default=None)}: expected 0 to {MAX_CLASSES - 1}"
-        )
+    """Class names from one key per label: the WordNet id in an ImageNet key, otherwise the label's number.
+
+    Empty if no label was seen.
+    """
+    if not seen:
+        return ()
+    if min(seen) < 0 or max(seen) >= MAX_CLASSES:
+        raise SourceError(f"labels run from {min(seen)} to {max(seen)}: expected 0 to {MAX_CLASSES - 1}")
     matches = {label: WNID.match(key) for label, key in seen.items()}
     names = [match[1] if (match := matches.get(label)) else str(label) for label in range(max(seen) + 1)]
     return tuple(names)
