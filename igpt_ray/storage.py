@@ -6,9 +6,11 @@ several concurrent writers exactly one succeeds. Failures are `StorageError` wit
 """
 
 import errno
+import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from urllib.parse import unquote
 
 from igpt_ray import object_store
 from igpt_ray.errors import NotFound, StorageError
+
+log = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "igpt_ray"
 """A node's folder for files that can always be computed or downloaded again: colour tables, token caches."""
@@ -238,7 +242,8 @@ def _sync(path: Path) -> None:
 def _walk_local(uri: str) -> Iterator[Entry]:
     """Depth first. A folder sorts as its name with a slash, so the order equals that of a bucket's keys.
 
-    Files that are removed meanwhile are skipped; a dangling link is an error.
+    Files that are removed meanwhile are skipped; a dangling link is an error. FIFOs, sockets and devices are passed
+    over with a warning, because reading one may never end.
     """
     try:
         entries = [e for e in os.scandir(uri) if not e.name.startswith(".")]
@@ -249,12 +254,15 @@ def _walk_local(uri: str) -> Iterator[Entry]:
             yield from _walk_local(entry.path)
             continue
         try:
-            size = entry.stat().st_size
-        except FileNotFoundError:
+            status = entry.stat()
+        except FileNotFoundError as error:
             if entry.is_symlink():
-                raise
+                raise NotFound(f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist") from error
             continue
-        yield Entry(entry.path, size)
+        if stat.S_ISREG(status.st_mode):
+            yield Entry(entry.path, status.st_size)
+        else:
+            log.warning("%s is passed over: it is a FIFO, a socket or a device", entry.path)
 
 
 @contextmanager

@@ -88,25 +88,52 @@ def test_a_committed_store_is_never_overwritten_by_another(prepared: str, digit_
     assert {path: path.read_bytes() for path in tokens.rglob("*") if path.is_file()} == before
 
 
-def test_a_text_file_among_the_images_is_named_and_quarantined(
+def test_a_damaged_image_is_named_and_quarantined_and_a_file_of_another_kind_is_passed_over(
     prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """Over the budget the job fails and leaves nothing that a repeat trips over; within it the rest goes through."""
     source = tmp_path / "images"
     shutil.copytree(digit_images, source)
+    (source / "train/3/notes").write_text("not a picture")
     (source / "train/3/notes.txt").write_text("not a picture")
     (source / "train/3/cut.png").write_bytes(next((source / "train/3").glob("*.png")).read_bytes()[:90])
     settings = settings_for(str(source), prepared, tmp_path / "tokens", shard_images=50)
     with pytest.raises(SourceError, match=r"2 of 162 images cannot be read.*3/cut\.png.*--budget"):
         prepare.prepare(settings, serial_map)
     report = prepare.prepare(settings.model_copy(update={"budget": 0.02}), serial_map)
-    assert (report["images"], report["quarantined"]) == (160, 2)
+    assert (report["images"], report["quarantined"], report["passed_over"]) == (160, 2, {".txt": 1})
     listed = "".join(path.read_text() for path in (tmp_path / "tokens/quarantine").iterdir())
-    assert "notes.txt" in listed
+    assert "3/notes" in listed
+    assert "notes.txt" not in listed
     assert "starts with b'not a pictur'" in listed
     manifest = TokenStore.open(str(tmp_path / "tokens")).manifest
     left_out = {split: sum(s.statistics.quarantined for s in manifest.select(split)) for split in manifest.splits}
     assert left_out == {"test": 0, "train": 2}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    shutil.copytree(digit_images, source)
+    (source / "train/3/notes.txt").write_text("not a picture")
+    plan = prepare.prepare(settings_for(str(source), prepared, tmp_path / "tokens", dry_run=True), serial_map)
+    assert not (tmp_path / "tokens").exists()
+    assert (plan["layout"], plan["classes"], plan["passed_over"]) == ("folders", 10, {".txt": 1})
+    assert plan["splits"]["train"]["images"] == 120
+    first = plan["splits"]["train"]["examples"][0]
+    assert first["key"].startswith("0/")
+    assert first["class"] == "0"
+
+
+def test_one_unreadable_image_is_allowed_in_a_small_set_unless_the_budget_is_zero(
+    prepared: str, digit_images: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "images"
+    shutil.copytree(digit_images, source)
+    (source / "train/3/cut.png").write_bytes(b"\x89PNG\r\n\x1a\ncut")
+    settings = settings_for(str(source), prepared, tmp_path / "tokens")
+    with pytest.raises(SourceError, match=r"1 of 161 images cannot be read.*3/cut\.png"):
+        prepare.prepare(settings.model_copy(update={"budget": 0.0}), serial_map)
+    assert prepare.prepare(settings, serial_map)["quarantined"] == 1
 
 
 def test_a_link_in_a_tar_of_images_is_quarantined(prepared: str, digit_images: str, tmp_path: Path) -> None:

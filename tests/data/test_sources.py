@@ -27,7 +27,7 @@ def everything(plan: sources.Plan) -> dict[str, list[Image]]:
 def test_every_image_is_read_once_with_its_class(place: str) -> None:
     """Labels follow the order of the class names, not of the listing, where `a-b/x` comes before `a/x`."""
     fill(place, "a/x.png", "a/y.png", "a-b/x.png", "b/deep/er/z.png")
-    plan = sources.plan(place, 3)
+    plan = sources.plan(place, 3, "folders")
     assert plan.classes == ("a", "a-b", "b")
     assert everything(plan) == {
         "train": [
@@ -98,11 +98,23 @@ def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ([], "holds no files: expected images in class folders"),
-        (["a/1", "loose.png"], "loose.png is not in a class folder"),
-        (["train/a/1", "train/loose.png"], "train/loose.png is not in a class folder"),
-        (["train/a/1", "extra/b/1", "zoo/b/1"], r"next to the split folders \(extra, zoo\)"),
-        (["train/a/1", "labels.csv"], r"next to the split folders \(labels.csv\)"),
+        ([], "holds no files: expected images"),
+        (["README.md", "a/labels.csv"], "holds no images, but files of other kinds: .csv, .md"),
+        (["a/1", "loose.png"], "at different depths, 'loose.png' and 'a/1': add --layout folders if"),
+        (["train/a/1", "train/loose.png"], "at different depths, 'loose.png' and 'a/1'"),
+        (["train/a/1", "loose.png"], "loose.png is next to the split folders train"),
+        (["train/a/1", "extra/b/1", "zoo/b/1"], r"folders train, which look like splits, and others \(extra, zoo\)"),
+        (["Train/a/1", "training/a/1"], "Train, training, of which several name the same split"),
+        (["train_x/1.png", "test_x/1.png"], r"look like splits \(test_x, train_x\): rename them"),
+        (["imagenet/train/a/1", "imagenet/val/a/1"], "one folder too high, because imagenet holds the splits"),
+        (["a/train/1", "b/train/1", "b/test/1"], "one folder too high, because a holds the splits train"),
+        (["top/a/1", "top/b/1"], "one folder too high: the only folder 'top' holds a, b"),
+        (["a/x/1", "b/x/1"], "one folder too high: each of its 2 folders holds x"),
+        (["a/1", "b/c/1"], "at different depths, 'a/1' and 'b/c/1'"),
+        (["train/a/1", "val/1.png"], "images of val in .* are in no class folders.*--layout flat"),
+        (["images.zip"], "images.zip is a zip archive: unpack it"),
+        (["data-00000-of-00001.arrow", "state.json"], "is an Arrow file of Hugging Face's save_to_disk"),
+        (["index.json", "shard.00000.mds"], "is a shard of MosaicML"),
     ],
 )
 def test_a_folder_of_another_layout_is_an_error_with_the_expected_layout(

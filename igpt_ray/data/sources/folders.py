@@ -68,9 +68,7 @@ class Files:
 
     def read(self, key_filter: KeyFilter | None) -> Reading:
         """Raises `StorageError` if a file cannot be fetched, `SourceError` if its size is not the listed one."""
-        items = [
-            (key_of(path), *rest) for path, *rest in zip(self.paths, self.paths, self.sizes, self.labels, strict=True)
-        ]
+        items = list(zip(map(key_of, self.paths), self.paths, self.sizes, self.labels, strict=True))
         items = [item for item in items if key_filter is None or key_filter(item[0])]
         ahead = READ_AHEAD if storage.is_remote(self.root) else READ_AHEAD_DISK
         for part in fetched(batched(items, FILES_PER_FETCH), self._fetch, ahead):

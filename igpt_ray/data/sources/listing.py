@@ -92,7 +92,7 @@ def list_files(source: str) -> Listing:
     root, pattern = _split_pattern(source)
     if not pattern:
         return Listing(source, source, [])
-    patterns = list(itertools.islice(expand_braces(pattern), MAX_EXPANDED + 1))
+    patterns = list(dict.fromkeys(itertools.islice(expand_braces(pattern), MAX_EXPANDED + 1)))
     if len(patterns) > MAX_EXPANDED:
         raise SourceError(f"{source} stands for more than {MAX_EXPANDED} names: use wildcards instead of braces")
     literal = {name for name in patterns if not re.search(r"[*?\[]", name)}

@@ -150,12 +150,11 @@ def plan_parquet(listing: Listing, images_per_unit: int, names: Mapping[str, str
     if len({(index.classes, index.columns) for index in indexes}) > 1:
         raise SourceError(f"the files of {listing.source} have different columns, or name different classes")
     columns = indexes[0].columns
+    classes, by_name = indexes[0].classes or (), False
     if columns.label is None:
         log.warning("%s has no label column: images are read without labels, see --columns", listing.source)
-        classes, by_name = (), False
-    else:
-        observed, by_name = (indexes[0].classes, False) if indexes[0].classes else _survey(listing, files, columns)
-        classes = observed
+    elif not classes:
+        classes, by_name = _survey(listing, files, columns)
     drafts: Iterable[DraftUnit]
     rows = partial(Rows, listing.root, columns=columns, n_classes=len(classes), names=classes if by_name else None)
     if len(opened) == len(files):
@@ -201,14 +200,14 @@ def _columns(schema: pa.Schema, names: Mapping[str, str], uri: str) -> Columns:
         raise SourceError(f"{held}, but --columns names {unknown[0]!r}")
     usual = [name for name in IMAGE_COLUMNS if name in types and _holds_images(types[name])]
     others = [name for name, type_ in types.items() if _holds_images(type_)]
-    image = names.get("image") or (usual or (others if len(others) == 1 else [None]))[0]
+    image = names.get("image") or (usual[0] if usual else others[0] if len(others) == 1 else None)
     if image is None or not _holds_images(types[image]):
         raise SourceError(
             f"{held}: expected an image column of struct<bytes: binary, path: string> or binary, such as `image`; name"
             " another with --columns image=NAME"
         )
     labels = [name for name in LABEL_COLUMNS if name in types and _holds_labels(types[name])]
-    label = names.get("label") or (labels or [None])[0]
+    label = names.get("label") or (labels[0] if labels else None)
     if label is not None and not _holds_labels(types[label]):
         raise SourceError(f"{held}: the label column {label!r} must hold integers or names")
     inner = types[image]

@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -142,13 +142,17 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
 
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class DecompressedWindow(Window):
     """Forward reads of the decompressed content of a file. Memory is one block of at most `LARGEST` bytes.
 
     The decompressed size is not known in advance: `size` is larger than any file, and reads end at the end of the file.
     """
 
-    def __init__(self, uri: str, size: int, stream: BinaryIO):
+    def __init__(self, uri: str, size: int, stream: Readable):
         super().__init__(uri, 1 << 62)
         self._stream = stream
         self._start = 0
@@ -169,11 +173,11 @@ class DecompressedWindow(Window):
             raise SourceError(f"{self.uri} is damaged or cut: {error or type(error).__name__}") from error
 
 
-def _zstd(file: io.RawIOBase) -> BinaryIO:
+def _zstd(file: io.RawIOBase) -> Readable:
     return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
 
 
-COMPRESSED: dict[bytes, Callable[[io.RawIOBase], BinaryIO]] = {
+COMPRESSED: dict[bytes, Callable[[io.RawIOBase], Readable]] = {
     b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=io.BufferedReader(file, FIRST)),
     b"BZh": lambda file: bz2.BZ2File(io.BufferedReader(file, FIRST)),
     b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(io.BufferedReader(file, FIRST)),  # noqa: SIM115
