@@ -65,7 +65,7 @@ DRAWN = 32
 def score(settings: ScoreConfig) -> dict[str, Any]:
     """Write one Parquet file per unit, with key, label and nats of every image. Returns the totals of the split."""
     started = time.perf_counter()
-    request = plan_batch(settings)
+    settings, request = plan_batch(settings)
     arguments = {"settings": settings, "request": request._replace(units=[]), "key": os.environ.get(KEY, "")}
     total, unreadable = Likelihood.of(np.empty(0), request.kind.n_positions), 0
     progress = Progress("score", len(request.units), "units")
@@ -147,7 +147,7 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
     """Complete some images of a store, or all of a split. Writes tokens as Parquet and figures of prompt, completions
     and original."""
     started = time.perf_counter()
-    request = plan_batch(settings)
+    settings, request = plan_batch(settings)
     rows = _given_rows(settings, request.kind)
     arguments = {"settings": settings, "request": request._replace(units=[]), "key": os.environ.get(KEY, "")}
     if settings.tokens and settings.images:
@@ -160,7 +160,7 @@ def complete(settings: CompleteConfig) -> dict[str, Any]:
         for part in actor_map(request.units, CompleteUnit, arguments, settings.pool):
             done.append(part)
             progress.add(1, f"{sum(images for images, _ in done):,} images")
-        picture = storage.join(settings.out, settings.split)
+        picture = storage.join(settings.out, str(settings.split))
     n_images, unreadable = (sum(column) for column in zip(*done, strict=True))
     n_tokens = n_images * settings.n * (request.kind.n_px - rows) * request.kind.n_px
     seconds = time.perf_counter() - started
@@ -264,9 +264,10 @@ def _given_rows(settings: CompleteConfig, kind: TokenFormat) -> int:
 
 def _pick(store: TokenStore, settings: CompleteConfig) -> list[Few]:
     """Evenly spaced images of a split."""
-    selected = evenly(store.manifest.rows(settings.split), settings.images)
+    split = str(settings.split)
+    selected = evenly(store.manifest.rows(split), settings.images)
     images, start = list[Few](), 0
-    for shard in store.manifest.select(settings.split):
+    for shard in store.manifest.select(split):
         here = selected[(selected >= start) & (selected < start + shard.rows)] - start
         start += shard.rows
         if len(here):

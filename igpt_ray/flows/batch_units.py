@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +12,10 @@ from igpt_ray import storage, weights
 from igpt_ray.data import pixels, sources
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import UnreadableImage, WorkUnit
+from igpt_ray.data.sources.units import TEST
 from igpt_ray.data.token_format import TokenFormat, Tokens
 from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
-from igpt_ray.errors import ImageError, NotFound, SourceError
+from igpt_ray.errors import ImageError, NotFound, SettingError, SourceError
 from igpt_ray.evaluate.config import ScoreConfig
 from igpt_ray.generate.config import BatchConfig, CompleteConfig
 from igpt_ray.serve.client import Client
@@ -44,8 +45,14 @@ class BatchPlan(NamedTuple):
     units: list[Shard] | list[WorkUnit]
 
 
-def plan_batch(settings: BatchConfig) -> BatchPlan:
-    """Check that model, store and split fit together, before any worker starts."""
+Settings = TypeVar("Settings", bound=BatchConfig)
+
+
+def plan_batch(settings: Settings) -> tuple[Settings, BatchPlan]:
+    """Check that model, store and split fit together, before any worker starts. The settings returned name the split.
+
+    Raises `SourceError` or `TokenStoreError` if the split does not exist, `SettingError` if none is chosen by default.
+    """
     if settings.endpoint:
         server = make_client(settings)
         kind, sha256 = server.token_format(), server.model_info()["sha256"]
@@ -57,13 +64,26 @@ def plan_batch(settings: BatchConfig) -> BatchPlan:
         store = TokenStore.open(settings.tokens)
         owner = "the release" if settings.release else f"the model at {settings.endpoint}"
         weights.check_kind(kind, store.kind, settings.tokens, owner)
-        return BatchPlan(kind, sha256, store.manifest.select(settings.split))
+        settings = _with_split(settings, store.manifest.splits)
+        return settings, BatchPlan(kind, sha256, store.manifest.select(str(settings.split)))
     plan = sources.plan(settings.source, settings.unit_images, settings.layout, settings.columns)
+    splits = sorted({unit.split for unit in plan.units})
+    settings = _with_split(settings, splits)
     units = [unit for unit in plan.units if unit.split == settings.split]
     if not units:
-        splits = ", ".join(sorted({unit.split for unit in plan.units}))
-        raise SourceError(f"{settings.source} has no split {settings.split!r}: it has {splits or 'no images'}")
-    return BatchPlan(kind, sha256, units)
+        raise SourceError(
+            f"{settings.source} has no split {settings.split!r}: it has {', '.join(splits) or 'no images'}"
+        )
+    return settings, BatchPlan(kind, sha256, units)
+
+
+def _with_split(settings: Settings, splits: list[str]) -> Settings:
+    if settings.split is not None:
+        return settings
+    default = TEST if TEST in splits else splits[0] if len(splits) == 1 else None
+    if default is None:
+        raise SettingError(f"{settings.tokens or settings.source} has the splits {', '.join(splits)}: choose --split")
+    return settings.model_copy(update={"split": default})
 
 
 def make_client(settings: BatchConfig) -> Client:

@@ -25,8 +25,8 @@ class BatchConfig(Section):
     """Layout of the images; None detects it."""
     columns: Columns = ()
     """Columns of Parquet files with unusual names, as image=NAME and label=NAME."""
-    split: str = "test"
-    """Split to read."""
+    split: str | None = None
+    """Split to read; None: the split test, or else the only split."""
     unit_images: Count = 1000
     """Images per unit of work and output file, for images in folders. A token store has one unit per shard."""
     pool: PoolConfig = PoolConfig()
