@@ -78,7 +78,7 @@ SILENCES = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hang", "s
 
 
 @pytest.mark.parametrize("fault", [*ANYTHING, *SILENCES])
-def test_every_operation_outlives_faults_of_any_kind(
+def test_every_operation_survives_every_kind_of_fault(
     fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
     """Twice in a row the same fault, then health: what a healthy server answers, not less and not an error."""
@@ -95,7 +95,7 @@ def test_every_operation_outlives_faults_of_any_kind(
 
 
 @pytest.mark.slow
-def test_a_server_that_never_answers_is_named_soon_by_every_operation(
+def test_a_silent_server_is_an_error_of_every_operation(
     through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts upon attempts: ten of ours around eleven of the client's, a minute each, were 110 minutes."""
@@ -127,7 +127,7 @@ def test_a_fault_that_lasts_is_an_error_that_names_the_file(
             assert proxy.faults == 3
 
 
-def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
+def test_multipart_uploads_and_downloads_survive_faults(
     through: Through, on_rclone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A download that waits for ever where the head of an answer was cut; parts that change places."""
@@ -142,7 +142,7 @@ def test_a_file_of_several_parts_goes_up_and_comes_down_through_faults(
 
 
 @pytest.mark.parametrize("fault", ["cut 100", "cut 300"])
-def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
+def test_a_multipart_upload_survives_a_truncated_response(
     fault: str, through: Through, on_rclone: str, tmp_path: Path
 ) -> None:
     """obstore does not repeat the requests that begin and complete a multipart upload."""
@@ -155,7 +155,7 @@ def test_an_upload_in_parts_outlives_an_answer_that_is_cut(
             assert len(storage.read(f"{on_rclone}/big")) == 9 << 20
 
 
-def test_storage_reads_and_writes_through_faults(through: Through, on_rclone: str) -> None:
+def test_storage_survives_faults(through: Through, on_rclone: str) -> None:
     with through(seeded(1, 10_000, 0.3)) as proxy:
         for i in range(12):
             data = os.urandom(3000 + i)
@@ -169,7 +169,7 @@ def test_storage_reads_and_writes_through_faults(through: Through, on_rclone: st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_planned_and_read_through_faults(layout: str, through: Through, on_rclone: str) -> None:
+def test_planning_and_reading_every_layout_survive_faults(layout: str, through: Through, on_rclone: str) -> None:
     """A member, a row or a label that a cut answer swallowed; blocks read ahead fail in another thread."""
     LAYOUTS[layout](on_rclone, tiny())
     with through(seeded(3, 10_000, 0.25, [*ANYTHING, "stall 300", "hang"])) as proxy:
@@ -179,7 +179,7 @@ def test_every_layout_is_planned_and_read_through_faults(layout: str, through: T
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_source_that_falls_silent_for_good_is_an_error_in_every_layout(
+def test_a_source_that_stops_responding_is_an_error_in_every_layout(
     layout: str, through: Through, on_rclone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pyarrow and the threads that read ahead must hand on the error as it is: not a hang, not a damaged file."""
@@ -195,7 +195,7 @@ def test_a_source_that_falls_silent_for_good_is_an_error_in_every_layout(
 @pytest.mark.parametrize(
     "kinds", [("503",), ("reset", "drop"), ("cut 0", "cut 200", "cut 900"), ("lost",), ("hang", "stall 300")], ids=str
 )
-def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
+def test_a_preparation_with_one_kind_of_fault_writes_the_same_bytes(
     kinds: Sequence[str],
     through: Through,
     on_rclone: str,
@@ -237,7 +237,7 @@ def test_a_preparation_through_faults_of_one_kind_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_store_that_refuses_for_a_while_costs_a_run_no_step_and_not_its_last_checkpoint(
+def test_an_unavailable_store_costs_a_run_neither_steps_nor_its_last_checkpoint(
     process_group: None,
     through: Through,
     on_rclone: str,

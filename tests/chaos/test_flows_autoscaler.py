@@ -98,9 +98,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_every_stage_brings_the_nodes_it_needs_and_none_stays(
-    cloud: tuple[Autoscaler, int], noise: str, tmp_path: Path
-) -> None:
+def test_every_stage_scales_its_nodes_up_and_down(cloud: tuple[Autoscaler, int], noise: str, tmp_path: Path) -> None:
     scaler, dashboard = cloud
     counts = Counts(scaler.address)
     counts.start()
@@ -119,14 +117,14 @@ def test_every_stage_brings_the_nodes_it_needs_and_none_stays(
     train += ["--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-px", "4"]
     train += ["--model.n-vocab", "16", "--optim.batch-size", "8", "--optim.steps", "150", "--optim.warmup-steps", "2"]
     train += ["--run.checkpoint-every", "5", "--workers.n", "2", "--workers.cpus", "2"]
-    with run.going("pretrain", *train) as driver:
+    with run.running("pretrain", *train) as driver:
         commits = Path(place["runs"], "s1", "checkpoints")
         until(lambda: list(commits.glob("*/manifest.json")), driver)
         children = psutil.Process(scaler.pid).children(recursive=True)
         next(p for p in children if "RayTrainWorker" in title(p)).parent().kill()  # the raylet: a node
-        assert driver.wait(600) == 0, run.said()[-3000:]
-    assert "2 worker(s) need 4 CPUs, the cluster has 0: waiting for more nodes" in run.said()
-    assert run.said().count("lost workers or controller, resuming from the last checkpoint") == 1
+        assert driver.wait(600) == 0, run.output()[-3000:]
+    assert "2 worker(s) need 4 CPUs, the cluster has 0: waiting for more nodes" in run.output()
+    assert run.output().count("lost workers or controller, resuming from the last checkpoint") == 1
     assert counts.most("pretrain", "gpu8") == 2
     run.until_empty()
 
@@ -156,7 +154,7 @@ class Run:
         self.env = {**os.environ, "RAY_ADDRESS": scaler.address}
 
     @contextmanager
-    def going(self, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    def running(self, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
         self.counts.stage = name
         command = [sys.executable, f"jobs/{name}.py", *words]
         with open(self.log, "ab") as log:
@@ -168,10 +166,10 @@ class Run:
             driver.wait()
 
     def job(self, name: str, *words: str) -> None:
-        with self.going(name, *words) as driver:
-            assert driver.wait(600) == 0, self.said()[-3000:]
+        with self.running(name, *words) as driver:
+            assert driver.wait(600) == 0, self.output()[-3000:]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def until_empty(self) -> None:

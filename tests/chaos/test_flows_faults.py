@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_preparation_through_faults_ends_with_the_same_shards(
+def test_a_preparation_with_faults_writes_the_same_shards(
     prepared: str, digit_images: str, rclone_s3: Keyed, aws: Callable[..., None], on_rclone: str
 ) -> None:
     """A fifth of all requests fail, some after they took effect; the job has a Ray of its own, with the key."""
@@ -52,7 +52,7 @@ def test_a_preparation_through_faults_ends_with_the_same_shards(
 
 
 @pytest.mark.ray
-def test_a_preparation_whose_workers_are_killed_ends_with_the_same_shards(
+def test_a_preparation_with_killed_workers_writes_the_same_shards(
     cluster: str, prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """SIGKILL of every actor at work, twice, while the driver lives: Ray starts others, which find half of the work."""
@@ -99,7 +99,7 @@ RPC_FAILURES = {
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_preparation_whose_messages_get_lost_ends_with_the_same_shards(
+def test_a_preparation_with_lost_messages_writes_the_same_shards(
     prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """Ray drops a part of the requests to workers, and of their answers: a task whose answer is lost may run twice."""

@@ -87,7 +87,7 @@ class Training:
         ]
 
     @contextmanager
-    def going(self) -> Iterator[subprocess.Popen[bytes]]:
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
         env = {**os.environ, "RAY_ADDRESS": self.nodes.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
         env["RAY_DEDUP_LOGS"] = "0"  # lines are counted
         with open(self.log, "ab") as log:
@@ -98,12 +98,12 @@ class Training:
             driver.kill()
             driver.wait()
 
-    def ended(self, driver: subprocess.Popen[bytes]) -> dict[int, float]:
+    def finish(self, driver: subprocess.Popen[bytes]) -> dict[int, float]:
         """The losses of a run that has ended well."""
-        assert driver.wait(500) == 0, self.said()[-3000:]
+        assert driver.wait(500) == 0, self.output()[-3000:]
         return {line["step"]: line["nats_per_token"] for line in metrics.read(self.run)}
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def committed(self) -> int:
@@ -127,55 +127,55 @@ class Training:
 def undisturbed(nodes: Nodes, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[int, float]]:
     """Weights and losses of a run on two workers."""
     run = Training(nodes, tokens, tmp_path_factory.mktemp("undisturbed"))
-    with run.going() as driver:
-        losses = run.ended(driver)
+    with run.running() as driver:
+        losses = run.finish(driver)
     assert list(losses) == list(range(EVERY, STEPS + 1, EVERY))
     return run.weights(), losses
 
 
 @pytest.mark.parametrize("victim", [WORKER, pytest.param(CONTROLLER, marks=pytest.mark.slow)])
-def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(
+def test_a_run_with_killed_processes_ends_with_equal_weights(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]], victim: str
 ) -> None:
     """SIGKILL of a training worker, or of what watches over them; the run goes on from its last checkpoint."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         run.processes(victim)[-1].kill()
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 1
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_controller_that_is_lost_with_its_cleaner_leaves_no_room_taken(
+def test_a_lost_controller_releases_its_resources(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """Two of three CPUs are its workers': nobody else would ever give them back, and the run would wait for them."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         for process in [*run.processes(CLEANER), run.processes(CONTROLLER)[-1]]:  # it ends early beside other clusters
             process.kill()
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 1
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_bits(
+def test_a_run_killed_during_a_checkpoint_ends_with_equal_weights(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """SIGKILL of a worker when a file of a checkpoint is there and its manifest is not."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         workers = run.processes(WORKER)
         until(lambda: stopped_while_saving(run, workers), driver)
         workers[0].kill()
         workers[1].resume()
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 1
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
@@ -198,69 +198,69 @@ def saving(run: Training) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_loses_a_node_goes_on_elsewhere_with_the_same_bits(
+def test_a_run_that_loses_a_node_ends_with_equal_weights(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """A raylet with all that runs on it, without notice."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 1
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 1
     assert (run.weights(), losses) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_run_whose_driver_is_killed_goes_on_when_its_words_are_repeated(
+def test_a_run_with_a_killed_driver_resumes_when_the_command_is_repeated(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """Nothing that the driver knew may be needed, nor what Ray Train knew, whose snapshots are torn as well."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         driver.kill()
     books = list(Path(tempfile.gettempdir(), f"igpt_ray-train-{os.getuid()}").glob(f"{run.name}-*"))
     assert books
     for folder in books:
         (folder / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
-    with run.going() as driver:
-        losses = run.ended(driver)
-    assert run.said().count("started from step 0") == 1
-    assert "resumed from step" in run.said()
+    with run.running() as driver:
+        losses = run.finish(driver)
+    assert run.output().count("started from step 0") == 1
+    assert "resumed from step" in run.output()
     assert (run.weights(), losses) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_noticed_and_the_run_ends_with_the_same_bits(
+def test_a_run_with_a_hanging_worker_ends_with_equal_weights(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """SIGSTOP: the process is there, its connections too, and the others wait."""
     run = Training(nodes, tokens, tmp_path, "--workers.collective-timeout-s", "5")
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         stopped = run.processes(WORKER)[-1]
         stopped.suspend()
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 1
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 1
     assert not stopped.is_running()
     assert (run.weights(), losses) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere(
+def test_a_run_on_a_draining_node_saves_in_time_and_resumes_elsewhere(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """A spot instance called back: no step is done twice, and the node is empty before it goes."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 50, driver)
         node = run.node_of_a_worker()
         drain(nodes, node, 60)
-        losses = run.ended(driver)
-    assert re.search(r"1 node\(s\) are preempted in \d\d s: saving", run.said())
-    assert LOST not in run.said()
-    (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
+        losses = run.finish(driver)
+    assert re.search(r"1 node\(s\) are preempted in \d\d s: saving", run.output())
+    assert LOST not in run.output()
+    (resumed,) = re.findall(r"resumed from step (\d+)", run.output())
     assert losses.keys() == undisturbed[1].keys() | {int(resumed)}  # saved where the notice came, which has a line
     assert not [child for child in children(node) if WORKER in title(child)]
     nodes.remove_node(node)
@@ -268,12 +268,12 @@ def test_a_run_whose_node_is_to_go_saves_within_the_notice_and_goes_on_elsewhere
 
 
 @pytest.mark.slow
-def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhere_with_the_same_bits(
+def test_a_preemption_notice_drains_the_node_and_the_run_ends_with_equal_weights(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]], metadata: Metadata
 ) -> None:
     """From what AWS says on the node to the end of the run: no step is done twice, no worker is lost."""
     run = Training(nodes, tokens, tmp_path)
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 25, driver)
         node = run.node_of_a_worker()
         words = ["--cloud", "aws", "--address", nodes.address, "--node", node.node_id, "--metadata", metadata.url]
@@ -284,14 +284,14 @@ def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhe
         action = json.dumps({"action": "terminate", "time": end.strftime("%Y-%m-%dT%H:%M:%SZ")})
         metadata.said["/latest/meta-data/spot/instance-action"] = action
         out, err = watcher.communicate(timeout=120)
-        losses = run.ended(driver)
+        losses = run.finish(driver)
     report = json.loads(out)
     assert report["accepted"], err
     assert report["node"] == node.node_id
     assert f"spot terminate: draining node {node.node_id}" in err
-    assert "1 node(s) are preempted in" in run.said()
-    assert LOST not in run.said()
-    (resumed,) = re.findall(r"resumed from step (\d+)", run.said())
+    assert "1 node(s) are preempted in" in run.output()
+    assert LOST not in run.output()
+    (resumed,) = re.findall(r"resumed from step (\d+)", run.output())
     assert losses.keys() == undisturbed[1].keys() | {int(resumed)}
     assert not [child for child in children(node) if WORKER in title(child)]
     nodes.remove_node(node)
@@ -299,19 +299,19 @@ def test_a_spot_notice_on_a_node_drains_it_and_the_run_saves_and_goes_on_elsewhe
 
 
 @pytest.mark.slow
-def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+def test_a_run_shrinks_and_grows_with_its_nodes(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """Three workers, two, three: the same images in every batch, so the same losses but for the order of sums."""
     run = Training(nodes, tokens, tmp_path, "--workers.n", "3", "--workers.min-n", "1", "--workers.grow-after", "1")
-    with run.going() as driver:
+    with run.running() as driver:
         until(lambda: run.committed() >= 25, driver)
         nodes.remove_node(run.node_of_a_worker(), allow_graceful=False)
-        until(lambda: "on 2 worker(s)" in run.said(), driver)
+        until(lambda: "on 2 worker(s)" in run.output(), driver)
         complete(nodes)
-        losses = run.ended(driver)
-    assert re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", run.said()) == ["3", "2", "3"]
-    assert "resources for 1 more worker(s): saving, then restarting with 3" in run.said()
+        losses = run.finish(driver)
+    assert re.findall(r"(?:started|resumed) from step \d+ on (\d) worker", run.output()) == ["3", "2", "3"]
+    assert "resources for 1 more worker(s): saving, then restarting with 3" in run.output()
     expected, elastic = summed(undisturbed[1]), summed(losses)
     assert {step: elastic[step] for step in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -326,7 +326,7 @@ def summed(losses: dict[int, float]) -> dict[int, float]:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_twenty_random_kills_leave_no_trace(
+def test_weights_after_twenty_random_kills_are_equal(
     nodes: Nodes, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """A worker or the controller, at any moment of a step or a save, again and again in one run.
@@ -338,9 +338,9 @@ def test_twenty_random_kills_leave_no_trace(
     run = Training(nodes, tokens, tmp_path)
 
     def further(kills: int, reached: int) -> bool:
-        return run.said().count("resumed from step") == kills and run.committed() > reached
+        return run.output().count("resumed from step") == kills and run.committed() > reached
 
-    with run.going() as driver:
+    with run.running() as driver:
         reached = 0
         for kills in range(20):
             until(partial(further, kills, reached), driver)
@@ -348,8 +348,8 @@ def test_twenty_random_kills_leave_no_trace(
             time.sleep(rng.uniform(0, 0.1))
             reached = run.committed()
             victim.kill()
-        losses = run.ended(driver)
-    assert run.said().count(LOST) == 20
+        losses = run.finish(driver)
+    assert run.output().count(LOST) == 20
     assert (run.weights(), losses) == undisturbed
 
 
@@ -373,24 +373,24 @@ def autoscaler(tmp_path: Path) -> Iterator[Autoscaler]:
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_waits_for_the_nodes_of_an_autoscaler_and_outlives_one_of_them(
+def test_a_run_waits_for_autoscaled_nodes_and_survives_the_loss_of_one(
     autoscaler: Autoscaler, tokens: str, tmp_path: Path, undisturbed: tuple[bytes, dict[int, float]]
 ) -> None:
     """From an empty cluster: two nodes come, one is killed, another comes."""
     run = Training(autoscaler, tokens, tmp_path, "--workers.min-n", "1", "--workers.grow-after", "1")
 
     def workers() -> list[tuple[str, str]]:
-        return re.findall(r"(?:started|resumed) from step (\d+) on (\d) worker", run.said())
+        return re.findall(r"(?:started|resumed) from step (\d+) on (\d) worker", run.output())
 
     def on_two() -> bool:
         return any(n == "2" and run.committed() >= int(step) + 2 * EVERY for step, n in workers()[-1:])
 
-    with run.going() as driver:
+    with run.running() as driver:
         until(on_two, driver)
         worker = next(p for p in psutil.Process(autoscaler.pid).children(recursive=True) if WORKER in title(p))
         worker.parent().kill()  # the raylet: a node
-        losses = run.ended(driver)
-    said = run.said()
+        losses = run.finish(driver)
+    said = run.output()
     assert "1 worker(s) need 1 CPUs, the cluster has 0: waiting for more nodes" in said
     assert workers()[-1][1] == "2"
     assert said.count(LOST) == 1

@@ -49,7 +49,7 @@ def visible(files: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_repeated_a_local_store_is_the_undisturbed_one(
+def test_a_local_store_killed_at_any_step_and_repeated_is_equal(
     pictures: str, palette: Palette, tmp_path: Path
 ) -> None:
     """Between a temporary file and its rename, between list and shard, before and after the manifest's link."""
@@ -76,7 +76,7 @@ def test_killed_at_any_step_and_repeated_a_local_store_is_the_undisturbed_one(
 
 
 @pytest.mark.slow
-def test_killed_at_any_request_and_repeated_a_bucket_is_the_undisturbed_one(
+def test_a_bucket_killed_at_any_request_and_repeated_is_equal(
     pictures: str, palette: Palette, on_rclone: str, tmp_path: Path
 ) -> None:
     """Before a request that changes the bucket, and when it has taken effect."""

@@ -100,7 +100,7 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(b, list) else bool(a == b)
 
 
-def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, settings: ServeConfig) -> None:
+def test_mixed_load_with_a_killed_replica_and_a_redeployment(cluster: str, settings: ServeConfig) -> None:
     """Every answer is right, few requests fail, no slot is lost, memory stays."""
     import ray.serve
 
@@ -131,9 +131,7 @@ def test_mixed_load_with_a_replica_killed_and_all_deployed_anew(cluster: str, se
         assert all(same(crowd.said(client.ask(*body)), x) for body, x in zip(crowd.bodies, crowd.expected, strict=True))
 
 
-def test_ten_thousand_requests_beyond_capacity_are_refused_and_it_recovers_at_once(
-    cluster: str, settings: ServeConfig
-) -> None:
+def test_ten_thousand_excess_requests_are_refused_and_the_server_recovers(cluster: str, settings: ServeConfig) -> None:
     with on_ray(settings) as client:
         body = {"image": base64_of(picture()), "rows": 0, "n": 4, "response_format": "tokens"}
         expected = client.ask("/v1/completions", body).body["data"]

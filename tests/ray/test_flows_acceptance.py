@@ -34,9 +34,7 @@ def cifar(shared: Path, tmp_path: Path) -> str:
     return str(tmp_path / "cifar")
 
 
-def test_cifar_files_become_a_palette_tokens_a_release_and_completions(
-    cluster: str, cifar: str, tmp_path: Path
-) -> None:
+def test_cifar_images_go_through_every_stage_up_to_completions(cluster: str, cifar: str, tmp_path: Path) -> None:
     pixels = PixelsConfig(n_px=16)
     palette, tokens = str(tmp_path / "palette.npy"), str(tmp_path / "tokens")
     fitted = prepare.fit_palette(PaletteConfig(source=cifar, out=palette, k=128, pixels=pixels))

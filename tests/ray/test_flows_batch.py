@@ -57,7 +57,7 @@ def nats(folder: Path) -> dict[str, float]:
     return {key: row["nats"] for key, row in rows(folder).items()}
 
 
-def test_a_store_and_its_images_by_a_release_and_by_a_server_score_the_same(
+def test_scores_of_tokens_and_images_by_release_and_server_are_equal(
     store: str, digit_images: str, released: str, place: Place, tmp_path: Path
 ) -> None:
     """And as evaluation says: another view or palette, images left out or in another order, numbers cut on the way."""
@@ -76,7 +76,7 @@ def test_a_store_and_its_images_by_a_release_and_by_a_server_score_the_same(
     assert rows(tmp_path / "images").keys() == rows(tmp_path / "store").keys()
 
 
-def test_completions_are_the_same_by_a_release_and_by_a_server(
+def test_completions_by_release_and_server_are_equal(
     store: str, digit_images: str, released: str, place: Place, tmp_path: Path
 ) -> None:
     ways: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def test_completions_are_the_same_by_a_release_and_by_a_server(
     assert rows(tmp_path / "few") == rows(tmp_path / "same")
 
 
-def test_a_repeat_makes_what_is_missing_and_nothing_else(released: str, store: str, tmp_path: Path) -> None:
+def test_a_repeated_command_computes_only_missing_units(released: str, store: str, tmp_path: Path) -> None:
     settings = CompleteConfig(release=released, tokens=store, **ALL, out=str(tmp_path))
     batch.complete(settings)
     kept, damaged, missing = sorted((tmp_path / "train").glob("*.parquet"))
@@ -118,7 +118,7 @@ def test_a_repeat_makes_what_is_missing_and_nothing_else(released: str, store: s
     assert kept.read_bytes() != whole[0]
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_others_are_scored(
+def test_an_unreadable_image_is_reported_and_the_others_are_scored(
     pictures: str, released: str, place: Place, tmp_path: Path
 ) -> None:
     for name, who in (("here", {"release": released}), ("there", {"endpoint": place.url})):
@@ -133,7 +133,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_scored(
         assert (report["images"], report["unreadable"]) == (9, 1)
 
 
-def test_what_does_not_fit_is_refused_before_any_worker_starts(
+def test_incompatible_inputs_are_refused_before_any_worker_starts(
     released: str, store: str, digit_images: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = {"out": str(tmp_path)}
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
             ScoreConfig(**wrong, **out)
 
 
-def test_a_store_of_another_kind_than_the_server_s_is_refused(
+def test_a_store_with_another_token_format_than_the_server_is_refused(
     place: Place, palette: Palette, kind: TokenFormat, tmp_path: Path
 ) -> None:
     other = tiny_store(str(tmp_path / "tokens"), palette, kind)
@@ -160,7 +160,7 @@ def test_a_store_of_another_kind_than_the_server_s_is_refused(
         batch.score(ScoreConfig(endpoint=place.url, tokens=other.root, out=str(tmp_path / "out")))
 
 
-def test_a_client_waits_for_a_busy_server_and_sends_its_key_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_retries_a_busy_server_and_sends_its_key_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """429 and 503 are retried after the time in Retry-After; a redirect or a page of another server is an error."""
     answers = [(429, {"Retry-After": "0"}), (503, {}), (502, {}), (200, {})]
     seen = []

@@ -31,7 +31,7 @@ def tokens_in_order(both: dict[str, Any], split: str) -> np.ndarray:
     return np.concatenate([tokens_of(table) for table in TokenStore.open(both["tokens"]).read_split(split)])
 
 
-def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> None:
+def test_evaluation_equals_a_direct_computation(both: dict[str, Any]) -> None:
     """Catches shards left out, counted twice, or averaged by shard instead of by token."""
     nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 7)
     report = evaluate.evaluate(EvaluateConfig(**both, split="train", baselines="test"))
@@ -40,7 +40,7 @@ def test_evaluation_equals_the_model_asked_directly(both: dict[str, Any]) -> Non
     assert 0 < report["baselines"]["context_2d"] < report["baselines"]["unigram_by_position"]
 
 
-def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str, Any], tmp_path: Path) -> None:
+def test_the_likelihood_report_has_positions_classes_and_baselines(both: dict[str, Any], tmp_path: Path) -> None:
     """Parts that do not add up to the whole: shards joined in another order, classes or positions left out."""
     settings = EvaluateConfig(**both, split="test", out=str(tmp_path / "report"), against=both["tokens"])
     report = evaluate.evaluate(settings)
@@ -57,7 +57,7 @@ def test_the_likelihood_s_report_says_where_whom_and_against_what(both: dict[str
     assert np.asarray(Image.open(tmp_path / "report/surprise.png")).shape == (512, 512, 3)
 
 
-def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
+def test_scores_match_their_images_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
     report = batch.score(ScoreConfig(**both, out=str(tmp_path), split="train"))
     evaluated = evaluate.evaluate(EvaluateConfig(**both, split="train"))
     assert report["nats_per_token"] == pytest.approx(evaluated["nats_per_token"], rel=1e-6)
@@ -67,7 +67,7 @@ def test_scores_of_images_are_theirs_and_sum_to_the_evaluation(both: dict[str, A
     assert all(row["key"].startswith(f"{row['label']}/") for row in rows)
 
 
-def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_release(
+def test_a_repeated_score_computes_only_missing_damaged_and_outdated_units(
     both: dict[str, Any], released: str, tmp_path: Path
 ) -> None:
     settings = ScoreConfig(**both, out=str(tmp_path), split="train")
@@ -88,7 +88,7 @@ def test_a_repeated_score_makes_only_what_is_missing_damaged_or_of_another_relea
     assert kept.read_bytes() != whole[0]
 
 
-def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
+def test_completions_keep_the_prompt_and_are_drawn(both: dict[str, Any], prepared: str, tmp_path: Path) -> None:
     settings = CompleteConfig(**both, out=str(tmp_path), images=3, n=2, rows=5)
     report = batch.complete(settings)
     table = pq.read_table(tmp_path / "completions.parquet")
@@ -108,7 +108,7 @@ def test_completions_keep_what_is_given_and_are_drawn(both: dict[str, Any], prep
     assert (tmp_path / "completions.png").read_bytes() == first
 
 
-def test_a_store_of_another_kind_and_a_missing_release_are_refused(
+def test_a_store_with_another_token_format_and_a_missing_release_are_refused(
     both: dict[str, Any], prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     pixels = PixelsConfig(n_px=4, crop="centre")

@@ -27,7 +27,7 @@ def both(prepared: str, released: str) -> dict[str, Any]:
     return {"release": released, "tokens": storage.join(prepared, "tokens")}
 
 
-def test_features_from_a_cluster_are_those_of_the_network_asked_directly(both: dict[str, Any], tmp_path: Path) -> None:
+def test_features_from_a_cluster_equal_a_direct_computation(both: dict[str, Any], tmp_path: Path) -> None:
     """Units in the order in which actors happened to end."""
     settings = FeaturesConfig(**both, out=str(tmp_path), precision="float32", batch_size=7)
     report = extract(settings)
@@ -40,7 +40,7 @@ def test_features_from_a_cluster_are_those_of_the_network_asked_directly(both: d
     assert extract(settings)["units_made"] == 0
 
 
-def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: dict[str, Any], tmp_path: Path) -> None:
+def test_the_probe_reports_the_best_layer_and_both_baselines(both: dict[str, Any], tmp_path: Path) -> None:
     """A layer chosen by the test split, a baseline of other images, a figure that the files do not bear out."""
     settings = ProbeConfig(**both, out=str(tmp_path), baselines=True, concatenate=2, low_data=(2, 4), seed=3)
     report = probe_layers(settings)
@@ -82,7 +82,7 @@ def test_the_probe_reports_the_best_layer_beside_untrained_and_raw_pixels(both: 
 
 
 @pytest.mark.slow
-def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Path) -> None:
+def test_sgd_on_streamed_features_is_close_to_l_bfgs(both: dict[str, Any], tmp_path: Path) -> None:
     """The memory map filled in another order than the labels."""
     by_lbfgs = probe_layers(ProbeConfig(**both, out=str(tmp_path), layers=(1,)))
     by_sgd = probe_layers(
@@ -91,7 +91,7 @@ def test_sgd_on_streamed_features_comes_near(both: dict[str, Any], tmp_path: Pat
     assert by_sgd["validation"] >= by_lbfgs["validation"] - 0.1  # 24 images
 
 
-def test_what_cannot_be_probed_is_refused_before_any_feature_is_made(both: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_probes_are_refused_before_features_are_computed(both: dict[str, Any], tmp_path: Path) -> None:
     """Labels that are missing, or too few; a layer that is not there; features of something else."""
     with pytest.raises(SettingError, match="the split train is in --fit-split and in --split"):
         probe_layers(ProbeConfig(**both, out=str(tmp_path), split="train"))

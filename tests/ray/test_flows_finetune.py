@@ -63,7 +63,7 @@ def settings_for(tokens: str, release: str, folder: Path, **changes: Any) -> Fin
 
 @pytest.mark.ray
 @pytest.mark.parametrize("objective", ["next", pytest.param("masked", marks=pytest.mark.slow)])
-def test_what_comes_out_is_evaluated_probed_and_served(
+def test_a_fine_tuned_release_is_evaluated_probed_and_served(
     cluster: str, tmp_path: Path, palette: Palette, kind: TokenFormat, objective: str
 ) -> None:
     """A head that other jobs refuse or forget; accuracy by one mask where five vote."""
@@ -102,7 +102,7 @@ def test_what_comes_out_is_evaluated_probed_and_served(
         (GOOD, 2, 0, {"run": {"validate_every": 9}}, SettingError, "--run.validate-every 9 is more than --optim.steps"),
     ],
 )
-def test_what_cannot_work_is_refused_before_workers_start(
+def test_impossible_settings_are_refused_before_workers_start(
     tmp_path: Path,
     palette: Palette,
     kind: TokenFormat,
@@ -125,7 +125,7 @@ def test_what_cannot_work_is_refused_before_workers_start(
     ("change", "complaint"),
     [({"palette": "another"}, "was trained with palette"), ({"n_px": 2}, "was trained with n_px 4, but .* has 2")],
 )
-def test_a_store_of_another_kind_is_refused(
+def test_a_store_with_another_token_format_is_refused(
     tmp_path: Path, palette: Palette, kind: TokenFormat, change: dict[str, Any], complaint: str
 ) -> None:
     """A network that takes every colour for another one learns all the same, and badly."""
@@ -142,7 +142,7 @@ def test_a_store_of_another_kind_is_refused(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_report_s_accuracies_are_those_of_its_releases(
+def test_accuracies_in_the_report_belong_to_its_releases(
     cluster: str, tmp_path: Path, palette: Palette, kind: TokenFormat
 ) -> None:
     """Accuracy of images that were held out, or of the run from scratch under the other's name."""

@@ -44,7 +44,7 @@ def error_line(capsys: pytest.CaptureFixture[str], flow: Callable[[Any], Any], s
     return lines[0]
 
 
-def test_processes_of_a_cluster_on_this_machine_know_which_it_is() -> None:
+def test_processes_of_a_local_cluster_join_it() -> None:
     """Parts of Ray that are not told may take another on the machine, and stop workers that are not known there."""
     code = """
 import os, ray
@@ -58,7 +58,7 @@ assert told == ray.get_runtime_context().gcs_address, told
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=200)
 
 
-def test_bad_places_are_one_line_that_says_what_to_do(
+def test_invalid_uris_are_errors_of_one_line(
     cluster: str, on_rclone: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def palette(source: str) -> PaletteConfig:
@@ -85,7 +85,7 @@ def test_bad_places_are_one_line_that_says_what_to_do(
     assert "run jobs/prepare.py" in said
 
 
-def test_an_error_inside_an_actor_reaches_the_user_as_itself(
+def test_an_error_in_an_actor_reaches_the_user_unchanged(
     cluster: str, prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     """In a task and in the constructor: what Ray makes of it has lost the type, and is many lines long."""
@@ -111,7 +111,7 @@ def test_a_job_ends_with_one_json_line(cluster: str, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == {"answer": 42}
 
 
-def test_errors_survive_the_way_between_processes() -> None:
+def test_errors_can_be_pickled() -> None:
     import pickle
 
     pending: list[type[IgptError]] = [IgptError]
@@ -129,7 +129,7 @@ def handle_sigint() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_stops_what_it_started(ending: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_demo_stops_its_processes(ending: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C in the middle of a stage: no Ray, no S3 server, no worker is left."""
     command = [sys.executable, "jobs/demo.py", "--store", "s3", "--out", str(tmp_path / "demo")]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -47,7 +47,7 @@ def names_there() -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
+def test_a_running_cluster_exports_every_metric_of_the_dashboard(
     cluster: str, prepared: str, released: str, tmp_path: Path
 ) -> None:
     """A run under way and a few requests, then the text that Prometheus would read."""
@@ -75,14 +75,14 @@ def test_a_cluster_at_work_has_every_metric_that_the_dashboard_shows(
     assert missing == set()
 
 
-def test_names_of_gpus_are_ray_s() -> None:
+def test_gpu_metrics_have_the_names_that_ray_exports() -> None:
     import ray.dashboard.modules.metrics.dashboards as dashboards
 
     text = "".join(path.read_text() for path in Path(dashboards.__file__).parent.glob("*.py"))
     assert all(name in text for name in OF_GPUS)
 
 
-def test_prometheus_looks_where_nodes_answer() -> None:
+def test_prometheus_scrapes_the_ports_of_the_nodes() -> None:
     nodes = (ROOT / "cluster" / "aws.yaml").read_text()
     (scrape,) = yaml.safe_load((ROOT / "cluster" / "prometheus.yaml").read_text())["scrape_configs"]
     (found,) = scrape["ec2_sd_configs"]

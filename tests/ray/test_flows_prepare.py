@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_palette_and_shards_of_a_cluster_are_those_of_one_process(
+def test_palette_and_shards_of_a_cluster_equal_those_of_one_process(
     prepared: str, digit_images: str, tmp_path: Path
 ) -> None:
     palette = str(tmp_path / "palette.npy")

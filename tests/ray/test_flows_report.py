@@ -49,7 +49,7 @@ def test_the_report_computes_only_missing_parts(both: dict[str, Any], tmp_path: 
     assert write_report(settings.model_copy(update={"n": 3}))["made"] == ["completions"]
 
 
-def test_settings_that_do_not_fit_are_refused_before_any_part(both: dict[str, Any], tmp_path: Path) -> None:
+def test_incompatible_settings_are_refused_before_any_part_runs(both: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the split test is in --fit-split and in --split"):
         write_report(ReportConfig(**both, out=str(tmp_path), fit_split="test"))
     assert not list(tmp_path.iterdir())

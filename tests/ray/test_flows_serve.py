@@ -65,7 +65,7 @@ def client(cluster: str, settings: ServeConfig) -> Iterator[Client]:
         yield client
 
 
-def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Client, release: str) -> None:
+def test_completions_do_not_depend_on_replicas_or_load(client: Client, release: str) -> None:
     """The tokens of a request are the same alone without Ray, among 31 others on two replicas, and streamed."""
     body = {"image": PICTURE, "response_format": "tokens", "n": 2, "rows": 12, "seed": 5}
     with serving({"slow": release}, slots=2) as place:
@@ -83,7 +83,7 @@ def test_one_replica_and_two_in_a_crowd_paint_what_one_alone_paints(client: Clie
     assert client.complete(n=2, rows=12, seed=5) == alone
 
 
-def test_a_stream_comes_row_by_row(client: Client) -> None:
+def test_a_stream_arrives_row_by_row(client: Client) -> None:
     """Rows arrive while the picture is being painted, not at its end."""
     import http.client
 
@@ -101,7 +101,7 @@ def test_a_stream_comes_row_by_row(client: Client) -> None:
     assert len({round(t, 2) for t in times}) > 8
 
 
-def test_who_hangs_up_frees_the_slots(client: Client) -> None:
+def test_a_client_that_disconnects_frees_its_slots(client: Client) -> None:
     body = json.dumps({"image": PICTURE, "rows": 0, "n": SLOTS, "stream": True}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -122,7 +122,7 @@ def test_who_hangs_up_frees_the_slots(client: Client) -> None:
     assert time.monotonic() - started < 3
 
 
-def test_a_replica_that_dies_while_it_paints_costs_time_and_no_answer(client: Client) -> None:
+def test_requests_survive_the_death_of_a_replica(client: Client) -> None:
     """Streams go on where they were: another replica paints the same."""
     words = {"rows": 0, "n": 2, "seed": 3}
     expected = client.complete(**words)
@@ -136,7 +136,7 @@ def test_a_replica_that_dies_while_it_paints_costs_time_and_no_answer(client: Cl
     until(lambda: len(processes("release-slow")) == 2, 60)
 
 
-def test_every_error_behind_ray_s_proxy_is_json_too(client: Client) -> None:
+def test_errors_behind_ray_s_proxy_are_json(client: Client) -> None:
     assert client.ask("/nothing").code == "not_found"
     assert client.ask("/v1/completions").code == "method_not_allowed"
     assert client.ask("/v1/completions", {"image": "x"}).code == "invalid_image"
@@ -147,7 +147,7 @@ def test_every_error_behind_ray_s_proxy_is_json_too(client: Client) -> None:
     assert client.ask("/v1/score", {"image": PICTURE}).status == 200
 
 
-def test_metrics_are_where_prometheus_looks(client: Client) -> None:
+def test_metrics_are_exported_where_prometheus_scrapes(client: Client) -> None:
     import urllib.request
 
     import ray
@@ -168,7 +168,7 @@ def test_metrics_are_where_prometheus_looks(client: Client) -> None:
 # ------------------------------------------------------------------------------------------------ before it serves
 
 
-def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, keys: str, tmp_path: Path) -> None:
+def test_invalid_releases_are_refused_before_the_server_starts(release: str, keys: str, tmp_path: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -191,7 +191,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(release: str, k
         ServeConfig(release=("a=/x", "a=/y"), open=True)
 
 
-def test_the_cluster_s_file_passes_the_check() -> None:
+def test_serve_yaml_passes_the_check() -> None:
     report = check.check_file(str(CLUSTER / "serve.yaml"))
     assert list(report["applications"]["igpt"]) == ["s1"]
 
@@ -208,7 +208,7 @@ def places(said: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("path", places(SAID), ids=lambda path: ".".join(map(str, path)))
-def test_every_misspelt_or_missing_key_of_the_cluster_s_file_is_found(path: tuple[Any, ...]) -> None:
+def test_every_misspelt_or_missing_key_of_serve_yaml_is_reported(path: tuple[Any, ...]) -> None:
     """Ray takes nearly all of them. Those that only say what is the default anyway may be left out."""
     for mutate in (lambda at, key: at.__setitem__(f"{key}x", at.pop(key)), lambda at, key: at.pop(key)):
         said = copy.deepcopy(SAID)
@@ -224,7 +224,7 @@ def test_every_misspelt_or_missing_key_of_the_cluster_s_file_is_found(path: tupl
             check.check_config(said, "it")
 
 
-def test_the_check_finds_wrong_values_too() -> None:
+def test_the_check_reports_wrong_values() -> None:
     for path, value, match in (
         (("http_options", "port"), "many", "port"),
         (("applications", 0, "import_path"), "igpt_ray.flows.serve:run", "import_path"),
@@ -243,7 +243,7 @@ def test_the_check_finds_wrong_values_too() -> None:
 
 
 @pytest.mark.slow
-def test_the_cluster_s_file_deploys(cluster: str, release: str, keys: str) -> None:
+def test_serve_yaml_deploys(cluster: str, release: str, keys: str) -> None:
     """With a release and keys that are here, and no GPU: what Ray makes of the file, autoscaling included."""
     import ray.serve
     from ray.serve.context import _get_global_client

@@ -88,7 +88,7 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
     assert checkpoint.committed_steps(undisturbed["run"]) == list(range(4, STEPS + 1, 4))
 
 
-def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str) -> None:
+def test_one_worker_reads_the_batches_of_two(undisturbed: dict[str, Any], prepared: str) -> None:
     """The same batches in the same order: losses differ by the order of float32 sums only."""
     report = train.pretrain(settings_for(prepared, "alone", workers=WorkersConfig(n=1, micro_batch=32)))
     alone, together = losses_of(report["run"]), losses_of(undisturbed["run"])
@@ -96,7 +96,7 @@ def test_one_worker_sees_what_two_see(undisturbed: dict[str, Any], prepared: str
 
 
 @pytest.mark.slow
-def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tmp_path: Path) -> None:
+def test_a_masked_run_is_trained_and_evaluated_with_masked_tokens(prepared: str, tmp_path: Path) -> None:
     """A likelihood, a completion or a server from a network that has none; a probe of unmasked pictures."""
     model = ModelConfig(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
     trained = train.pretrain(settings_for(prepared, "masked", model=model))
@@ -128,7 +128,7 @@ def test_a_masked_run_is_trained_and_judged_by_its_own_measure(prepared: str, tm
         evaluate.evaluate(EvaluateConfig(**both, baselines="train"))
 
 
-def test_a_run_from_before_a_setting_was_there_is_resumed(undisturbed: dict[str, Any], prepared: str) -> None:
+def test_a_run_without_a_newer_setting_is_resumed(undisturbed: dict[str, Any], prepared: str) -> None:
     """Its config.json lacks the setting, which then had what is now the default."""
     path = Path(undisturbed["run"], "config.json")
     whole = path.read_text()
@@ -171,9 +171,7 @@ def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     assert weights_of(undisturbed["run"]) == before
 
 
-def test_a_run_goes_on_from_the_step_that_is_asked_for_or_not_at_all(
-    undisturbed: dict[str, Any], prepared: str
-) -> None:
+def test_a_run_resumes_from_the_requested_step_or_not_at_all(undisturbed: dict[str, Any], prepared: str) -> None:
     """A run that was to be new and trains over another's checkpoints."""
     settings = settings_for(prepared, "again")
     shutil.copytree(undisturbed["run"], settings.run.uri)
@@ -192,7 +190,7 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for_or_not_at_all(
     assert aside == [f"step_{step:08d}" for step in range(12, STEPS + 1, 4)]
 
 
-def test_what_cannot_work_is_refused_before_workers_start(prepared: str, tmp_path: Path, cluster: str) -> None:
+def test_impossible_settings_are_refused_before_workers_start(prepared: str, tmp_path: Path, cluster: str) -> None:
     fits = settings_for(prepared, "refused")
     for change, error, complaint in (
         ({"data": DataConfig()}, SettingError, "--data.tokens is not set"),
@@ -234,7 +232,7 @@ def test_a_damaged_shard_ends_the_run_with_its_name_and_without_retries(prepared
         train.pretrain(settings_for(prepared, "damaged", data=DataConfig(tokens=str(tmp_path / "tokens"))))
 
 
-def test_settings_may_be_mended_until_the_first_checkpoint(prepared: str, cluster: str) -> None:
+def test_settings_can_be_changed_until_the_first_checkpoint(prepared: str, cluster: str) -> None:
     """A run that was stopped at once must not keep its name from the run that was meant."""
     settings = settings_for(prepared, "mended")
     store = train.check(settings)

@@ -11,7 +11,7 @@ from igpt_ray.flows import preemption
 from igpt_ray.flows.preemption import Notice
 
 
-def test_notices_are_read_as_the_clouds_write_them(metadata: Metadata) -> None:
+def test_preemption_notices_of_each_cloud_are_parsed(metadata: Metadata) -> None:
     metadata.said["/computeMetadata/v1/instance/preempted"] = "FALSE"
     assert preemption.poll("aws", metadata.url) is None
     assert preemption.poll("aws", metadata.url, rebalance=True) is None
@@ -33,7 +33,7 @@ def test_notices_are_read_as_the_clouds_write_them(metadata: Metadata) -> None:
     assert found.deadline == pytest.approx(time.time() + 30, abs=5)
 
 
-def test_a_machine_of_another_cloud_is_told(metadata: Metadata) -> None:
+def test_another_cloud_is_reported(metadata: Metadata) -> None:
     with pytest.raises(StorageError, match="is this a machine of the cloud"):
         preemption.poll("aws", metadata.url + "/nowhere")
     metadata.shutdown()
