@@ -24,8 +24,8 @@ class RayLog:
         name = f"igpt_ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         self.path = Path(tempfile.gettempdir(), name)
         self.file: TextIO = self.path.open("w", buffering=1)
-        logger = logging.getLogger("ray")  # ray.init(configure_logging=False) adds no handler of its own
-        logger.addHandler(logging.StreamHandler(self.file))
+        logger = logging.getLogger("ray")
+        logger.handlers = [logging.StreamHandler(self.file)]  # `import ray` has added a handler for stderr
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logging.captureWarnings(True)
