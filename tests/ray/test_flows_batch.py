@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from serving import KEY, Place, free_port, serving
 from igpt_ray import storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat, TokenStore
-from igpt_ray.errors import CheckpointError, EndpointError, SourceError
+from igpt_ray.errors import CheckpointError, EndpointError, SettingError, SourceError
 from igpt_ray.evaluate.config import EvaluateConfig, ScoreConfig
 from igpt_ray.flows import batch, batch_units, evaluate
 from igpt_ray.generate.config import CompleteConfig
@@ -149,6 +150,18 @@ def test_incompatible_inputs_are_refused_before_any_worker_starts(
     for wrong in ({}, {"release": "a", "endpoint": "b"}, {"release": "a", "tokens": "b", "source": "c"}):
         with pytest.raises(ValueError, match="set exactly one of"):
             ScoreConfig(**wrong, **out)
+
+
+def test_the_default_split_is_test_or_else_the_only_one(released: str, digit_images: str, tmp_path: Path) -> None:
+    """A folder of a user's own images has only the split `train`."""
+    settings = ScoreConfig(release=released, source=digit_images, out=str(tmp_path))
+    assert batch_units.plan_batch(settings)[0].split == "test"
+    only = ScoreConfig(release=released, source=f"{digit_images}/train", out=str(tmp_path))
+    assert batch_units.plan_batch(only)[0].split == "train"
+    shutil.copytree(f"{digit_images}/train", tmp_path / "images/train")
+    shutil.copytree(f"{digit_images}/test", tmp_path / "images/val")
+    with pytest.raises(SettingError, match="has the splits train, val: choose --split"):
+        batch_units.plan_batch(ScoreConfig(release=released, source=f"{tmp_path}/images", out=str(tmp_path)))
 
 
 def test_a_store_with_another_token_format_than_the_server_is_refused(
