@@ -134,22 +134,24 @@ def pooled(
 
     The forward pass stops at the last of `layers`.
     """
-    if model.causal:
-        return _pooled(model, tokens, None, layers, pooling, batch_size)
-    masks = (losses.visible_masks_of_keys(keys, mask, tokens.shape[1]) for mask in range(losses.MASKS))
-    return np.stack([_pooled(model, tokens, mask, layers, pooling, batch_size) for mask in masks], axis=1)
+    parts = []
+    for _, x, masks in batches(model, tokens, keys, batch_size):
+        by_mask = [model.features(x, layers[-1], mask, POOLINGS[pooling])[:, layers] for mask in masks]
+        parts.append((by_mask[0] if model.causal else torch.stack(by_mask, dim=1)).cpu().numpy())
+    return np.concatenate(parts)
 
 
-def _pooled(
-    model: ImageGPT, tokens: Tokens, visible: Tensor | None, layers: list[int], pooling: Pooling, batch_size: int
-) -> Features:
-    parts, device = [], model.wpe.device
+def batches(
+    model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int
+) -> Iterator[tuple[slice, Tensor, Sequence[Tensor | None]]]:
+    """Rows, their tokens (B, T) on the model's device, and the masks (B, T) of a masked network, drawn by the keys;
+    [None] for a causal network, which does not need keys."""
+    device = model.wpe.device
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        mask = None if visible is None else visible[rows].to(device)
-        parts.append(model.features(x, layers[-1], mask, POOLINGS[pooling])[:, layers].cpu().numpy())
-    return np.concatenate(parts)
+        masks = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
+        yield rows, x, [None] if model.causal else [mask.to(device) for mask in masks]
 
 
 # ------------------------------------------------------------------------------------------------ writing

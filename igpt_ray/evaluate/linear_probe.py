@@ -8,7 +8,7 @@ are standardised with mean and standard deviation of the fitted images. The pape
 import functools
 import operator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,12 +164,7 @@ class ClassificationSums:
     """(BINS, 3): number of images, sum of confidence and correct images, by confidence."""
 
     def __add__(self, other: "ClassificationSums") -> "ClassificationSums":
-        return ClassificationSums(
-            self.confusion + other.confusion,
-            self.top_5 + other.top_5,
-            self.nats_sum + other.nats_sum,
-            self.bins + other.bins,
-        )
+        return ClassificationSums(*map(operator.add, vars(self).values(), vars(other).values()))
 
     @property
     def images(self) -> int:
@@ -190,7 +185,7 @@ class ClassificationSums:
 
 
 def evaluate_classifier(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> ClassificationSums:
-    """Evaluate a classifier on rows of `data`, a chunk at a time."""
+    """Evaluate a classifier on rows of `data`, one or more, a chunk at a time."""
     sums = []
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
@@ -222,11 +217,3 @@ def evaluate_logits(logits: Features, labels: Labels, n_classes: int) -> Classif
 def votes(p: NDArray[np.float64]) -> NDArray[np.float64]:
     """Number of masks that predict each class; ties are broken by mean probability: (N, MASKS, K) -> (N, K)."""
     return np.eye(p.shape[2])[p.argmax(2)].sum(1) + p.mean(1) / 2
-
-
-def summary(linear: Linear, test: Labelled, n_classes: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """The report on a test split, and its confusion matrix."""
-    if not len(test):
-        raise FeatureError("the test split has no images: choose another --split")
-    sums = evaluate_classifier(linear, test, np.arange(len(test)), n_classes)
-    return sums.report(), sums.confusion

@@ -175,7 +175,8 @@ class Prober:
             if isinstance(task, FewLabels):
                 return few_shot.few_labels(fit, test, task.k, classes, seed)
             linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
-            return ProbeResult(*linear_probe.summary(linear, test, len(classes)), linear)
+            sums = linear_probe.evaluate_classifier(linear, test, np.arange(len(test)), len(classes))
+            return ProbeResult(sums.report(), sums.confusion, linear)
 
     def labelled(self, source: str, layers: tuple[int, ...], split: str, folder: str) -> Labelled:
         """Concatenated features of some layers; for SGD in a file on the local disk, as they may exceed memory."""
