@@ -1,7 +1,6 @@
 """Checks for all weight formats: names and shapes match the model exactly, and all values are finite."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,12 +43,6 @@ def config_from_sizes(where: str, positions: str, n_positions: int, **sizes: Any
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def row_of(name: str) -> tuple[str, str]:
-    """The table row of one of our weights, and its block number: `h.3.ln_1.weight` -> `h.#.ln_1.weight`, `3`."""
-    block = re.match(r"h\.(\d+)\.(.*)", name)
-    return (f"h.#.{block[2]}", block[1]) if block else (name, "")
 
 
 def outline(model: ModelConfig) -> ImageGPT:

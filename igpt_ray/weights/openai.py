@@ -15,7 +15,7 @@ from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline
 from igpt_ray.weights.tf_bundle import Bundle
 
 
@@ -95,8 +95,9 @@ def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
     """The mapping of each of the model's weights."""
     rows = {}
     for ours, _ in model.named_parameters():
-        row, block = row_of(ours)
-        rows[ours] = TABLE[row]._replace(names=tuple(name.replace("#", block) for name in TABLE[row].names))
+        block = re.match(r"h\.(\d+)\.", ours)
+        row = TABLE[ours if block is None else ours.replace(block[1], "#", 1)]
+        rows[ours] = row if block is None else row._replace(names=tuple(n.replace("#", block[1]) for n in row.names))
     return rows
 
 
