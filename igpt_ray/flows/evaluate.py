@@ -1,7 +1,6 @@
 """Evaluation of a release on a split with Ray Data: likelihood and accuracy. A work unit is a shard."""
 
 import json
-import time
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,6 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
     A masked network reports nats per masked token under MASKS masks, which is not a likelihood; its masks vote on the
     class. Raises `SettingError` for settings that need a likelihood.
     """
-    started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.split)
     masked = weights.load_config(settings.release).model.objective == "masked"
     if masked and (settings.baselines or settings.out or settings.against):
@@ -86,7 +84,7 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
         }
     if settings.out:
         _write_report(settings, store, report, evaluation)
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _evaluation(settings: EvaluateConfig, store: TokenStore) -> Evaluation:

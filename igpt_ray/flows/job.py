@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,14 +35,16 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 
 def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
-    """Run `flow` and print its result as one JSON line. Ends the program with an exit code if the flow fails."""
+    """Run `flow` and print its result and its seconds as one JSON line. Exits with a code if the flow fails."""
     ray_log = RayLog() if cluster else None
     failed = True
     try:
         check_outputs(settings, os.getcwd())
         if ray_log is not None:
             connect(ray_log)
+        started = time.perf_counter()
         report = flow(settings)
+        report.setdefault("seconds", round(time.perf_counter() - started, 2))
         failed = False
     except KeyboardInterrupt:
         failed = False

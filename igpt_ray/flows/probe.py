@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +57,6 @@ class FewLabels(NamedTuple):
 
 def probe_layers(settings: ProbeConfig) -> Report:
     """Probe every layer; report the best layer, and concatenated layers, few labels and baselines if set."""
-    started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
     check_splits(store, settings)
     roots = _extract(settings)
@@ -80,7 +78,7 @@ def probe_layers(settings: ProbeConfig) -> Report:
         last = evaluations[-1]
         report["concatenated"] = {"layers": list(around), **asdict(last.choice), **results[last].report}
     _write(settings, store, report, results[evaluations[list(best).index(NETWORK)]])
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _extract(settings: ProbeConfig) -> dict[str, str]:

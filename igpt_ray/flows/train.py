@@ -52,7 +52,6 @@ def pretrain(settings: PretrainConfig) -> dict[str, Any]:
 
 def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[str, Any]:
     """Train a run whose settings `check` has validated. `identity` is compared at resume, as the settings are."""
-    started = time.perf_counter()
     _write_or_check_config(settings, store, identity)
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
@@ -80,7 +79,7 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
             # its workers start, and may be lost as well.
             remove_placement_groups_of("TrainController")
     bar.close()
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchTrainer:
@@ -215,13 +214,11 @@ def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: di
 
 def _with_schedule(optim: dict[str, Any]) -> dict[str, Any]:
     """The optimiser's settings of a run before version 0.2, whose `cooldown` is now `schedule` and `decay_fraction`."""
-    cooldown = optim.get("cooldown")
     rest = {name: value for name, value in optim.items() if name != "cooldown"}
-    if cooldown is None:
+    if (cooldown := optim.get("cooldown")) is None:
         return rest
-    if cooldown == 0:
-        return rest | {"schedule": "constant"}
-    return rest | {"schedule": "warmup_stable_decay", "decay_fraction": cooldown}
+    decay = {"schedule": "warmup_stable_decay", "decay_fraction": cooldown}
+    return rest | (decay if cooldown else {"schedule": "constant"})
 
 
 def _differences(existing: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -24,7 +24,7 @@ from igpt_ray.data.token_store import evenly
 from igpt_ray.errors import StorageError
 from igpt_ray.generate import completion
 from igpt_ray.model import losses
-from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.model.image_gpt import ImageGPT, outline
 from igpt_ray.train import estimate
 from igpt_ray.train.batches import MicroBatchLoader
 from igpt_ray.train.config import PretrainConfig, RunConfig
@@ -178,8 +178,7 @@ def draw_samples(
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return
-    with torch.device("meta"):
-        plain = ImageGPT(model.config)
+    plain = outline(model.config)
     plain.load_state_dict(full, assign=True)
     plain.to(device).eval()
 

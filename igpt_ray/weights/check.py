@@ -10,7 +10,6 @@ from torch import Tensor
 
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
 
 Shape = tuple[int, ...]
 
@@ -43,12 +42,6 @@ def config_from_sizes(where: str, positions: str, n_positions: int, **sizes: Any
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def outline(model: ModelConfig) -> ImageGPT:
-    """A model on the meta device, so that names and shapes are checked before memory is allocated with `to_empty`."""
-    with torch.device("meta"):
-        return ImageGPT(model)
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Convert an OpenAI checkpoint, a transformers folder or a release to a release or a transformers folder."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ class Source:
 
 def convert(settings: ConvertConfig) -> dict[str, Any]:
     """Convert the weights at `settings.source`; return the source's format, the sizes and the palette's fingerprint."""
-    started = time.perf_counter()
     source = _read(settings.source)
     palette = _palette(settings, source)
     if settings.to == "transformers":
@@ -43,7 +41,6 @@ def convert(settings: ConvertConfig) -> dict[str, Any]:
         **source.model.config.model_dump(),
         "n_params": source.model.config.n_params,
         "palette": None if palette is None else palette.fingerprint,
-        "seconds": round(time.perf_counter() - started, 2),
     }
 
 

@@ -25,8 +25,8 @@ from igpt_ray import storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, shapes_of
+from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT, outline
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, shapes_of
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 

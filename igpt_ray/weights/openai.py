@@ -14,8 +14,8 @@ from torch import Tensor
 from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline
+from igpt_ray.model.image_gpt import ImageGPT, outline
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes
 from igpt_ray.weights.tf_bundle import Bundle
 
 

@@ -21,8 +21,8 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Strict, TokenFormat
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import check_finite, check_shapes, outline, shapes_of
+from igpt_ray.model.image_gpt import ImageGPT, outline
+from igpt_ray.weights.check import check_finite, check_shapes, shapes_of
 
 FORMAT = "igpt_ray release 1"
 
