@@ -14,6 +14,7 @@ from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.features import Features, Labels
 from igpt_ray.evaluate.linear_probe import Labelled, Method, Rows, check_finite, evaluate_classifier
 from igpt_ray.evaluate.logistic import moments
+from igpt_ray.settings import Result
 
 SUBSETS = 5
 FOLDS = 4
@@ -86,6 +87,14 @@ def nearest(references: Features, queries: Features) -> NDArray[np.int64]:
     return np.concatenate([(squares - 2 * part @ references.T).argmin(1) for part in parts])
 
 
-def mean_and_sd(runs: list[float]) -> dict[str, object]:
-    """Mean and sample standard deviation over subsets, and the runs."""
-    return {"mean": statistics.mean(runs), "sd": statistics.stdev(runs), "runs": runs}
+class Runs(Result):
+    """Accuracies on the random subsets."""
+
+    mean: float
+    sd: float
+    """Sample standard deviation."""
+    runs: list[float]
+
+
+def mean_and_sd(runs: list[float]) -> Runs:
+    return Runs(mean=statistics.mean(runs), sd=statistics.stdev(runs), runs=runs)

@@ -27,9 +27,56 @@ from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 
 NETWORK, UNTRAINED, PIXELS = "network", "untrained", "raw_pixels"
-Report = dict[str, Any]
+
+
+class Choices(Result):
+    """What the held-out images select."""
+
+    validation: float
+    """Accuracy on them, in [0, 1]."""
+    setting: float
+    """The penalty, or SGD's learning rate."""
+
+
+class LayerChoice(Choices):
+    layer: int
+
+
+class Figures(Choices):
+    """A probe on the test split."""
+
+    accuracy: float
+    top_5: float
+    nats: float
+    """Mean nats of the labels."""
+    ece: float
+    """Expected calibration error: mean |confidence - accuracy|."""
+
+
+class Concatenated(Figures):
+    layers: list[int]
+
+
+class SourceFigures(Figures):
+    """The best layer of a network, or raw pixels, which have no layers."""
+
+    best_layer: int | None = None
+    layers: list[LayerChoice] | None = None
+    low_data: dict[str, dict[str, few_shot.Runs]] | None = None
+    """Labels per class -> classifier (linear, nearest_neighbour, nearest_centroid) -> accuracies."""
+
+
+class ProbeReport(SourceFigures):
+    release: str
+    out: str
+    split: str
+    untrained: SourceFigures | None = None
+    """The network with random weights."""
+    raw_pixels: SourceFigures | None = None
+    concatenated: Concatenated | None = None
 
 
 class Select(NamedTuple):
@@ -55,7 +102,7 @@ class FewLabels(NamedTuple):
     k: int
 
 
-def probe_layers(settings: ProbeConfig) -> Report:
+def probe_layers(settings: ProbeConfig) -> ProbeReport:
     """Probe every layer; report the best layer, and concatenated layers, few labels and baselines if set."""
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
     check_splits(store, settings)
@@ -76,7 +123,7 @@ def probe_layers(settings: ProbeConfig) -> Report:
     report = _report(settings, choices, best, results)
     if settings.concatenate:
         last = evaluations[-1]
-        report["concatenated"] = {"layers": list(around), **asdict(last.choice), **results[last].report}
+        report.concatenated = Concatenated(layers=list(around), **asdict(last.choice), **results[last].report)
     _write(settings, store, report, results[evaluations[list(best).index(NETWORK)]])
     return report
 
@@ -94,10 +141,10 @@ def _extract(settings: ProbeConfig) -> dict[str, str]:
         batch_size=settings.batch_size,
         pool=settings.pool,
     )
-    roots = {NETWORK: extract(config)["features"]}
+    roots = {NETWORK: extract(config).features}
     if settings.baselines:
         changes = {"out": f"{config.out}-untrained", "untrained": settings.seed}
-        roots[UNTRAINED] = extract(config.model_copy(update=changes))["features"]
+        roots[UNTRAINED] = extract(config.model_copy(update=changes)).features
     return roots
 
 
@@ -204,30 +251,26 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
 
 
 def _report(
-    settings: ProbeConfig,
-    choices: dict[Select, Choice],
-    best: dict[str, tuple[int, ...]],
-    results: dict[Any, Any],
-) -> Report:
-    """Figures of the network at the top level, those of each baseline under its name."""
-    by_source: dict[str, Report] = {}
+    settings: ProbeConfig, choices: dict[Select, Choice], best: dict[str, tuple[int, ...]], results: dict[Any, Any]
+) -> ProbeReport:
+    by_source: dict[str, Any] = {}
     for source, layers in best.items():
         choice = choices[Select(source, layers)]
         figures = {**asdict(choice), **results[Evaluate(source, layers, choice)].report}
         if layers:
             single = [(t.layers[0], c) for t, c in choices.items() if t.source == source and len(t.layers) == 1]
             figures |= {"best_layer": layers[0], "layers": [{"layer": layer, **asdict(c)} for layer, c in single]}
-        few = {str(k): results[FewLabels(source, layers, k)] for k in settings.low_data}
-        if few:
+        if settings.low_data:
+            few = {str(k): results[FewLabels(source, layers, k)] for k in settings.low_data}
             figures["low_data"] = {
                 k: {name: few_shot.mean_and_sd(runs) for name, runs in by_name.items()} for k, by_name in few.items()
             }
         by_source[source] = figures
     network = by_source.pop(NETWORK)
-    return {"release": settings.release, "out": settings.out, "split": settings.split, **network, **by_source}
+    return ProbeReport(release=settings.release, out=settings.out, split=settings.split, **network, **by_source)
 
 
-def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
+def _protocol(settings: ProbeConfig, store: TokenStore) -> dict[str, Any]:
     """The settings that the paper does not state."""
     n = store.manifest.rows(settings.fit_split)
     return {
@@ -245,19 +288,20 @@ def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     }
 
 
-def _write(settings: ProbeConfig, store: TokenStore, report: Report, result: ProbeResult) -> None:
-    report = {**report, "protocol": _protocol(settings, store), "made_by": provenance(settings)}
+def _write(settings: ProbeConfig, store: TokenStore, result: ProbeReport, fitted: ProbeResult) -> None:
+    assert result.best_layer is not None
+    report = {**result.line(), "protocol": _protocol(settings, store), "made_by": provenance(settings)}
     storage.write(storage.join(settings.out, "probe.json"), json.dumps(report, indent=1).encode())
     classes = store.manifest.classes
     text = io.StringIO()
-    rows = ([name, *counts] for name, counts in zip(classes, result.confusion.tolist(), strict=True))
+    rows = ([name, *counts] for name, counts in zip(classes, fitted.confusion.tolist(), strict=True))
     csv.writer(text).writerows([["true \\ chosen", *classes], *rows])
     storage.write(storage.join(settings.out, "confusion.csv"), text.getvalue().encode())
     data = io.BytesIO()
     np.savez(
         data,
-        **asdict(result.linear),
-        layer=report["best_layer"],
+        **asdict(fitted.linear),
+        layer=result.best_layer,
         pooling=settings.pooling,
         precision=settings.precision,
         release=weights.load_config(settings.release).sha256,

@@ -141,7 +141,7 @@ class Parts:
 def _likelihood(settings: ReportConfig, parts: Parts, causal: bool, baselines: str) -> Report:
     config = _evaluate_config(settings, settings.release)
     if not causal:
-        return parts.cached("likelihood", config, lambda: evaluate.evaluate(config))
+        return parts.cached("likelihood", config, lambda: evaluate.evaluate(config).line())
     config = config.model_copy(update={"out": parts.uri("likelihood"), "baselines": baselines})
     return parts.cached("likelihood", config, lambda: _run(evaluate.evaluate, config, "likelihood.json"))
 
@@ -173,8 +173,8 @@ def _finetune_config(settings: ReportConfig, start: str) -> FinetuneConfig:
 
 def _finetuned(settings: ReportConfig, parts: Parts, config: FinetuneConfig) -> Report:
     def make() -> Report:
-        trained = finetune.finetune(config)
-        result = evaluate.evaluate(_evaluate_config(settings, config.run.release))
+        trained = finetune.finetune(config).line()
+        result = evaluate.evaluate(_evaluate_config(settings, config.run.release)).line()
         return {**result, **result["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
 
     return parts.cached(storage.relative_to(settings.out, config.run.uri), config, make)

@@ -6,7 +6,6 @@ Ray's autoscaler does not poll AWS or Google. One watcher runs on every worker n
 import logging
 import os
 import time
-from typing import Any
 
 import ray.util
 
@@ -15,11 +14,23 @@ from igpt_ray.flows import preemption
 from igpt_ray.flows.config import WatchConfig
 from igpt_ray.flows.job import log_to_stderr
 from igpt_ray.flows.ray_compat import drain_node, nodes_at
+from igpt_ray.settings import Result
 
 log = logging.getLogger(__name__)
 
 
-def watch(settings: WatchConfig) -> dict[str, Any]:
+class WatchResult(Result):
+    node: str
+    """Id of the Ray node."""
+    notice: str
+    seconds: float | None
+    """From the notice to the preemption; None if the cloud does not state it."""
+    accepted: bool
+    """Whether Ray drains the node."""
+    why_not: str
+
+
+def watch(settings: WatchConfig) -> WatchResult:
     """Poll until there is a preemption notice, then drain the node. Returns the notice and Ray's answer."""
     log_to_stderr()
     address = _address(settings)
@@ -36,7 +47,7 @@ def watch(settings: WatchConfig) -> dict[str, Any]:
     log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s left")
     milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
     accepted, why_not = drain_node(address, node, f"{settings.cloud}: {notice.why}", milliseconds)
-    return {"node": node, "notice": notice.why, "seconds": seconds, "accepted": accepted, "why_not": why_not}
+    return WatchResult(node=node, notice=notice.why, seconds=seconds, accepted=accepted, why_not=why_not)
 
 
 def _address(settings: WatchConfig) -> str:
