@@ -120,7 +120,8 @@ def evaluate(settings: EvaluateConfig) -> EvaluateResult:
     if sums := evaluation.classification:
         report.classification = Classification(images=sums.images, **sums.report())
     if settings.baselines:
-        fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
+        splits = (store.read_split(split) for split in (settings.baselines, settings.split))
+        fit, test = (np.concatenate([tokens_of(table) for table in tables]) for tables in splits)
         report.baselines = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
     if other is not None:
         outside = _evaluation(settings, other)
@@ -185,7 +186,3 @@ class ShardNats:
             return None
         logits = class_logits(self.model, tokens[rows], [keys[row] for row in rows], self.batch_size)
         return evaluate_logits(logits, labels[rows], self.model.config.n_class)
-
-
-def _all_tokens(store: TokenStore, split: str) -> Tokens:
-    return np.concatenate([tokens_of(table) for table in store.read_split(split)])

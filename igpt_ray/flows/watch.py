@@ -33,7 +33,9 @@ class WatchResult(Result):
 def watch(settings: WatchConfig) -> WatchResult:
     """Poll until there is a preemption notice, then drain the node. Returns the notice and Ray's answer."""
     log_to_stderr()
-    address = _address(settings)
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise SettingError("--address is not set: set it to the head's address, host:port, as for `ray start`")
     node = settings.node or _this_node(address)
     endpoint = settings.metadata or preemption.ENDPOINTS[settings.cloud]
     notice = preemption.poll(settings.cloud, endpoint, settings.rebalance)  # an error of the first poll is the user's
@@ -48,13 +50,6 @@ def watch(settings: WatchConfig) -> WatchResult:
     milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
     accepted, why_not = drain_node(address, node, f"{settings.cloud}: {notice.why}", milliseconds)
     return WatchResult(node=node, notice=notice.why, seconds=seconds, accepted=accepted, why_not=why_not)
-
-
-def _address(settings: WatchConfig) -> str:
-    address = settings.address or os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        raise SettingError("--address is not set: set it to the head's address, host:port, as for `ray start`")
-    return address
 
 
 def _this_node(address: str) -> str:

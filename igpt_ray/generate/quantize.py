@@ -21,17 +21,14 @@ def prepare_network(model: ImageGPT, precision: Precision) -> ImageGPT:
     network = outline(model.config).eval().requires_grad_(False)
     state = model.state_dict()
     network.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-    packed = model.wpe.device.type == "cpu" and _onednn_supports(dtype)
+    onednn = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    packed = model.wpe.device.type == "cpu" and onednn
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and (packed or precision == "int8"):
             network.set_submodule(name, Int8(state[f"{name}.weight"]) if precision == "int8" else Packed(module.weight))
     return network
-
-
-def _onednn_supports(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Packed(nn.Module):

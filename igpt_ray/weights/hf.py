@@ -90,7 +90,8 @@ def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None
 
 def _weights(theirs: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The weights without buffers, with the prefix in every name."""
-    tensors = {_prefixed(name): value for name, value in theirs.items()}
+    whole = ("transformer.", "lm_head.")
+    tensors = {name if name.startswith(whole) else f"transformer.{name}": value for name, value in theirs.items()}
     if len(tensors) < len(theirs):
         raise CheckpointError(f"{where} has the same weight with and without the prefix 'transformer.'")
     tensors = {name: value for name, value in tensors.items() if not BUFFERS.match(name)}
@@ -136,10 +137,6 @@ def _expected(model: ImageGPT) -> dict[str, Shape]:
 
 def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
-
-
-def _prefixed(name: str) -> str:
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelConfig:

@@ -116,16 +116,11 @@ def load_release(uri: str, device: str = "cpu") -> Release:
     if palette.fingerprint != config.kind.palette:
         raise CheckpointError(f"{uri}/palette.npy is not the palette that the model was trained with")
     model = outline(config.model)
-    load_weights(model, weights, uri, device)
-    return Release(model.eval(), palette, config)
-
-
-def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str, device: str) -> None:
-    """Load weights into a model from `outline`, after a check of names, shapes and values."""
-    check_shapes(shapes_of(weights), shapes_of(model.state_dict()), where)
+    check_shapes(shapes_of(weights), shapes_of(model.state_dict()), uri)
     for name, value in weights.items():
-        check_finite(name, value, where)
+        check_finite(name, value, uri)
     model.to_empty(device=device).load_state_dict(weights)
+    return Release(model.eval(), palette, config)
 
 
 def _card(config: ReleaseConfig) -> str:
