@@ -11,13 +11,13 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from igpt_ray import storage, weights
+from igpt_ray import artifact, storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Strict, TokenFormat, Tokens
-from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
+from igpt_ray.errors import CheckpointError, FeatureError, ImageError, SettingError, SourceError
 from igpt_ray.evaluate import features, likelihood
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.evaluate.linear_probe import votes
@@ -83,13 +83,8 @@ def load_groups(uri: str) -> dict[str, list[str]]:
 
 def _read_tests(uri: str) -> dict[str, Folders]:
     expected = 'expected {"<test>": {"X": "<folder>", "Y": "<folder>", "A": "<folder>", "B": "<folder>"}}'
-    try:
-        return TESTS.validate_json(storage.read(uri))
-    except NotFound as error:
-        raise SourceError(f"no tests at {uri}: {expected} ({error})") from error
-    except ValidationError as error:
-        where, problem = (error.errors()[0][part] for part in ("loc", "msg"))
-        raise SourceError(f"{uri} is no list of tests, at {list(where)}: {expected} ({problem})") from error
+    messages = f"no tests at {uri}: {expected}", f"{uri} is no list of tests: {expected}"
+    return artifact.load(uri, TESTS.validate_json, SourceError, *messages)
 
 
 def _stimuli(test: str, folders: Folders, root: str, source: str) -> Stimuli:
@@ -156,12 +151,9 @@ def load_classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -
 
 def _load_probe(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
     """Load the head and the release of probe.json, which must be the release that the head was fitted on."""
-    try:
-        release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
-    except (ValueError, KeyError) as error:
-        raise FeatureError(
-            f"{uri}/probe.json is damaged or of another version: repeat jobs/probe.py ({error})"
-        ) from error
+    file = storage.join(uri, "probe.json")
+    messages = f"{file} is missing", f"{file} is damaged or of another version: repeat jobs/probe.py"
+    release = artifact.load(file, lambda data: json.loads(data)["release"], FeatureError, *messages)
     head = load_head(uri)
     config = weights.load_config(release)
     weights.check_kind(config.kind, kind, "the release that is audited")

@@ -173,12 +173,10 @@ def create_or_check(root: str, spec: FeatureSpec) -> None:
 
 def load_spec(root: str) -> FeatureSpec:
     """Read features.json. Raises `FeatureError` if it is missing or damaged."""
-    try:
-        return FeatureSpec.model_validate_json(storage.read(storage.join(root, "features.json")))
-    except NotFound as error:
-        raise FeatureError(f"no features at {root}: run jobs/features.py ({error})") from error
-    except ValidationError as error:
-        raise FeatureError(f"{root}/features.json is damaged or of another version: remove {root}") from error
+    missing = f"no features at {root}: run jobs/features.py"
+    damaged = f"{root}/features.json is damaged or of another version: remove {root}"
+    uri = storage.join(root, "features.json")
+    return artifact.load(uri, FeatureSpec.model_validate_json, FeatureError, missing, damaged)
 
 
 def finished(root: str, shards: list[Shard]) -> dict[str, FeatureUnit]:

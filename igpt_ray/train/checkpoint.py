@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -33,7 +32,7 @@ from torch.optim import Optimizer
 
 from igpt_ray import artifact, storage
 from igpt_ray.data.token_format import Strict
-from igpt_ray.errors import CheckpointError, IgptError, NotFound, StorageError
+from igpt_ray.errors import CheckpointError, IgptError, StorageError
 from igpt_ray.train.torch_compat import tree_flatten, tree_unflatten
 
 log = logging.getLogger(__name__)
@@ -225,10 +224,9 @@ class _Reader(dcp.FileSystemReader):
         self.manifest: Manifest | None = None
 
     def open(self) -> None:
-        try:
-            self.manifest = Manifest.model_validate_json(storage.read(storage.join(self.uri, "manifest.json")))
-        except (NotFound, ValidationError) as error:
-            raise CheckpointError(f"{self.uri}/manifest.json is missing or damaged") from error
+        uri = storage.join(self.uri, "manifest.json")
+        messages = f"{uri} is missing", f"{uri} is damaged"
+        self.manifest = artifact.load(uri, Manifest.model_validate_json, CheckpointError, *messages)
         self._fetch({METADATA})
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
@@ -164,12 +164,8 @@ def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelC
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(storage.read(storage.join(folder, name)))
-    except NotFound as error:
-        raise CheckpointError(f"{folder} is not a transformers folder: it has no {name} ({error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/{name} is not JSON: {error}") from error
+    messages = f"{folder} is not a transformers folder: it has no {name}", f"{folder}/{name} is not JSON"
+    content: Any = artifact.load(storage.join(folder, name), json.loads, CheckpointError, *messages)
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder}/{name} is not a JSON object")
     return content
