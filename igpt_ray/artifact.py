@@ -60,8 +60,9 @@ def load(uri: str, parse: Callable[[bytes], T], error: type[IgptError], missing:
     try:
         return parse(data)
     except ValidationError as invalid:
-        where, problem = (invalid.errors()[0][part] for part in ("loc", "msg"))
-        raise error(f"{damaged} ({': '.join(filter(None, ['.'.join(map(str, where)), problem]))})") from invalid
+        first = invalid.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise error(f"{damaged} ({where + ': ' if where else ''}{first['msg']})") from invalid
     except (ValueError, KeyError, EOFError, BadZipFile) as malformed:
         raise error(f"{damaged} ({malformed})") from malformed
 
