@@ -19,7 +19,7 @@ from igpt_ray import storage, weights
 from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import SettingError
 from igpt_ray.evaluate import features, few_shot, linear_probe
-from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig
+from igpt_ray.evaluate.config import FeaturesConfig, FeatureSection, ProbeConfig
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
 from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
 from igpt_ray.flows.actor_map import actor_map
@@ -79,27 +79,17 @@ class ProbeReport(SourceFigures):
     concatenated: Concatenated | None = None
 
 
-class Select(NamedTuple):
-    """Task: select the setting for the concatenated features of some layers on the held-out images."""
+class Task(NamedTuple):
+    """Select the setting for the concatenated features of some layers on the held-out images.
+
+    With `choice`: fit with this setting on all fitting images, and evaluate on the test split. With `k`: the test
+    accuracy with so many labels per class.
+    """
 
     source: str
     layers: tuple[int, ...]
-
-
-class Evaluate(NamedTuple):
-    """Task: fit with the selected setting on all fitting images, and evaluate on the test split."""
-
-    source: str
-    layers: tuple[int, ...]
-    choice: Choice
-
-
-class FewLabels(NamedTuple):
-    """Task: the test accuracy with k labels per class."""
-
-    source: str
-    layers: tuple[int, ...]
-    k: int
+    choice: Choice | None = None
+    k: int | None = None
 
 
 def probe_layers(settings: ProbeConfig) -> ProbeReport:
@@ -108,22 +98,24 @@ def probe_layers(settings: ProbeConfig) -> ProbeReport:
     check_splits(store, settings)
     roots = _extract(settings)
     layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).spec.layers]
-    tasks = [Select(source, layer) for source in roots for layer in layers]
-    tasks += [Select(PIXELS, ())] if settings.baselines else []
+    tasks = [Task(source, layer) for source in roots for layer in layers]
+    tasks += [Task(PIXELS, ())] if settings.baselines else []
     choices = _run(tasks, settings, roots)
     best = _best_layers(choices)
     evaluated = list(best.items())
     if settings.concatenate:
         around = _neighbours(best[NETWORK][0], settings.concatenate, [layer for (layer,) in layers])
-        choices |= _run([Select(NETWORK, around)], settings, roots)
+        choices |= _run([Task(NETWORK, around)], settings, roots)
         evaluated.append((NETWORK, around))
-    evaluations = [Evaluate(source, ls, choices[Select(source, ls)]) for source, ls in evaluated]
-    few = [FewLabels(source, ls, k) for k in settings.low_data for source, ls in best.items()]
+    evaluations = [Task(source, ls, choices[Task(source, ls)]) for source, ls in evaluated]
+    few = [Task(source, ls, k=k) for k in settings.low_data for source, ls in best.items()]
     results = _run([*evaluations, *few], settings, roots)
     report = _report(settings, choices, best, results)
     if settings.concatenate:
         last = evaluations[-1]
-        report.concatenated = Concatenated(layers=list(around), **asdict(last.choice), **results[last].report)
+        report.concatenated = Concatenated(
+            layers=list(around), **asdict(choices[Task(NETWORK, around)]), **results[last].report
+        )
     _write(settings, store, report, results[evaluations[list(best).index(NETWORK)]])
     return report
 
@@ -131,15 +123,9 @@ def probe_layers(settings: ProbeConfig) -> ProbeReport:
 def _extract(settings: ProbeConfig) -> dict[str, str]:
     """Compute missing features of both splits: source -> folder."""
     config = FeaturesConfig(
-        release=settings.release,
-        tokens=settings.tokens,
         out=settings.features or storage.join(settings.out, "features"),
         splits=(settings.fit_split, settings.split),
-        layers=settings.layers,
-        pooling=settings.pooling,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        pool=settings.pool,
+        **{name: getattr(settings, name) for name in FeatureSection.model_fields},
     )
     roots = {NETWORK: extract(config).features}
     if settings.baselines:
@@ -148,7 +134,7 @@ def _extract(settings: ProbeConfig) -> dict[str, str]:
     return roots
 
 
-def _run(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict[Any, Any]:
+def _run(tasks: list[Task], settings: ProbeConfig, roots: dict[str, str]) -> dict[Task, Any]:
     results = {}
     arguments = {"settings": settings, "roots": roots}
     progress = Progress("probe", len(tasks), "fits")
@@ -159,9 +145,9 @@ def _run(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict
     return results
 
 
-def _best_layers(choices: dict[Select, Choice]) -> dict[str, tuple[int, ...]]:
+def _best_layers(choices: dict[Task, Choice]) -> dict[str, tuple[int, ...]]:
     """Source -> the layer with the highest accuracy on held-out images; ties take the first."""
-    best: dict[str, Select] = {}
+    best: dict[str, Task] = {}
     for task, choice in choices.items():
         if task.source not in best or choice.validation > choices[best[task.source]].validation:
             best[task.source] = task
@@ -202,7 +188,7 @@ class ProbeResult(NamedTuple):
 
 
 class Prober:
-    """Select -> Choice, Evaluate -> ProbeResult, FewLabels -> accuracies by classifier."""
+    """Task -> Choice; ProbeResult with `choice`; accuracies by classifier with `k`."""
 
     def __init__(self, settings: ProbeConfig, roots: dict[str, str]):
         self.settings = settings
@@ -210,15 +196,16 @@ class Prober:
         self.store = TokenStore.open(settings.tokens)
         self.method = Method(settings.method, settings.sgd, settings.seed, device())
 
-    def __call__(self, task: Select | Evaluate | FewLabels) -> Any:
+    def __call__(self, task: Task) -> Any:
         classes, seed = self.store.manifest.classes, self.settings.seed
         with tempfile.TemporaryDirectory() as folder:
             fit = self.labelled(task.source, task.layers, self.settings.fit_split, folder)
-            if isinstance(task, Select):
+            if task.choice is None and task.k is None:
                 return linear_probe.select(fit, len(classes), seed, self.method)
             test = self.labelled(task.source, task.layers, self.settings.split, folder)
-            if isinstance(task, FewLabels):
+            if task.k is not None:
                 return few_shot.few_labels(fit, test, task.k, classes, seed)
+            assert task.choice is not None
             linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
             sums = linear_probe.evaluate_classifier(linear, test, np.arange(len(test)), len(classes))
             return ProbeResult(sums.report(), sums.confusion, linear)
@@ -251,17 +238,17 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
 
 
 def _report(
-    settings: ProbeConfig, choices: dict[Select, Choice], best: dict[str, tuple[int, ...]], results: dict[Any, Any]
+    settings: ProbeConfig, choices: dict[Task, Choice], best: dict[str, tuple[int, ...]], results: dict[Task, Any]
 ) -> ProbeReport:
     by_source: dict[str, Any] = {}
     for source, layers in best.items():
-        choice = choices[Select(source, layers)]
-        figures = {**asdict(choice), **results[Evaluate(source, layers, choice)].report}
+        choice = choices[Task(source, layers)]
+        figures = {**asdict(choice), **results[Task(source, layers, choice)].report}
         if layers:
             single = [(t.layers[0], c) for t, c in choices.items() if t.source == source and len(t.layers) == 1]
             figures |= {"best_layer": layers[0], "layers": [{"layer": layer, **asdict(c)} for layer, c in single]}
         if settings.low_data:
-            few = {str(k): results[FewLabels(source, layers, k)] for k in settings.low_data}
+            few = {str(k): results[Task(source, layers, k=k)] for k in settings.low_data}
             figures["low_data"] = {
                 k: {name: few_shot.mean_and_sd(runs) for name, runs in by_name.items()} for k, by_name in few.items()
             }

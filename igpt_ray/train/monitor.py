@@ -18,15 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from igpt_ray import rng, storage
 from igpt_ray.data import pixels
-from igpt_ray.data.loader import Batch, SplitCache
+from igpt_ray.data.loader import SplitCache
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import evenly
 from igpt_ray.errors import StorageError
 from igpt_ray.generate import completion
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT, outline
 from igpt_ray.train import estimate
-from igpt_ray.train.batches import MicroBatchLoader
+from igpt_ray.train.batches import MicroBatchLoader, evenly_spaced_batch
 from igpt_ray.train.config import PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -141,12 +140,6 @@ class Profiler:
                 storage.upload(trace, storage.join(self.run.uri, "profile", "trace.json"))
             except StorageError as error:
                 log.warning("the profile was not written: %s", error)
-
-
-def evenly_spaced_batch(split: SplitCache, n: int) -> Batch:
-    """At most n evenly spaced images of a split, the same at every step."""
-    rows = evenly(len(split), n)
-    return Batch(np.zeros_like(rows), rows)
 
 
 @torch.no_grad()

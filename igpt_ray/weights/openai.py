@@ -19,10 +19,6 @@ from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_fro
 from igpt_ray.weights.tf_bundle import Bundle
 
 
-def _identity(w: Tensor) -> Tensor:
-    return w
-
-
 def _transposed(w: Tensor) -> Tensor:
     """OpenAI's `conv1d` weights are [in, out]; those of torch's Linear are [out, in]."""
     return w.T
@@ -43,21 +39,21 @@ class TensorMapping(NamedTuple):
 
     names: tuple[str, ...]
     shape: str
-    convert: Callable[..., Tensor]
+    convert: Callable[..., Tensor] = lambda w: w
 
 
 TABLE = {
-    "wpe": TensorMapping(("model/wpe",), "T C", _identity),
-    "wte.weight": TensorMapping(("model/wte",), "V C", _identity),
-    "wtet.weight": TensorMapping(("model/wtet",), "V C", _identity),
-    "sos": TensorMapping(("model/sos",), "C", _identity),
-    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C", _identity),
-    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C", _identity),
+    "wpe": TensorMapping(("model/wpe",), "T C"),
+    "wte.weight": TensorMapping(("model/wte",), "V C"),
+    "wtet.weight": TensorMapping(("model/wtet",), "V C"),
+    "sos": TensorMapping(("model/sos",), "C"),
+    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C"),
+    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C"),
     "h.#.attn.c_attn.weight": TensorMapping(
         ("model/h#/attn/q_proj", "model/h#/attn/k_proj", "model/h#/attn/v_proj"), "N D C", _heads_to_rows
     ),
     "h.#.attn.c_proj.weight": TensorMapping(("model/h#/attn/c_proj",), "N D C", _heads_to_columns),
-    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C", _identity),
+    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C"),
     "h.#.mlp.c_fc.weight": TensorMapping(("model/h#/mlp/c_fc/w",), "C 4C", _transposed),
     "h.#.mlp.c_proj.weight": TensorMapping(("model/h#/mlp/c_proj/w",), "4C C", _transposed),
 }
