@@ -237,7 +237,7 @@ def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None)
     Raises `CheckpointError` if the model has parts that transformers' ImageGPT does not have.
     """
     uri, c = storage.absolute(str(folder)), model.config
-    extra = ["masked objective"] * (c.objective != "next") + ["class head"] * (c.n_class > 0) + c.modern
+    extra = ["masked network"] * (c.objective != "next") + ["class head"] * (c.n_class > 0) + c.modern
     if extra:
         raise CheckpointError(f"transformers' ImageGPT has no {', '.join(extra)}: keep the release")
     if palette is not None and len(palette) != c.n_vocab:
