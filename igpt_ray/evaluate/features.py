@@ -30,7 +30,7 @@ from torch import Tensor
 from igpt_ray import artifact, storage, weights
 from igpt_ray.data.token_format import Strict, Tokens
 from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
-from igpt_ray.errors import FeatureError, NotFound, SettingError
+from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT, mean_over_positions
 
@@ -325,18 +325,15 @@ def fill(features: Features, units: Iterator[tuple[Features, Labels]]) -> Labels
 def _manifest(root: str, split: str, spec: FeatureSpec | None = None) -> Manifest:
     """Raise `FeatureError` if the split is not committed, or its manifest is damaged or has another specification."""
     uri = _manifest_uri(root, split)
-    try:
-        body = artifact.unseal(storage.read(uri))
-    except NotFound as error:
-        raise FeatureError(f"no features of {split!r} are committed at {root}: run jobs/features.py") from error
-    if body is None:
-        raise FeatureError(
-            f"{uri} is damaged: delete it and repeat jobs/features.py, which recomputes only incomplete units"
-        )
-    try:
-        manifest = Manifest.model_validate_json(body)
-    except ValidationError as error:
-        raise FeatureError(f"{uri} is of another version: remove {root} and repeat jobs/features.py") from error
+
+    def parse(data: bytes) -> Manifest:
+        if (body := artifact.unseal(data)) is None:
+            raise ValueError("it does not end with the sha256 of its other bytes")
+        return Manifest.model_validate_json(body)
+
+    missing = f"no features of {split!r} are committed at {root}: run jobs/features.py"
+    damaged = f"{uri} is damaged or of another version: delete it and repeat jobs/features.py"
+    manifest = artifact.load(uri, parse, FeatureError, missing, damaged)
     if spec is not None and manifest.about != spec:
         raise FeatureError(f"{uri} has another specification than {root}/features.json: remove {root}")
     return manifest

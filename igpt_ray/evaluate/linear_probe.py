@@ -17,6 +17,7 @@ from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.config import SgdConfig
 from igpt_ray.evaluate.features import Features, Labels
 from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, fit_sgd, probabilities
+from igpt_ray.settings import Result
 
 L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Candidate penalties: l2 / 2 * |W|^2 is added to the mean loss, on standardised features."""
@@ -150,6 +151,16 @@ def check_finite(features: Features) -> None:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
+class ClassificationReport(Result):
+    accuracy: float
+    """In [0, 1]."""
+    top_5: float
+    nats: float
+    """Mean nats of the labels."""
+    ece: float
+    """Expected calibration error: mean |confidence - accuracy|."""
+
+
 @dataclass(frozen=True)
 class ClassificationSums:
     """Sums over images; those of parts of a split can be added."""
@@ -175,7 +186,7 @@ class ClassificationSums:
         return float(self.confusion.trace() / self.images)
 
     def report(self) -> dict[str, float]:
-        """Accuracies in [0, 1], mean nats, and `ece`, the expected calibration error: mean |confidence - accuracy|."""
+        """The fields of `ClassificationReport`."""
         return {
             "accuracy": self.accuracy,
             "top_5": self.top_5 / self.images,

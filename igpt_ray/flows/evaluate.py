@@ -23,7 +23,7 @@ from igpt_ray.evaluate.likelihood import (
     masked_nats,
     nats_by_image_and_position,
 )
-from igpt_ray.evaluate.linear_probe import ClassificationSums, evaluate_logits
+from igpt_ray.evaluate.linear_probe import ClassificationReport, ClassificationSums, evaluate_logits
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
@@ -50,16 +50,9 @@ def device() -> str:
 # ------------------------------------------------------------------------------------------------ likelihood
 
 
-class Classification(Result):
+class Classification(ClassificationReport):
     images: int
     """Images with a label."""
-    accuracy: float
-    """In [0, 1]."""
-    top_5: float
-    nats: float
-    """Mean nats of the labels."""
-    ece: float
-    """Expected calibration error: mean |confidence - accuracy|."""
 
 
 class Against(Result):

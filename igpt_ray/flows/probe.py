@@ -21,7 +21,7 @@ from igpt_ray.errors import SettingError
 from igpt_ray.evaluate import features, few_shot, linear_probe
 from igpt_ray.evaluate.config import FeaturesConfig, FeatureSection, ProbeConfig
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
-from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
+from igpt_ray.evaluate.linear_probe import Choice, ClassificationReport, Labelled, Method
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
@@ -45,15 +45,8 @@ class LayerChoice(Choices):
     layer: int
 
 
-class Figures(Choices):
+class Figures(Choices, ClassificationReport):
     """A probe on the test split."""
-
-    accuracy: float
-    top_5: float
-    nats: float
-    """Mean nats of the labels."""
-    ece: float
-    """Expected calibration error: mean |confidence - accuracy|."""
 
 
 class Concatenated(Figures):
