@@ -170,9 +170,8 @@ def heat_map(values: Nats, n_px: int, scale: int) -> RGB:
     """A picture of one value per position, from zero to the maximum: (T,) -> (n_px * scale, n_px * scale, 3)."""
     fraction = (values / values.max()).reshape(n_px, n_px).repeat(scale, 0).repeat(scale, 1)
     stops = np.linspace(0, 1, len(HEAT_COLOURS))
-    return np.stack([np.interp(fraction, stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)], -1).astype(
-        np.uint8
-    )
+    channels = [np.interp(fraction, stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)]
+    return np.stack(channels, -1).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ count models
