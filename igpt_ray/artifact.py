@@ -5,10 +5,17 @@ and in token and feature stores it ends with the sha256 of its own bytes. Reader
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+from zipfile import BadZipFile
+
+from pydantic import ValidationError
 
 from igpt_ray import storage
 from igpt_ray.errors import IgptError, NotFound
+
+T = TypeVar("T")
 
 SEAL = ',\n "sha256": "{}"\n}}\n'
 
@@ -42,6 +49,22 @@ def read(uri: str, n_bytes: int, sha256: str, error: type[IgptError], command: s
             f" repeat {command}"
         )
     return data
+
+
+def load(uri: str, parse: Callable[[bytes], T], error: type[IgptError], missing: str, damaged: str) -> T:
+    """The parsed content of a file. Raises `error` with the message `missing` or `damaged`, and the cause."""
+    try:
+        data = storage.read(uri)
+    except NotFound as absent:
+        raise error(f"{missing} ({absent})") from absent
+    try:
+        return parse(data)
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise error(f"{damaged} ({where + ': ' if where else ''}{first['msg']})") from invalid
+    except (ValueError, KeyError, EOFError, BadZipFile) as malformed:
+        raise error(f"{damaged} ({malformed})") from malformed
 
 
 def download(uri: str, path: Path, sha256: str, error: type[IgptError]) -> None:

@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "verify": Command(
         "verify every byte of a token store, and some shards against the source",
-        "igpt_ray.flows.verify:verify",
+        "igpt_ray.flows.prepare:verify",
         "igpt_ray.data.config:VerifyConfig",
         "--tokens s3://bucket/tokens",
     ),

@@ -1,7 +1,7 @@
-"""The strict base class and the field types of all settings. Each sub-package defines its settings in `config.py`."""
+"""The base classes and field types of all settings and results. Each sub-package has its settings in `config.py`."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -38,6 +38,16 @@ Named = Annotated[
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Result(BaseModel):
+    """Base class of the results of commands. A field that does not apply to the settings is not set."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def line(self) -> dict[str, Any]:
+        """The fields of the command's JSON line."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class PoolConfig(Section):

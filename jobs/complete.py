@@ -1,8 +1,4 @@
-"""Complete the lower half of images, and write the results as figures.
-
-python jobs/complete.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/completions
-python jobs/complete.py --release runs/s1/release --source images --split train --rows 20 --out completions
-"""
+"""Complete the lower part of images, and draw figures. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

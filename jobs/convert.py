@@ -1,7 +1,4 @@
-"""Convert weights between formats: OpenAI checkpoints, transformers checkpoints and releases.
-
-python jobs/convert.py --source s3://bucket/igpt-s/model.ckpt-1000000 --palette openai --out s3://bucket/igpt-s/release
-"""
+"""Convert weights between OpenAI's checkpoints, transformers' folders and releases. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

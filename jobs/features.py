@@ -1,7 +1,4 @@
-"""Write the features of every layer of a release to Parquet.
-
-python jobs/features.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/features
-"""
+"""Write the features of every layer of a release to Parquet. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

@@ -1,7 +1,4 @@
-"""Fit a palette to a folder of images.
-
-python jobs/palette.py --source s3://bucket/imagenet --out s3://bucket/palette.npy
-"""
+"""Fit a palette to a folder of images. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

@@ -1,7 +1,4 @@
-"""Convert a folder of images to a token store.
-
-python jobs/prepare.py --source s3://bucket/imagenet --palette s3://bucket/palette.npy --tokens s3://bucket/tokens
-"""
+"""Convert a folder of images to a token store. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

@@ -1,7 +1,4 @@
-"""Fit linear probes to every layer of a release.
-
-python jobs/probe.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/probe
-"""
+"""Fit a linear probe to every layer of a release. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

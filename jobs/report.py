@@ -1,7 +1,4 @@
-"""Write a report on a release: one self-contained HTML page.
-
-python jobs/report.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/report
-"""
+"""Write a report on a release: one self-contained HTML page. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

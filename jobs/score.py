@@ -1,8 +1,4 @@
-"""Write the nats of every image of a split to Parquet.
-
-python jobs/score.py --release s3://bucket/runs/s1/release --tokens s3://bucket/tokens --out s3://bucket/scores
-python jobs/score.py --endpoint http://127.0.0.1:8000 --source images --split train --out scores
-"""
+"""Write the nats of every image of a split to Parquet. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

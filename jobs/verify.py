@@ -1,7 +1,4 @@
-"""Verify every byte of a token store, and compare its shards with the source.
-
-python jobs/verify.py --tokens s3://bucket/tokens
-"""
+"""Verify every byte of a token store, and compare its shards with the source. Examples: docs/commands.md."""
 
 from igpt_ray.cli import run
 

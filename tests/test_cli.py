@@ -1,16 +1,19 @@
 """The command line: one table, settings checked before anything heavy is imported, jobs/ and `igpt` alike."""
 
+import re
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import pytest
 
 from igpt_ray import __version__, cli
 from igpt_ray.data.config import PrepareConfig
 from igpt_ray.errors import SettingError
+from igpt_ray.settings import Result
 from igpt_ray.train.config import DataConfig, PretrainConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +33,20 @@ def test_a_command_s_parts_exist_and_its_example_parses(name: str) -> None:
     if name == "serve":
         words += ["--host", "127.0.0.1"]
     assert type(cli.parse(name, words, f"igpt {name}")).__name__ == command.settings.partition(":")[2]
+
+
+def test_the_documented_fields_of_a_command_are_those_that_its_flow_returns() -> None:
+    """The table of docs/formats.md."""
+    table = re.findall(r"\| (`.*) \| `(\w+)` in `(.*)\.py` \|", (ROOT / "docs" / "formats.md").read_text())
+    documented = {}
+    for names, kind, path in table:
+        for name in re.findall(r"`(\w+)`", names):
+            documented[name] = getattr(import_module(path.replace("/", ".")), kind)
+    returned = {}
+    for name, command in cli.COMMANDS.items():
+        module, _, flow = command.flow.partition(":")
+        returned[name] = get_type_hints(getattr(import_module(module), flow))["return"]
+    assert documented == {name: kind for name, kind in returned.items() if issubclass(get_origin(kind) or kind, Result)}
 
 
 def igpt(*words: str, after: str = "") -> subprocess.CompletedProcess[str]:

@@ -28,12 +28,11 @@ RENDER = re.compile(r"\bpython cluster/render\.py (\S+) (\S+)")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(where it stands, words) of each command in the README, docs/, the jobs' docstrings, cluster/ and infra/.
+    """(where it stands, words) of each command in the README, docs/, cluster/ and infra/.
 
     A command is `make ...`, `igpt ...` or `python jobs/...`: alone, behind `ray job submit ... --`, or inside a line.
     """
     texts = [(p.name, block) for p in PAGES for block in re.findall(r"```bash\n(.*?)```", p.read_text(), re.DOTALL)]
-    texts += [(path.name, path.read_text().split('"""')[1]) for path in sorted(ROOT.glob("jobs/*.py"))]
     beside = [p for place in ("cluster", "infra") for p in sorted(ROOT.glob(f"{place}/**/*")) if p.is_file()]
     texts += [(path.name, path.read_text()) for path in beside if "__pycache__" not in path.parts]
     found = []
@@ -48,9 +47,9 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def test_the_documentation_has_commands() -> None:
-    places = {where for where, _ in commands()}
-    assert places >= {"README.md", *(path.name for path in ROOT.glob("jobs/*.py"))}
-    assert places >= {"aws.yaml", "gcp.yaml", "render.py", "rayjob.yaml"}
+    assert {where for where, _ in commands()} >= {"README.md", "aws.yaml", "gcp.yaml", "render.py", "rayjob.yaml"}
+    shown = {Path(words[1]).stem for where, words in commands() if where == "commands.md"}
+    assert shown >= {path.stem for path in ROOT.glob("jobs/*.py")}
 
 
 def test_what_the_readme_renders_is_there() -> None:

@@ -7,16 +7,17 @@ compares the classes of completed images between groups. An audit runs several t
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
-from igpt_ray import storage, weights
+from igpt_ray import artifact, storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_format import TokenFormat, Tokens
-from igpt_ray.errors import CheckpointError, FeatureError, ImageError, NotFound, SettingError, SourceError
+from igpt_ray.data.token_format import Strict, TokenFormat, Tokens
+from igpt_ray.errors import CheckpointError, FeatureError, ImageError, SettingError, SourceError
 from igpt_ray.evaluate import features, likelihood
 from igpt_ray.evaluate.heads import load_head
 from igpt_ray.evaluate.linear_probe import votes
@@ -28,6 +29,18 @@ RESAMPLES = 9_999
 """Permutations of images between groups: all of them up to this number, beyond it a random sample."""
 
 Counts = NDArray[np.int64]
+
+
+class Folders(Strict):
+    """The folders of an iEAT test's images, relative to the JSON file."""
+
+    X: str
+    Y: str
+    A: str
+    B: str
+
+
+TESTS = TypeAdapter(Annotated[dict[str, Folders], Field(min_length=1)])
 
 
 class Stimuli(NamedTuple):
@@ -46,7 +59,7 @@ def load_tests(uri: str) -> list[Stimuli]:
     Raises `SourceError` if a set is missing or empty, or X and Y differ in size.
     """
     if not uri.endswith(".json"):
-        return [_stimuli(storage.name(uri), {name: name for name in SETS}, uri, uri)]
+        return [_stimuli(storage.name(uri), Folders(X="X", Y="Y", A="A", B="B"), uri, uri)]
     parent = uri.rpartition("/")[0]
     return [_stimuli(name, folders, parent, uri) for name, folders in _read_tests(uri).items()]
 
@@ -68,26 +81,15 @@ def load_groups(uri: str) -> dict[str, list[str]]:
     return groups
 
 
-def _read_tests(uri: str) -> dict[str, dict[str, str]]:
+def _read_tests(uri: str) -> dict[str, Folders]:
     expected = 'expected {"<test>": {"X": "<folder>", "Y": "<folder>", "A": "<folder>", "B": "<folder>"}}'
-    try:
-        tests = json.loads(storage.read(uri))
-    except NotFound as error:
-        raise SourceError(f"no tests at {uri}: {expected} ({error})") from error
-    except ValueError as error:
-        raise SourceError(f"{uri} is not JSON: {expected} ({error})") from error
-    if not isinstance(tests, dict) or not tests:
-        raise SourceError(f"{uri} has no tests: {expected}")
-    for name, sets in tests.items():
-        valid = isinstance(sets, dict) and set(sets) == set(SETS) and all(isinstance(f, str) for f in sets.values())
-        if not valid:
-            raise SourceError(f"the test {name!r} of {uri} does not have exactly X, Y, A and B: {expected}")
-    return tests
+    messages = f"no tests at {uri}: {expected}", f"{uri} is no list of tests: {expected}"
+    return artifact.load(uri, TESTS.validate_json, SourceError, *messages)
 
 
-def _stimuli(test: str, folders: dict[str, str], root: str, source: str) -> Stimuli:
+def _stimuli(test: str, folders: Folders, root: str, source: str) -> Stimuli:
     sets = {}
-    for letter, name in folders.items():
+    for letter, name in folders:
         folder = storage.join(root, name)
         sets[letter] = [e.uri for e in storage.walk(folder) if e.uri.lower().endswith(SUFFIXES)]
         if not sets[letter]:
@@ -115,11 +117,16 @@ def read_tokens(uri: str, kind: TokenFormat, palette: Palette) -> Tokens:
 
 @dataclass(frozen=True)
 class Classifier:
-    """Class names, and the function from tokens to class indices."""
+    """Class names, and the function from tokens to probabilities."""
 
     classes: list[str]
-    select: Callable[[Tokens, list[str]], NDArray[np.int64]]
-    """(N, T) and N keys -> (N,). A masked network draws its masks by the keys."""
+    probabilities: Callable[[Tokens, list[str]], NDArray[np.float64]]
+    """(N, T) and N keys -> (N, K), or (N, MASKS, K) of a masked network, which draws its masks by the keys."""
+
+    def select(self, tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
+        """The most probable class of every image; masks vote: (N, T) -> (N,)."""
+        p = self.probabilities(tokens, keys)
+        return (votes(p) if p.ndim == 3 else p).argmax(1)
 
 
 def load_classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
@@ -136,22 +143,17 @@ def load_classifier(uri: str, kind: TokenFormat, device: str, batch_size: int) -
             f"{uri} has no class head: expected a fine-tuned release, or the output folder of jobs/probe.py"
         )
     model = weights.load_release(uri, device).model
-
-    def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _predicted(probabilities(likelihood.class_logits(model, tokens, keys, batch_size)))
-
     named = config.classes if len(config.classes) == config.model.n_class else map(str, range(config.model.n_class))
-    return Classifier(list(named), select)
+    return Classifier(
+        list(named), lambda tokens, keys: probabilities(likelihood.class_logits(model, tokens, keys, batch_size))
+    )
 
 
 def _load_probe(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Classifier:
     """Load the head and the release of probe.json, which must be the release that the head was fitted on."""
-    try:
-        release = json.loads(storage.read(storage.join(uri, "probe.json")))["release"]
-    except (ValueError, KeyError) as error:
-        raise FeatureError(
-            f"{uri}/probe.json is damaged or of another version: repeat jobs/probe.py ({error})"
-        ) from error
+    file = storage.join(uri, "probe.json")
+    messages = f"{file} is missing", f"{file} is damaged or of another version: repeat jobs/probe.py"
+    release = artifact.load(file, lambda data: json.loads(data)["release"], FeatureError, *messages)
     head = load_head(uri)
     config = weights.load_config(release)
     weights.check_kind(config.kind, kind, "the release that is audited")
@@ -160,16 +162,7 @@ def _load_probe(uri: str, kind: TokenFormat, device: str, batch_size: int) -> Cl
             f"{release} is not the release that {uri}/classifier.npz was fitted on: repeat jobs/probe.py"
         )
     model = features.network(release, device, None, head.precision)
-
-    def select(tokens: Tokens, keys: list[str]) -> NDArray[np.int64]:
-        return _predicted(head.probabilities(model, tokens, keys, batch_size))
-
-    return Classifier(head.classes, select)
-
-
-def _predicted(p: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Probabilities (N, K), or (N, MASKS, K), where the masks vote -> (N,)."""
-    return (votes(p) if p.ndim == 3 else p).argmax(1)
+    return Classifier(head.classes, lambda tokens, keys: head.probabilities(model, tokens, keys, batch_size))
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -8,13 +8,37 @@ from igpt_ray.generate.config import BatchConfig
 from igpt_ray.settings import Count, OptionalUri, PoolConfig, Section, Uri
 
 
-class EvaluateConfig(Section):
-    """Nats per token of a release on a split, and the accuracy of a fine-tuned release."""
+class ReleaseSection(Section):
+    """Settings of every command that runs a release."""
 
     release: Uri
     """URI of a release."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    pool: PoolConfig = PoolConfig()
+
+
+class StoreSection(ReleaseSection):
+    """Settings of every command that runs a release on a token store."""
+
     tokens: Uri
     """URI of a token store."""
+
+
+class FeatureSection(StoreSection):
+    """Settings of features."""
+
+    layers: tuple[int, ...] = ()
+    """Layers; empty for all. Layer l is the ln_1 output of block l; the last is the ln_f output."""
+    pooling: Literal["mean", "last", "max", "attention"] = "mean"
+    """Pooling over positions: mean (the paper), last position, maximum, or attention of the last position."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network; features are stored as float32."""
+
+
+class EvaluateConfig(StoreSection):
+    """Nats per token of a release on a split, and the accuracy of a fine-tuned release."""
+
     split: str = "test"
     """Split to evaluate."""
     baselines: str = ""
@@ -24,9 +48,6 @@ class EvaluateConfig(Section):
     empty for none."""
     against: OptionalUri = ""
     """URI of a token store of other images: AUROC with which nats separate this split of both; empty for none."""
-    batch_size: Count = 64
-    """Images per forward pass."""
-    pool: PoolConfig = PoolConfig()
 
 
 class ScoreConfig(BatchConfig):
@@ -38,30 +59,17 @@ class ScoreConfig(BatchConfig):
     """Images per forward pass."""
 
 
-class FeaturesConfig(Section):
+class FeaturesConfig(FeatureSection):
     """Features of every image of a token store at every layer of a release, as Parquet."""
 
-    release: Uri
-    """URI of a release."""
-    tokens: Uri
-    """URI of a token store."""
     out: Uri
     """URI of the output folder: <split>/layer-<l>/ is a table with key, label, features. A repeat adds missing ones."""
     splits: tuple[str, ...] = ()
     """Splits; empty for all. Of several views the first is used."""
-    layers: tuple[int, ...] = ()
-    """Layers; empty for all. Layer l is the ln_1 output of block l; the last is the ln_f output."""
-    pooling: Literal["mean", "last", "max", "attention"] = "mean"
-    """Pooling over positions: mean (the paper), last position, maximum, or attention of the last position."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the network; features are stored as float32."""
     compile: bool = False
     """Compile the blocks: takes tens of seconds at the start, then each batch is faster."""
     untrained: Annotated[int, Field(ge=0)] | None = None
     """Seed of random initial weights to use instead of the release's; None for the release's."""
-    batch_size: Count = 64
-    """Images per forward pass."""
-    pool: PoolConfig = PoolConfig()
 
 
 class SgdConfig(Section):
@@ -75,11 +83,9 @@ class SgdConfig(Section):
     """Learning rates, all fitted at once on the same batches; the paper lists 30, 10, 3, ..."""
 
 
-class ProbeConfig(Section):
+class ProbeConfig(FeatureSection):
     """Linear probe of every layer: logistic regression on pooled features, as in the paper's tables."""
 
-    release: Uri
-    """URI of a release."""
     tokens: Uri
     """URI of a token store with labels. Prepare it with `--pixels.crop centre`: probes see no augmentation."""
     out: Uri
@@ -90,12 +96,6 @@ class ProbeConfig(Section):
     """Split to fit on; a fifth of it is held out to select layer and regularisation."""
     split: str = "test"
     """Split to report accuracy on; evaluated once."""
-    layers: tuple[int, ...] = ()
-    """Layers to probe; empty for all."""
-    pooling: Literal["mean", "last", "max", "attention"] = "mean"
-    """Pooling over positions: mean (the paper), last position, maximum, or attention of the last position."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the network."""
     method: Literal["lbfgs", "sgd"] = "lbfgs"
     """L-BFGS needs the features of a layer in memory; SGD reads them from a file on the worker's disk."""
     sgd: SgdConfig = SgdConfig()
@@ -105,18 +105,13 @@ class ProbeConfig(Section):
     """Also probe the best layer with so many labels per class, five runs each; the paper uses 4, 25 and 400."""
     baselines: bool = False
     """Also probe the untrained network and raw pixels."""
-    batch_size: Count = 64
-    """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the held-out fifth, the few labels, SGD and the untrained network."""
-    pool: PoolConfig = PoolConfig()
 
 
-class AuditConfig(Section):
+class AuditConfig(ReleaseSection):
     """Bias audit: associations of groups of images with attributes (iEAT), and completions by group."""
 
-    release: Uri
-    """URI of a release."""
     out: Uri
     """URI of the output folder: audit.json, and completions.parquet with the tokens of all completions."""
     ieat: OptionalUri = ""
@@ -134,8 +129,5 @@ class AuditConfig(Section):
     """Rows of pixels in the prompt; None for half of the image."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Divisor of the logits; 0 takes the most likely colour."""
-    batch_size: Count = 64
-    """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of random partitions and of samples."""
-    pool: PoolConfig = PoolConfig()

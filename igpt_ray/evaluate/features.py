@@ -30,7 +30,7 @@ from torch import Tensor
 from igpt_ray import artifact, storage, weights
 from igpt_ray.data.token_format import Strict, Tokens
 from igpt_ray.data.token_store import Shard, TokenStore, tokens_of
-from igpt_ray.errors import FeatureError, NotFound, SettingError
+from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT, mean_over_positions
 
@@ -134,22 +134,24 @@ def pooled(
 
     The forward pass stops at the last of `layers`.
     """
-    if model.causal:
-        return _pooled(model, tokens, None, layers, pooling, batch_size)
-    masks = (losses.visible_masks_of_keys(keys, mask, tokens.shape[1]) for mask in range(losses.MASKS))
-    return np.stack([_pooled(model, tokens, mask, layers, pooling, batch_size) for mask in masks], axis=1)
+    parts = []
+    for _, x, masks in batches(model, tokens, keys, batch_size):
+        by_mask = [model.features(x, layers[-1], mask, POOLINGS[pooling])[:, layers] for mask in masks]
+        parts.append((by_mask[0] if model.causal else torch.stack(by_mask, dim=1)).cpu().numpy())
+    return np.concatenate(parts)
 
 
-def _pooled(
-    model: ImageGPT, tokens: Tokens, visible: Tensor | None, layers: list[int], pooling: Pooling, batch_size: int
-) -> Features:
-    parts, device = [], model.wpe.device
+def batches(
+    model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int
+) -> Iterator[tuple[slice, Tensor, Sequence[Tensor | None]]]:
+    """Rows, their tokens (B, T) on the model's device, and the masks (B, T) of a masked network, drawn by the keys;
+    [None] for a causal network, which does not need keys."""
+    device = model.wpe.device
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        mask = None if visible is None else visible[rows].to(device)
-        parts.append(model.features(x, layers[-1], mask, POOLINGS[pooling])[:, layers].cpu().numpy())
-    return np.concatenate(parts)
+        masks = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
+        yield rows, x, [None] if model.causal else [mask.to(device) for mask in masks]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -171,12 +173,10 @@ def create_or_check(root: str, spec: FeatureSpec) -> None:
 
 def load_spec(root: str) -> FeatureSpec:
     """Read features.json. Raises `FeatureError` if it is missing or damaged."""
-    try:
-        return FeatureSpec.model_validate_json(storage.read(storage.join(root, "features.json")))
-    except NotFound as error:
-        raise FeatureError(f"no features at {root}: run jobs/features.py ({error})") from error
-    except ValidationError as error:
-        raise FeatureError(f"{root}/features.json is damaged or of another version: remove {root}") from error
+    missing = f"no features at {root}: run jobs/features.py"
+    damaged = f"{root}/features.json is damaged or of another version: remove {root}"
+    uri = storage.join(root, "features.json")
+    return artifact.load(uri, FeatureSpec.model_validate_json, FeatureError, missing, damaged)
 
 
 def finished(root: str, shards: list[Shard]) -> dict[str, FeatureUnit]:
@@ -325,18 +325,15 @@ def fill(features: Features, units: Iterator[tuple[Features, Labels]]) -> Labels
 def _manifest(root: str, split: str, spec: FeatureSpec | None = None) -> Manifest:
     """Raise `FeatureError` if the split is not committed, or its manifest is damaged or has another specification."""
     uri = _manifest_uri(root, split)
-    try:
-        body = artifact.unseal(storage.read(uri))
-    except NotFound as error:
-        raise FeatureError(f"no features of {split!r} are committed at {root}: run jobs/features.py") from error
-    if body is None:
-        raise FeatureError(
-            f"{uri} is damaged: delete it and repeat jobs/features.py, which recomputes only incomplete units"
-        )
-    try:
-        manifest = Manifest.model_validate_json(body)
-    except ValidationError as error:
-        raise FeatureError(f"{uri} is of another version: remove {root} and repeat jobs/features.py") from error
+
+    def parse(data: bytes) -> Manifest:
+        if (body := artifact.unseal(data)) is None:
+            raise ValueError("it does not end with the sha256 of its other bytes")
+        return Manifest.model_validate_json(body)
+
+    missing = f"no features of {split!r} are committed at {root}: run jobs/features.py"
+    damaged = f"{uri} is damaged or of another version: delete it and repeat jobs/features.py"
+    manifest = artifact.load(uri, parse, FeatureError, missing, damaged)
     if spec is not None and manifest.about != spec:
         raise FeatureError(f"{uri} has another specification than {root}/features.json: remove {root}")
     return manifest

@@ -4,7 +4,7 @@ The paper uses 4, 25 and 400 labels per class (section 4.5). Only the images of 
 standardise the features, and cross-validation within the subset selects the penalty.
 """
 
-import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.features import Features, Labels
-from igpt_ray.evaluate.linear_probe import Labelled, Rows, check_finite, evaluate_classifier
-from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, moments
+from igpt_ray.evaluate.linear_probe import Labelled, Method, Rows, check_finite, evaluate_classifier
+from igpt_ray.evaluate.logistic import moments
+from igpt_ray.settings import Result
 
 SUBSETS = 5
 FOLDS = 4
+METHOD = Method("lbfgs")
 L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidate penalties."""
 CHUNK = 1024
@@ -34,8 +36,9 @@ def few_labels(fit: Labelled, test: Labelled, k: int, classes: Sequence[str], se
         rows = draw(fit.labels, k, classes, (seed, subset))
         check_finite(fit.features[rows])
         accuracies["linear"].append(linear(fit, rows, test, len(classes)))
-        mean, deviation = moments(_mean_over_masks(fit.features[rows]), np.arange(len(rows)))
-        labelled = (_mean_over_masks(fit.features[rows]) - mean) / deviation
+        chosen = _mean_over_masks(fit.features[rows])
+        mean, deviation = moments(chosen, np.arange(len(rows)))
+        labelled = (chosen - mean) / deviation
         queries = (_mean_over_masks(test.features) - mean) / deviation
         labels = fit.labels[rows]
         accuracies["nearest_neighbour"].append(float((labels[nearest(labelled, queries)] == test.labels).mean()))
@@ -65,18 +68,11 @@ def linear(fit: Labelled, rows: Rows, test: Labelled, n_classes: int) -> float:
     fold = np.tile(np.arange(k) % max(1, folds), n_classes)  # every fold has equally many images of each class
     correct = dict.fromkeys(L2, 0.0)
     for f in range(folds):
-        fitted = _fit(fit, rows[fold != f], n_classes, L2)
-        for l2, classifier in fitted.items():
+        for l2, classifier in METHOD.fit(fit, rows[fold != f], n_classes, L2).items():
             correct[l2] += evaluate_classifier(classifier, fit, rows[fold == f], n_classes).confusion.trace()
     best = max(sorted(correct), key=lambda l2: correct[l2])
-    return evaluate_classifier(
-        _fit(fit, rows, n_classes, (best,))[best], test, np.arange(len(test)), n_classes
-    ).accuracy
-
-
-def _fit(fit: Labelled, rows: Rows, n_classes: int, l2s: Sequence[float]) -> dict[float, Linear]:
-    x, y = fit.examples
-    return fit_lbfgs(x, y, fit.examples_of(rows), n_classes, l2s)
+    classifier = METHOD.fit(fit, rows, n_classes, (best,))[best]
+    return evaluate_classifier(classifier, test, np.arange(len(test)), n_classes).accuracy
 
 
 def _mean_over_masks(features: Features) -> Features:
@@ -91,7 +87,14 @@ def nearest(references: Features, queries: Features) -> NDArray[np.int64]:
     return np.concatenate([(squares - 2 * part @ references.T).argmin(1) for part in parts])
 
 
-def mean_and_sd(runs: list[float]) -> dict[str, object]:
-    """Mean and sample standard deviation over subsets, and the runs."""
-    mean = sum(runs) / len(runs)
-    return {"mean": mean, "sd": math.sqrt(sum((run - mean) ** 2 for run in runs) / (len(runs) - 1)), "runs": runs}
+class Runs(Result):
+    """Accuracies on the random subsets."""
+
+    mean: float
+    sd: float
+    """Sample standard deviation."""
+    runs: list[float]
+
+
+def mean_and_sd(runs: list[float]) -> Runs:
+    return Runs(mean=statistics.mean(runs), sd=statistics.stdev(runs), runs=runs)

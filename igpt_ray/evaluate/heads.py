@@ -2,14 +2,13 @@
 
 import io
 from dataclasses import dataclass
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data.token_format import Tokens
-from igpt_ray.errors import FeatureError, NotFound
+from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.features import POOLINGS, Pooling
 from igpt_ray.evaluate.logistic import Linear, probabilities
@@ -35,19 +34,16 @@ class Head:
 
 def load_head(uri: str) -> Head:
     """Load the head from the output folder of jobs/probe.py. Raises `FeatureError` if it is missing or damaged."""
-    try:
-        data = storage.read(storage.join(uri, "classifier.npz"))
-    except NotFound as error:
-        raise FeatureError(f"no head at {uri}: expected the output folder of jobs/probe.py ({error})") from error
-    try:
+
+    def parse(data: bytes) -> Head:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             linear = Linear(arrays["mean"], arrays["deviation"], arrays["weight"], arrays["bias"])
             pooling, layer = str(arrays["pooling"]), int(arrays["layer"])
             precision, classes, release = str(arrays["precision"]), arrays["classes"].tolist(), str(arrays["release"])
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise FeatureError(
-            f"{uri}/classifier.npz is damaged or of another version: repeat jobs/probe.py ({error})"
-        ) from error
-    if pooling not in POOLINGS or precision not in ("float32", "bfloat16"):
-        raise FeatureError(f"{uri}/classifier.npz is of another version ({pooling}, {precision}): repeat jobs/probe.py")
-    return Head(linear, layer, pooling, precision, classes, release)
+        if pooling not in POOLINGS or precision not in ("float32", "bfloat16"):
+            raise ValueError(f"pooling {pooling}, precision {precision}")
+        return Head(linear, layer, pooling, precision, classes, release)
+
+    missing = f"no head at {uri}: expected the output folder of jobs/probe.py"
+    damaged = f"{uri}/classifier.npz is damaged or of another version: repeat jobs/probe.py"
+    return artifact.load(storage.join(uri, "classifier.npz"), parse, FeatureError, missing, damaged)

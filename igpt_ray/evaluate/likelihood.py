@@ -7,6 +7,7 @@ values), so they cannot be compared with bits per dimension of 256-level channel
 import functools
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.token_format import Tokens
+from igpt_ray.evaluate.features import batches
 from igpt_ray.evaluate.linear_probe import ClassificationSums
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT
 
 Nats = NDArray[np.float64]
+Codes = NDArray[np.int64]
 
 
 def image_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
@@ -30,12 +33,10 @@ def image_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
 @torch.inference_mode()
 def nats_by_image_and_position(model: ImageGPT, tokens: Tokens, batch_size: int) -> tuple[Nats, Nats]:
     """Nats of each image, summed over its positions, and of each position, summed over images: (N, T) -> (N,), (T,)."""
-    device = model.wpe.device
     by_image, by_position = np.empty(len(tokens)), np.zeros(tokens.shape[1])
-    for start in range(0, len(tokens), batch_size):
-        x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(device)
+    for rows, x, _ in batches(model, tokens, [], batch_size):
         nats = losses.next_pixel(model(x), x).double()
-        by_image[start : start + batch_size] = nats.sum(1).cpu().numpy()
+        by_image[rows] = nats.sum(1).cpu().numpy()
         by_position += nats.sum(0).cpu().numpy()
     return by_image, by_position
 
@@ -44,22 +45,18 @@ def nats_by_image_and_position(model: ImageGPT, tokens: Tokens, batch_size: int)
 def pixel_nats(model: ImageGPT, tokens: Tokens, batch_size: int) -> Nats:
     """Nats of every pixel: (N, T) -> (N, T). The sum over an image equals `image_nats`."""
     nats = np.empty(tokens.shape)
-    for start in range(0, len(tokens), batch_size):
-        x = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(model.wpe.device)
-        nats[start : start + batch_size] = losses.next_pixel(model(x), x).double().cpu().numpy()
+    for rows, x, _ in batches(model, tokens, [], batch_size):
+        nats[rows] = losses.next_pixel(model(x), x).cpu().numpy()
     return nats
 
 
 @torch.inference_mode()
 def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> Nats:
     """Nats per masked token of each image under a masked network, the mean over MASKS masks: (N, T) -> (N,)."""
-    device = model.wpe.device
     nats = np.zeros(len(tokens))
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        for mask in range(losses.MASKS):
-            visible = losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]).to(device)
+    for rows, x, masks in batches(model, tokens, keys, batch_size):
+        for visible in masks:
+            assert visible is not None
             nats[rows] += losses.masked_pixel(model(x, visible), x, visible).double().cpu().numpy()
     return nats / losses.MASKS
 
@@ -67,16 +64,10 @@ def masked_nats(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: in
 @torch.inference_mode()
 def class_logits(model: ImageGPT, tokens: Tokens, keys: list[str], batch_size: int) -> NDArray[np.float32]:
     """Class logits of a fine-tuned network: (N, T) -> (N, K); of a masked network (N, MASKS, K)."""
-    device = model.wpe.device
     parts = []
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        x = torch.from_numpy(tokens[rows].astype(np.int64)).to(device)
-        if model.causal:
-            parts.append(model.forward_with_classifier(x)[1])
-            continue
-        masks = (losses.visible_masks_of_keys(keys[rows], mask, x.shape[1]) for mask in range(losses.MASKS))
-        parts.append(torch.stack([model.forward_with_classifier(x, mask.to(device))[1] for mask in masks], dim=1))
+    for _, x, masks in batches(model, tokens, keys, batch_size):
+        by_mask = [model.forward_with_classifier(x, mask)[1] for mask in masks]
+        parts.append(by_mask[0] if model.causal else torch.stack(by_mask, dim=1))
     logits: NDArray[np.float32] = torch.cat(parts).float().cpu().numpy()
     return logits
 
@@ -179,9 +170,8 @@ def heat_map(values: Nats, n_px: int, scale: int) -> RGB:
     """A picture of one value per position, from zero to the maximum: (T,) -> (n_px * scale, n_px * scale, 3)."""
     fraction = (values / values.max()).reshape(n_px, n_px).repeat(scale, 0).repeat(scale, 1)
     stops = np.linspace(0, 1, len(HEAT_COLOURS))
-    return np.stack([np.interp(fraction, stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)], -1).astype(
-        np.uint8
-    )
+    channels = [np.interp(fraction, stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)]
+    return np.stack(channels, -1).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ count models
@@ -196,54 +186,40 @@ def count_models(fit: Tokens, test: Tokens, n_px: int, n_vocab: int) -> dict[str
     `context_2d`: given the pixels to the left and above. Each backs off to the next simpler model. The smoothing
     strength is the best on `test`, which favours these baselines.
     """
-    V = n_vocab
-    one = np.ones(test.size) / V
     x, y = fit.astype(np.int64), test.astype(np.int64)
-    position = _mixture(*_columns(_positions(x), x), *_columns(_positions(y), y), one)
-    unigram = _mixture(*_columns(np.zeros_like(x), x), *_columns(np.zeros_like(y), y), one)
-    bigram = _mixture(*_columns(_previous(x, V), x), *_columns(_previous(y, V), y), unigram)
-    context = _mixture(*_columns(_left_and_above(x, n_px, V), x), *_columns(_left_and_above(y, n_px, V), y), bigram)
+
+    def mixture(context: Callable[[Codes], Codes], backoff: NDArray[np.float64]) -> NDArray[np.float64]:
+        """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best s."""
+        given_fit, given = context(x), context(y)
+        joint, total = _counts(given_fit << 17 | x, given << 17 | y), _counts(given_fit, given)
+        candidates = ((joint + s * backoff) / (total + s) for s in STRENGTHS)
+        return max(candidates, key=lambda p: float(np.log(p).sum()))
+
+    uniform = np.full(test.shape, 1 / n_vocab)
+    bigram = mixture(lambda z: _previous(z, n_vocab), mixture(np.zeros_like, uniform))
     return {
-        "unigram_by_position": float(-np.log(position).mean()),
-        "bigram_previous_pixel": float(-np.log(bigram).mean()),
-        "context_2d": float(-np.log(context).mean()),
+        "unigram_by_position": _mean_nats(mixture(lambda z: np.broadcast_to(np.arange(z.shape[1]), z.shape), uniform)),
+        "bigram_previous_pixel": _mean_nats(bigram),
+        "context_2d": _mean_nats(mixture(lambda z: _left_and_above(z, n_px, n_vocab), bigram)),
     }
 
 
-def _mixture(
-    fit_context: NDArray[np.int64],
-    fit_token: NDArray[np.int64],
-    context: NDArray[np.int64],
-    token: NDArray[np.int64],
-    backoff: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """p(token | context) = (count(context, token) + s * backoff) / (count(context) + s) at the best s."""
-    joint_counts = _counts(fit_context << 17 | fit_token, context << 17 | token)
-    total = _counts(fit_context, context)
-    candidates = ((joint_counts + s * backoff) / (total + s) for s in STRENGTHS)
-    return max(candidates, key=lambda p: float(np.log(p).sum()))
-
-
-def _counts(fit: NDArray[np.int64], codes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _counts(fit: Codes, codes: Codes) -> Codes:
     """The frequency in `fit` of each of `codes`; memory grows with the number of distinct codes, not their range."""
     distinct, counts = np.unique(fit, return_counts=True)
     indices = np.searchsorted(distinct, codes).clip(max=len(distinct) - 1)
     return np.where(distinct[indices] == codes, counts[indices], 0)
 
 
-def _columns(context: NDArray[np.int64], tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return context.ravel(), tokens.ravel()
-
-
-def _positions(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-
-
-def _previous(tokens: NDArray[np.int64], V: int) -> NDArray[np.int64]:
+def _previous(tokens: Codes, V: int) -> Codes:
     """The previous pixel in raster order; V for none."""
     return np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)
 
 
-def _left_and_above(tokens: NDArray[np.int64], n_px: int, V: int) -> NDArray[np.int64]:
+def _left_and_above(tokens: Codes, n_px: int, V: int) -> Codes:
     grid = np.pad(tokens.reshape(-1, n_px, n_px), ((0, 0), (1, 0), (1, 0)), constant_values=V)
     return (grid[:, 1:, :-1] * (V + 1) + grid[:, :-1, 1:]).reshape(tokens.shape)
+
+
+def _mean_nats(p: NDArray[np.float64]) -> float:
+    return float(-np.log(p).mean())

@@ -8,7 +8,7 @@ are standardised with mean and standard deviation of the fitted images. The pape
 import functools
 import operator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.config import SgdConfig
 from igpt_ray.evaluate.features import Features, Labels
 from igpt_ray.evaluate.logistic import Linear, fit_lbfgs, fit_sgd, probabilities
+from igpt_ray.settings import Result
 
 L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Candidate penalties: l2 / 2 * |W|^2 is added to the mean loss, on standardised features."""
@@ -150,6 +151,16 @@ def check_finite(features: Features) -> None:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
+class ClassificationReport(Result):
+    accuracy: float
+    """In [0, 1]."""
+    top_5: float
+    nats: float
+    """Mean nats of the labels."""
+    ece: float
+    """Expected calibration error: mean |confidence - accuracy|."""
+
+
 @dataclass(frozen=True)
 class ClassificationSums:
     """Sums over images; those of parts of a split can be added."""
@@ -164,12 +175,7 @@ class ClassificationSums:
     """(BINS, 3): number of images, sum of confidence and correct images, by confidence."""
 
     def __add__(self, other: "ClassificationSums") -> "ClassificationSums":
-        return ClassificationSums(
-            self.confusion + other.confusion,
-            self.top_5 + other.top_5,
-            self.nats_sum + other.nats_sum,
-            self.bins + other.bins,
-        )
+        return ClassificationSums(*map(operator.add, vars(self).values(), vars(other).values()))
 
     @property
     def images(self) -> int:
@@ -180,7 +186,7 @@ class ClassificationSums:
         return float(self.confusion.trace() / self.images)
 
     def report(self) -> dict[str, float]:
-        """Accuracies in [0, 1], mean nats, and `ece`, the expected calibration error: mean |confidence - accuracy|."""
+        """The fields of `ClassificationReport`."""
         return {
             "accuracy": self.accuracy,
             "top_5": self.top_5 / self.images,
@@ -190,7 +196,7 @@ class ClassificationSums:
 
 
 def evaluate_classifier(linear: Linear, data: Labelled, rows: Rows, n_classes: int) -> ClassificationSums:
-    """Evaluate a classifier on rows of `data`, a chunk at a time."""
+    """Evaluate a classifier on rows of `data`, one or more, a chunk at a time."""
     sums = []
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
@@ -222,11 +228,3 @@ def evaluate_logits(logits: Features, labels: Labels, n_classes: int) -> Classif
 def votes(p: NDArray[np.float64]) -> NDArray[np.float64]:
     """Number of masks that predict each class; ties are broken by mean probability: (N, MASKS, K) -> (N, K)."""
     return np.eye(p.shape[2])[p.argmax(2)].sum(1) + p.mean(1) / 2
-
-
-def summary(linear: Linear, test: Labelled, n_classes: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """The report on a test split, and its confusion matrix."""
-    if not len(test):
-        raise FeatureError("the test split has no images: choose another --split")
-    sums = evaluate_classifier(linear, test, np.arange(len(test)), n_classes)
-    return sums.report(), sums.confusion

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from igpt_ray.evaluate import report_plots
 from igpt_ray.evaluate.report_plots import Dot, Line
@@ -49,16 +50,20 @@ def page(report: Report, pictures: dict[str, list[Picture]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    likelihood, probe = report["likelihood"], report["probe"]
-    values: dict[str, Any] = {
-        "report": report,
-        "title": _title(report),
-        "headline": headline(report),
-        "pictures": dict.fromkeys(("palette", "completions", "most_likely", "least_likely"), ()) | pictures,
-        "made_by": json.dumps(report["made_by"], indent=1),
-    }
+    environment.filters |= {"accuracies": _accuracies, "mean_and_sd": _mean_and_sd}
+    probe = report["probe"]
     return environment.get_template("report.html").render(
-        **values, **_likelihood(likelihood), **(_probe(probe) if probe else {}), **_finetuned(report)
+        report=report,
+        title=_title(report),
+        headline=headline(report),
+        pictures=dict.fromkeys(("palette", "completions", "most_likely", "least_likely"), ()) | pictures,
+        made_by=json.dumps(report["made_by"], indent=1),
+        probed={source: probe if source == "network" else probe[source] for source in SOURCES} if probe else {},
+        names={"baselines": BASELINES, "classifiers": CLASSIFIERS, "sources": SOURCES, "tuned": TUNED},
+        nats_name=nats_name,
+        nats_per_bit=math.log(2),
+        max_classes=report_plots.MAX_CLASSES,
+        plots=_plots(report),
     )
 
 
@@ -95,67 +100,23 @@ def nats_name(likelihood: Report) -> str:
     return "nats_per_token" if "nats_per_token" in likelihood else "nats_per_masked_token"
 
 
-# ------------------------------------------------------------------------------------------------ values of sections
-
-
-def _likelihood(likelihood: Report) -> Report:
-    if "bits_per_pixel" not in likelihood:
-        return {}
-    rows = {"this release": likelihood["nats_per_token"]}
-    rows |= {BASELINES[name]: nats for name, nats in likelihood.get("baselines", {}).items()}
-    by_class, by_position = likelihood.get("by_class"), likelihood.get("by_position")
-    dots = [
-        Dot(name, figures["bits_per_pixel"], figures["standard_error"] / math.log(2))
-        for name, figures in (by_class or {}).items()
-    ]
-    return {
-        "nats_rows": [[name, f"{nats:.4f}", f"{nats / math.log(2):.3f}"] for name, nats in rows.items()],
-        "class_plot": report_plots.dot_plot(dots) if dots else "",
-        "max_classes": report_plots.MAX_CLASSES,
-        "position_plot": report_plots.surprise_map(np.array(by_position)) if by_position else "",
-    }
-
-
-def _probe(probe: Report) -> Report:
-    sources = _sources(probe)
-    lines = [
-        Line(SOURCES[source], {layer["layer"]: layer["validation"] for layer in result["layers"]})
-        for source, result in sources.items()
-        if "layers" in result
-    ]
-    lines.append(Line(SOURCES["raw_pixels"], {0: probe["raw_pixels"]["validation"]}))
-    ks = list(probe.get("low_data", {}))
-    return {
-        "layer_plot": report_plots.line_plot(lines),
-        "probe_rows": [
-            [SOURCES[source], str(result.get("best_layer", "")), *_accuracies(result)]
-            for source, result in sources.items()
-        ],
-        "low_data_header": ["", *(f"{k} a class" for k in ks)],
-        "low_data_rows": [
-            [f"{SOURCES[source]}, {CLASSIFIERS[name]}", *(_mean_and_sd(result["low_data"][k][name]) for k in ks)]
-            for source, result in sources.items()
-            for name in CLASSIFIERS
-            if ks
-        ],
-    }
-
-
-def _finetuned(report: Report) -> Report:
-    """The fine-tuned networks above the linear probes, which need less training."""
-    rows = [
-        [TUNED[start], *_accuracies(tuned), f"{tuned[nats_name(tuned)]:.4f}", str(tuned["best_step"])]
-        for start, tuned in report["finetuned"].items()
-    ]
-    if rows:
-        probes = _sources(report["probe"])
-        rows += [[f"linear probe, {SOURCES[s]}", *_accuracies(result), "", ""] for s, result in probes.items()]
-    return {"finetuned_rows": rows}
-
-
-def _sources(probe: Report) -> dict[str, Report]:
-    """Source of the features -> its result."""
-    return {source: probe if source == "network" else probe[source] for source in SOURCES}
+def _plots(report: Report) -> dict[str, Markup]:
+    plots, likelihood, probe = dict[str, Markup](), report["likelihood"], report["probe"]
+    if by_class := likelihood.get("by_class"):
+        errors = {name: figures["standard_error"] / math.log(2) for name, figures in by_class.items()}
+        dots = [Dot(name, figures["bits_per_pixel"], errors[name]) for name, figures in by_class.items()]
+        plots["by_class"] = report_plots.dot_plot(dots)
+    if by_position := likelihood.get("by_position"):
+        plots["by_position"] = report_plots.surprise_map(np.array(by_position))
+    if probe:
+        networks = {SOURCES["network"]: probe, SOURCES["untrained"]: probe["untrained"]}
+        accuracies = {
+            name: {layer["layer"]: layer["validation"] for layer in result["layers"]}
+            for name, result in networks.items()
+        }
+        accuracies[SOURCES["raw_pixels"]] = {0: probe["raw_pixels"]["validation"]}
+        plots["by_layer"] = report_plots.line_plot([Line(name, values) for name, values in accuracies.items()])
+    return plots
 
 
 def _accuracies(result: Report) -> list[str]:

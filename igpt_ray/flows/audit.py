@@ -8,8 +8,6 @@ import io
 import json
 import logging
 import math
-import time
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,33 +25,79 @@ from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device
 from igpt_ray.generate import completion
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 
 log = logging.getLogger(__name__)
 
-Report = dict[str, Any]
+
+class Significance(Result):
+    """A test of the audit."""
+
+    p_value: float
+    p_holm: float | None = None
+    """Corrected for the number of all tests (Holm)."""
 
 
-def run_audit(settings: AuditConfig) -> Report:
+class AssociationTest(Significance):
+    """An iEAT test of the features of a layer."""
+
+    test: str
+    layer: int
+    pictures: dict[str, int]
+    """Number of images in X, Y, A and B."""
+    effect_size: float
+    """Between -2 and 2; positive if X goes with A and Y with B."""
+    exact: bool
+    """Whether the p-value counts all partitions instead of a sample."""
+
+
+class Distribution(Result):
+    """Classes of the completions of a group."""
+
+    pictures: int
+    completions: int
+    counts: dict[str, int]
+    shares: dict[str, float]
+
+
+class CompletionsTest(Significance):
+    """Test of whether the groups differ in the classes of their completions."""
+
+    rows: int
+    """Rows of the prompt."""
+    chi_square: float
+    cramers_v: float
+    """Effect size: 0 for equal distributions, 1 if the group determines the class."""
+    groups: dict[str, Distribution]
+
+
+class AuditReport(Result):
+    release: str
+    out: str
+    ieat: list[AssociationTest] | None = None
+    completions: CompletionsTest | None = None
+
+
+def run_audit(settings: AuditConfig) -> AuditReport:
     """Run iEAT, the audit of completions, or both, with p-values corrected for the number of all tests.
 
     Raises `SettingError` or `SourceError` before any image is read if settings, folders or counts are wrong.
     """
-    started = time.perf_counter()
     config = weights.load_config(settings.release)
     tests, groups, classes = _inputs(settings, config)
     # Probes of the middle layers are the most accurate (paper, section 4.1).
     layers = features.check_layers(settings.layers or (config.model.n_layer // 2,), config.model.n_layer)
-    report: Report = {"release": settings.release, "out": settings.out}
+    report = AuditReport(release=settings.release, out=settings.out)
     if tests:
-        report["ieat"] = _ieat(settings, tests, layers)
+        report.ieat = _ieat(settings, tests, layers)
     if groups:
-        report["completions"] = _completions(settings, groups, classes, config.model.n_px)
-    results = [*report.get("ieat", []), *([report["completions"]] if groups else [])]
-    for result, corrected in zip(results, bias.holm([result["p_value"] for result in results]), strict=True):
-        result["p_holm"] = corrected
-    data = json.dumps({**report, "made_by": provenance(settings)}, indent=1).encode()
+        report.completions = _completions(settings, groups, classes, config.model.n_px)
+    results: list[Significance] = [*(report.ieat or []), *([report.completions] if report.completions else [])]
+    for result, corrected in zip(results, bias.holm([result.p_value for result in results]), strict=True):
+        result.p_holm = corrected
+    data = json.dumps({**report.line(), "made_by": provenance(settings)}, indent=1).encode()
     storage.write(storage.join(settings.out, "audit.json"), data)
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _inputs(
@@ -77,7 +121,7 @@ def _inputs(
 # ------------------------------------------------------------------------------------------------ iEAT
 
 
-def _ieat(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> list[Report]:
+def _ieat(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> list[AssociationTest]:
     """One row per test and layer. An image of several tests is embedded once."""
     uris = sorted({uri for test in tests for images in test.sets.values() for uri in images})
     batches = [uris[start : start + settings.batch_size] for start in range(0, len(uris), settings.batch_size)]
@@ -93,7 +137,8 @@ def _ieat(settings: AuditConfig, tests: list[Stimuli], layers: list[int]) -> lis
         for i, layer in enumerate(layers):
             X, Y, A, B = (sets[letter][:, i] for letter in bias.SETS)
             result = ieat.association_test(X, Y, A, B, settings.seed)
-            rows.append({"test": test.name, "layer": layer, "pictures": sizes, **result._asdict(), "exact": exact})
+            figures = {"layer": layer, "pictures": sizes, "exact": exact, **result._asdict()}
+            rows.append(AssociationTest(test=test.name, **figures))
     return rows
 
 
@@ -115,7 +160,7 @@ class Embed:
 # ------------------------------------------------------------------------------------------------ completions
 
 
-def _completions(settings: AuditConfig, groups: dict[str, list[str]], classes: list[str], n_px: int) -> Report:
+def _completions(settings: AuditConfig, groups: dict[str, list[str]], classes: list[str], n_px: int) -> CompletionsTest:
     """Counts of classes of the completions by group, and the test of whether the groups differ."""
     rows = n_px // 2 if settings.rows is None else settings.rows
     tasks = [(group, storage.relative_to(settings.groups, uri), uri) for group, uris in groups.items() for uri in uris]
@@ -139,18 +184,18 @@ def _completions(settings: AuditConfig, groups: dict[str, list[str]], classes: l
         for group in groups
     }
     by_group = {group: _distribution(count, classes) for group, count in counts.items()}
-    return {"rows": rows, **bias.independence(counts, settings.seed)._asdict(), "groups": by_group}
+    return CompletionsTest(rows=rows, groups=by_group, **bias.independence(counts, settings.seed)._asdict())
 
 
-def _distribution(count: bias.Counts, classes: list[str]) -> Report:
+def _distribution(count: bias.Counts, classes: list[str]) -> Distribution:
     """Counts (images, classes) of a group -> its totals and fractions."""
     total = count.sum(0)
-    return {
-        "pictures": len(count),
-        "completions": int(total.sum()),
-        "counts": dict(zip(classes, total.tolist(), strict=True)),
-        "shares": dict(zip(classes, (total / total.sum()).tolist(), strict=True)),
-    }
+    return Distribution(
+        pictures=len(count),
+        completions=int(total.sum()),
+        counts=dict(zip(classes, total.tolist(), strict=True)),
+        shares=dict(zip(classes, (total / total.sum()).tolist(), strict=True)),
+    )
 
 
 class CompleteAndClassify:

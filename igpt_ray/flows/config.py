@@ -4,17 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from igpt_ray.settings import Count, OptionalUri, PoolConfig, Section, Uri
+from igpt_ray.evaluate.config import StoreSection
+from igpt_ray.settings import Count, OptionalUri, Section, Uri
 from igpt_ray.train.config import FinetuningConfig
 
 
-class ReportConfig(Section):
+class ReportConfig(StoreSection):
     """Report of a release on one page: likelihood, probes, fine-tuning, completions, palette."""
 
-    release: Uri
-    """URI of a release."""
-    tokens: Uri
-    """URI of a token store."""
     out: Uri
     """URI of the folder to write: report.html, report.json, row.md, and a folder for each part. Existing parts are
     reused."""
@@ -34,11 +31,8 @@ class ReportConfig(Section):
     """Images to complete, evenly spaced over the split."""
     n: Count = 4
     """Completions per image."""
-    batch_size: Count = 64
-    """Images per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the probe's held-out fifth, the few-shot labels, the untrained network and the completions."""
-    pool: PoolConfig = PoolConfig()
 
 
 class WatchConfig(Section):

@@ -1,14 +1,12 @@
 """The command `estimate`, which needs no cluster."""
 
-from typing import Any
-
 from igpt_ray.train import simulate
 from igpt_ray.train.config import EstimateConfig
-from igpt_ray.train.estimate import estimate, lines
+from igpt_ray.train.estimate import Estimate, estimate, lines
 from igpt_ray.train.parallelize import sharding_dry_run
 
 
-def report(settings: EstimateConfig) -> dict[str, Any]:
+def report(settings: EstimateConfig) -> Estimate:
     """Print memory, traffic, hours and cost of a run, and the simulation of one step. Returns the estimate."""
     result = estimate(settings)
     fewest, most = sharding_dry_run(settings.model, settings.workers)

@@ -1,7 +1,6 @@
 """Evaluation of a release on a split with Ray Data: likelihood and accuracy. A work unit is a shard."""
 
 import json
-import time
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,12 @@ from igpt_ray.evaluate.likelihood import (
     masked_nats,
     nats_by_image_and_position,
 )
-from igpt_ray.evaluate.linear_probe import ClassificationSums, evaluate_logits
+from igpt_ray.evaluate.linear_probe import ClassificationReport, ClassificationSums, evaluate_logits
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 
 HEAT_MAP_PX = 512
 """Approximate width of surprise.png."""
@@ -50,13 +50,51 @@ def device() -> str:
 # ------------------------------------------------------------------------------------------------ likelihood
 
 
-def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
+class Classification(ClassificationReport):
+    images: int
+    """Images with a label."""
+
+
+class Against(Result):
+    """Likelihood of the other images."""
+
+    nats_per_token: float
+    standard_error: float
+    bits_per_pixel: float
+    images: int
+    tokens: int
+    auroc: float
+    """Probability that one of the other images has more nats than one of this split."""
+
+
+class EvaluateResult(Result):
+    """A masked network has `nats_per_masked_token` and `masks` instead of a likelihood."""
+
+    release: str
+    split: str
+    nats_per_token: float | None = None
+    bits_per_pixel: float | None = None
+    """Of the image in the colours of the palette."""
+    standard_error: float
+    """Of the nats, over images."""
+    images: int
+    tokens: int | None = None
+    nats_per_masked_token: float | None = None
+    masks: int | None = None
+    """Masks per image."""
+    classification: Classification | None = None
+    """Of a fine-tuned release on a store with its classes."""
+    baselines: dict[str, float] | None = None
+    """Nats per token of count models."""
+    against: Against | None = None
+
+
+def evaluate(settings: EvaluateConfig) -> EvaluateResult:
     """Nats per token of a split and of count models fitted on `settings.baselines`; accuracy of a fine-tuned network.
 
     A masked network reports nats per masked token under MASKS masks, which is not a likelihood; its masks vote on the
     class. Raises `SettingError` for settings that need a likelihood.
     """
-    started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.split)
     masked = weights.load_config(settings.release).model.objective == "masked"
     if masked and (settings.baselines or settings.out or settings.against):
@@ -71,22 +109,20 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
             "masks": losses.MASKS,
             "images": nats["images"],
         }
-    report = {"release": settings.release, "split": settings.split, **nats}
+    report = EvaluateResult(release=settings.release, split=settings.split, **nats)
     if sums := evaluation.classification:
-        report["classification"] = {"images": sums.images, **sums.report()}
+        report.classification = Classification(images=sums.images, **sums.report())
     if settings.baselines:
-        fit, test = (_all_tokens(store, split) for split in (settings.baselines, settings.split))
-        report["baselines"] = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
+        splits = (store.read_split(split) for split in (settings.baselines, settings.split))
+        fit, test = (np.concatenate([tokens_of(table) for table in tables]) for tables in splits)
+        report.baselines = count_models(fit, test, store.kind.n_px, store.kind.n_vocab)
     if other is not None:
         outside = _evaluation(settings, other)
-        report["against"] = {
-            "tokens": settings.against,
-            **Likelihood.of(outside.nats, store.kind.n_positions).report(),
-            "auroc": auroc(evaluation.nats, outside.nats),
-        }
+        likelihood: dict[str, Any] = Likelihood.of(outside.nats, store.kind.n_positions).report()
+        report.against = Against(**likelihood, auroc=auroc(evaluation.nats, outside.nats))
     if settings.out:
         _write_report(settings, store, report, evaluation)
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _evaluation(settings: EvaluateConfig, store: TokenStore) -> Evaluation:
@@ -99,12 +135,12 @@ def _evaluation(settings: EvaluateConfig, store: TokenStore) -> Evaluation:
     return Evaluation.concatenate(parts)
 
 
-def _write_report(settings: EvaluateConfig, store: TokenStore, report: dict[str, Any], evaluation: Evaluation) -> None:
+def _write_report(settings: EvaluateConfig, store: TokenStore, result: EvaluateResult, evaluation: Evaluation) -> None:
     """Write likelihood.json and surprise.png, a heat map of nats by position."""
     n_px = store.kind.n_px
     by_position = (evaluation.by_position / len(evaluation.nats)).reshape(n_px, n_px)
     report = {
-        **report,
+        **result.line(),
         "by_class": evaluation.by_class(store.manifest.classes),
         "by_position": by_position.tolist(),
         "ranking": evaluation.ranking(),
@@ -143,7 +179,3 @@ class ShardNats:
             return None
         logits = class_logits(self.model, tokens[rows], [keys[row] for row in rows], self.batch_size)
         return evaluate_logits(logits, labels[rows], self.model.config.n_class)
-
-
-def _all_tokens(store: TokenStore, split: str) -> Tokens:
-    return np.concatenate([tokens_of(table) for table in store.read_split(split)])

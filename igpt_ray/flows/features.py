@@ -1,7 +1,6 @@
 """Features of a token store with Ray Data. A work unit is a shard; a repeat computes only the missing units."""
 
 import time
-from typing import Any
 
 from igpt_ray import weights
 from igpt_ray.data.token_store import Shard, TokenStore
@@ -13,9 +12,25 @@ from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 
 
-def extract(settings: FeaturesConfig) -> dict[str, Any]:
+class FeaturesResult(Result):
+    features: str
+    """URI of the folder."""
+    splits: dict[str, int]
+    """Split -> number of images."""
+    layers: list[int]
+    units: int
+    """One per shard of the splits."""
+    units_made: int
+    """Units that this command computed; the others existed."""
+    bytes: int
+    """Of all units."""
+    images_per_second: float
+
+
+def extract(settings: FeaturesConfig) -> FeaturesResult:
     """Compute the missing units, then write the manifest of each split."""
     started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, *settings.splits)
@@ -36,17 +51,15 @@ def extract(settings: FeaturesConfig) -> dict[str, Any]:
         in_order = [units[shard.path] for shard in store.manifest.select(split)]
         manifest = Manifest(about=spec, split=split, units=in_order, made_by=provenance(settings))
         features.commit(settings.out, manifest)
-    seconds = time.perf_counter() - started
-    return {
-        "features": settings.out,
-        "splits": {split: store.manifest.rows(split) for split in splits},
-        "layers": spec.layers,
-        "units": len(shards),
-        "units_made": len(missing),
-        "bytes": sum(file.bytes for unit in units.values() for file in unit.files),
-        "images_per_second": round(rows / seconds, 2),
-        "seconds": round(seconds, 2),
-    }
+    return FeaturesResult(
+        features=settings.out,
+        splits={split: store.manifest.rows(split) for split in splits},
+        layers=spec.layers,
+        units=len(shards),
+        units_made=len(missing),
+        bytes=sum(file.bytes for unit in units.values() for file in unit.files),
+        images_per_second=round(rows / (time.perf_counter() - started), 2),
+    )
 
 
 def _spec(settings: FeaturesConfig, store: TokenStore) -> FeatureSpec:

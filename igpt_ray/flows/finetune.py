@@ -1,7 +1,5 @@
 """Fine-tuning on a labelled token store: validation of the settings, then a run of `flows/train.py`."""
 
-from typing import Any
-
 import numpy as np
 
 from igpt_ray import weights
@@ -13,7 +11,7 @@ from igpt_ray.train.config import FinetuneConfig, FinetuneRunConfig
 from igpt_ray.weights import ReleaseConfig
 
 
-def finetune(settings: FinetuneConfig) -> dict[str, Any]:
+def finetune(settings: FinetuneConfig) -> train.TrainResult:
     """Train until the held-out accuracy stops improving; the release has the best weights. Returns the last metrics."""
     run, store, about = check(settings)
     evaluation = {"val_split": settings.val_split, "val_images": settings.val_images}

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from igpt_ray.flows.local_cluster import free_port
 from igpt_ray.flows.ray_log import RayLog
 from igpt_ray.interrupt import catch_sigterm
 from igpt_ray.progress import LogHandler
+from igpt_ray.settings import Result
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -33,15 +35,18 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of a submitted job's working directory, which Ray deletes with its session."""
 
 
-def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = True) -> None:
-    """Run `flow` and print its result as one JSON line. Ends the program with an exit code if the flow fails."""
+def finish(flow: Callable[[S], Result | dict[str, Any]], settings: S, cluster: bool = True) -> None:
+    """Run `flow` and print its result and its seconds as one JSON line. Exits with a code if the flow fails."""
     ray_log = RayLog() if cluster else None
     failed = True
     try:
         check_outputs(settings, os.getcwd())
         if ray_log is not None:
             connect(ray_log)
-        report = flow(settings)
+        started = time.perf_counter()
+        result = flow(settings)
+        line = result.line() if isinstance(result, Result) else result
+        line.setdefault("seconds", round(time.perf_counter() - started, 2))
         failed = False
     except KeyboardInterrupt:
         failed = False
@@ -55,7 +60,7 @@ def finish(flow: Callable[[S], dict[str, Any]], settings: S, cluster: bool = Tru
     finally:
         if ray_log is not None:
             ray_log.close(failed)
-    print(json.dumps(report), flush=True)
+    print(json.dumps(line), flush=True)
 
 
 def check_outputs(settings: BaseModel, folder: str, prefix: str = "--") -> None:

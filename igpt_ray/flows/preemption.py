@@ -7,6 +7,7 @@ requests need a token (IMDSv2). Google gives thirty seconds; its answer is TRUE 
 import json
 import time
 import urllib.request
+from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -39,17 +40,13 @@ def poll(cloud: str, endpoint: str, rebalance: bool = False) -> Notice | None:
 def _aws(endpoint: str, rebalance: bool) -> Notice | None:
     headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
     token = {"X-aws-ec2-metadata-token": _request(f"{endpoint}/latest/api/token", headers, "PUT")}
-    try:
+    with suppress(NotFound):
         action = json.loads(_request(f"{endpoint}/latest/meta-data/spot/instance-action", token))
         return Notice(f"spot {action['action']}", datetime.fromisoformat(action["time"]).timestamp())
-    except NotFound:
-        pass
     if rebalance:
-        try:
+        with suppress(NotFound):
             _request(f"{endpoint}/latest/meta-data/events/recommendations/rebalance", token)
             return Notice("rebalance recommendation", None)
-        except NotFound:
-            pass
     return None
 
 

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,90 +19,115 @@ from igpt_ray import storage, weights
 from igpt_ray.data.token_store import TokenStore, tokens_of
 from igpt_ray.errors import SettingError
 from igpt_ray.evaluate import features, few_shot, linear_probe
-from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig
+from igpt_ray.evaluate.config import FeaturesConfig, FeatureSection, ProbeConfig
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
-from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method
+from igpt_ray.evaluate.linear_probe import Choice, ClassificationReport, Labelled, Method
 from igpt_ray.flows.actor_map import actor_map
 from igpt_ray.flows.evaluate import device, open_store
 from igpt_ray.flows.features import extract
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 
 NETWORK, UNTRAINED, PIXELS = "network", "untrained", "raw_pixels"
-Report = dict[str, Any]
 
 
-class Select(NamedTuple):
-    """Task: select the setting for the concatenated features of some layers on the held-out images."""
+class Choices(Result):
+    """What the held-out images select."""
+
+    validation: float
+    """Accuracy on them, in [0, 1]."""
+    setting: float
+    """The penalty, or SGD's learning rate."""
+
+
+class LayerChoice(Choices):
+    layer: int
+
+
+class Figures(Choices, ClassificationReport):
+    """A probe on the test split."""
+
+
+class Concatenated(Figures):
+    layers: list[int]
+
+
+class SourceFigures(Figures):
+    """The best layer of a network, or raw pixels, which have no layers."""
+
+    best_layer: int | None = None
+    layers: list[LayerChoice] | None = None
+    low_data: dict[str, dict[str, few_shot.Runs]] | None = None
+    """Labels per class -> classifier (linear, nearest_neighbour, nearest_centroid) -> accuracies."""
+
+
+class ProbeReport(SourceFigures):
+    release: str
+    out: str
+    split: str
+    untrained: SourceFigures | None = None
+    """The network with random weights."""
+    raw_pixels: SourceFigures | None = None
+    concatenated: Concatenated | None = None
+
+
+class Task(NamedTuple):
+    """Select the setting for the concatenated features of some layers on the held-out images.
+
+    With `choice`: fit with this setting on all fitting images, and evaluate on the test split. With `k`: the test
+    accuracy with so many labels per class.
+    """
 
     source: str
     layers: tuple[int, ...]
+    choice: Choice | None = None
+    k: int | None = None
 
 
-class Evaluate(NamedTuple):
-    """Task: fit with the selected setting on all fitting images, and evaluate on the test split."""
-
-    source: str
-    layers: tuple[int, ...]
-    choice: Choice
-
-
-class FewLabels(NamedTuple):
-    """Task: the test accuracy with k labels per class."""
-
-    source: str
-    layers: tuple[int, ...]
-    k: int
-
-
-def probe_layers(settings: ProbeConfig) -> Report:
+def probe_layers(settings: ProbeConfig) -> ProbeReport:
     """Probe every layer; report the best layer, and concatenated layers, few labels and baselines if set."""
-    started = time.perf_counter()
     store = open_store(settings.release, settings.tokens, settings.fit_split, settings.split)
     check_splits(store, settings)
     roots = _extract(settings)
     layers = [(layer,) for layer in FeatureStore(roots[NETWORK]).spec.layers]
-    tasks = [Select(source, layer) for source in roots for layer in layers]
-    tasks += [Select(PIXELS, ())] if settings.baselines else []
+    tasks = [Task(source, layer) for source in roots for layer in layers]
+    tasks += [Task(PIXELS, ())] if settings.baselines else []
     choices = _run(tasks, settings, roots)
     best = _best_layers(choices)
     evaluated = list(best.items())
     if settings.concatenate:
         around = _neighbours(best[NETWORK][0], settings.concatenate, [layer for (layer,) in layers])
-        choices |= _run([Select(NETWORK, around)], settings, roots)
+        choices |= _run([Task(NETWORK, around)], settings, roots)
         evaluated.append((NETWORK, around))
-    evaluations = [Evaluate(source, ls, choices[Select(source, ls)]) for source, ls in evaluated]
-    few = [FewLabels(source, ls, k) for k in settings.low_data for source, ls in best.items()]
+    evaluations = [Task(source, ls, choices[Task(source, ls)]) for source, ls in evaluated]
+    few = [Task(source, ls, k=k) for k in settings.low_data for source, ls in best.items()]
     results = _run([*evaluations, *few], settings, roots)
     report = _report(settings, choices, best, results)
     if settings.concatenate:
         last = evaluations[-1]
-        report["concatenated"] = {"layers": list(around), **asdict(last.choice), **results[last].report}
+        report.concatenated = Concatenated(
+            layers=list(around), **asdict(choices[Task(NETWORK, around)]), **results[last].report
+        )
     _write(settings, store, report, results[evaluations[list(best).index(NETWORK)]])
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return report
 
 
 def _extract(settings: ProbeConfig) -> dict[str, str]:
     """Compute missing features of both splits: source -> folder."""
     config = FeaturesConfig(
-        release=settings.release,
-        tokens=settings.tokens,
         out=settings.features or storage.join(settings.out, "features"),
         splits=(settings.fit_split, settings.split),
-        layers=settings.layers,
-        pooling=settings.pooling,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        pool=settings.pool,
+        **{name: getattr(settings, name) for name in FeatureSection.model_fields},
     )
-    roots = {NETWORK: extract(config)["features"]}
+    roots = {NETWORK: extract(config).features}
     if settings.baselines:
         changes = {"out": f"{config.out}-untrained", "untrained": settings.seed}
-        roots[UNTRAINED] = extract(config.model_copy(update=changes))["features"]
+        roots[UNTRAINED] = extract(config.model_copy(update=changes)).features
     return roots
 
 
-def _run(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict[Any, Any]:
+def _run(tasks: list[Task], settings: ProbeConfig, roots: dict[str, str]) -> dict[Task, Any]:
     results = {}
     arguments = {"settings": settings, "roots": roots}
     progress = Progress("probe", len(tasks), "fits")
@@ -114,9 +138,9 @@ def _run(tasks: list[Any], settings: ProbeConfig, roots: dict[str, str]) -> dict
     return results
 
 
-def _best_layers(choices: dict[Select, Choice]) -> dict[str, tuple[int, ...]]:
+def _best_layers(choices: dict[Task, Choice]) -> dict[str, tuple[int, ...]]:
     """Source -> the layer with the highest accuracy on held-out images; ties take the first."""
-    best: dict[str, Select] = {}
+    best: dict[str, Task] = {}
     for task, choice in choices.items():
         if task.source not in best or choice.validation > choices[best[task.source]].validation:
             best[task.source] = task
@@ -157,7 +181,7 @@ class ProbeResult(NamedTuple):
 
 
 class Prober:
-    """Select -> Choice, Evaluate -> ProbeResult, FewLabels -> accuracies by classifier."""
+    """Task -> Choice; ProbeResult with `choice`; accuracies by classifier with `k`."""
 
     def __init__(self, settings: ProbeConfig, roots: dict[str, str]):
         self.settings = settings
@@ -165,17 +189,19 @@ class Prober:
         self.store = TokenStore.open(settings.tokens)
         self.method = Method(settings.method, settings.sgd, settings.seed, device())
 
-    def __call__(self, task: Select | Evaluate | FewLabels) -> Any:
+    def __call__(self, task: Task) -> Any:
         classes, seed = self.store.manifest.classes, self.settings.seed
         with tempfile.TemporaryDirectory() as folder:
             fit = self.labelled(task.source, task.layers, self.settings.fit_split, folder)
-            if isinstance(task, Select):
+            if task.choice is None and task.k is None:
                 return linear_probe.select(fit, len(classes), seed, self.method)
             test = self.labelled(task.source, task.layers, self.settings.split, folder)
-            if isinstance(task, FewLabels):
+            if task.k is not None:
                 return few_shot.few_labels(fit, test, task.k, classes, seed)
+            assert task.choice is not None
             linear = linear_probe.refit(fit, len(classes), task.choice.setting, self.method)
-            return ProbeResult(*linear_probe.summary(linear, test, len(classes)), linear)
+            sums = linear_probe.evaluate_classifier(linear, test, np.arange(len(test)), len(classes))
+            return ProbeResult(sums.report(), sums.confusion, linear)
 
     def labelled(self, source: str, layers: tuple[int, ...], split: str, folder: str) -> Labelled:
         """Concatenated features of some layers; for SGD in a file on the local disk, as they may exceed memory."""
@@ -205,30 +231,26 @@ def raw_pixels(store: TokenStore, split: str) -> Labelled:
 
 
 def _report(
-    settings: ProbeConfig,
-    choices: dict[Select, Choice],
-    best: dict[str, tuple[int, ...]],
-    results: dict[Any, Any],
-) -> Report:
-    """Figures of the network at the top level, those of each baseline under its name."""
-    by_source: dict[str, Report] = {}
+    settings: ProbeConfig, choices: dict[Task, Choice], best: dict[str, tuple[int, ...]], results: dict[Task, Any]
+) -> ProbeReport:
+    by_source: dict[str, Any] = {}
     for source, layers in best.items():
-        choice = choices[Select(source, layers)]
-        figures = {**asdict(choice), **results[Evaluate(source, layers, choice)].report}
+        choice = choices[Task(source, layers)]
+        figures = {**asdict(choice), **results[Task(source, layers, choice)].report}
         if layers:
             single = [(t.layers[0], c) for t, c in choices.items() if t.source == source and len(t.layers) == 1]
             figures |= {"best_layer": layers[0], "layers": [{"layer": layer, **asdict(c)} for layer, c in single]}
-        few = {str(k): results[FewLabels(source, layers, k)] for k in settings.low_data}
-        if few:
+        if settings.low_data:
+            few = {str(k): results[Task(source, layers, k=k)] for k in settings.low_data}
             figures["low_data"] = {
                 k: {name: few_shot.mean_and_sd(runs) for name, runs in by_name.items()} for k, by_name in few.items()
             }
         by_source[source] = figures
     network = by_source.pop(NETWORK)
-    return {"release": settings.release, "out": settings.out, "split": settings.split, **network, **by_source}
+    return ProbeReport(release=settings.release, out=settings.out, split=settings.split, **network, **by_source)
 
 
-def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
+def _protocol(settings: ProbeConfig, store: TokenStore) -> dict[str, Any]:
     """The settings that the paper does not state."""
     n = store.manifest.rows(settings.fit_split)
     return {
@@ -246,19 +268,20 @@ def _protocol(settings: ProbeConfig, store: TokenStore) -> Report:
     }
 
 
-def _write(settings: ProbeConfig, store: TokenStore, report: Report, result: ProbeResult) -> None:
-    report = {**report, "protocol": _protocol(settings, store), "made_by": provenance(settings)}
+def _write(settings: ProbeConfig, store: TokenStore, result: ProbeReport, fitted: ProbeResult) -> None:
+    assert result.best_layer is not None
+    report = {**result.line(), "protocol": _protocol(settings, store), "made_by": provenance(settings)}
     storage.write(storage.join(settings.out, "probe.json"), json.dumps(report, indent=1).encode())
     classes = store.manifest.classes
     text = io.StringIO()
-    rows = ([name, *counts] for name, counts in zip(classes, result.confusion.tolist(), strict=True))
+    rows = ([name, *counts] for name, counts in zip(classes, fitted.confusion.tolist(), strict=True))
     csv.writer(text).writerows([["true \\ chosen", *classes], *rows])
     storage.write(storage.join(settings.out, "confusion.csv"), text.getvalue().encode())
     data = io.BytesIO()
     np.savez(
         data,
-        **asdict(result.linear),
-        layer=report["best_layer"],
+        **asdict(fitted.linear),
+        layer=result.best_layer,
         pooling=settings.pooling,
         precision=settings.precision,
         release=weights.load_config(settings.release).sha256,

@@ -9,7 +9,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,6 @@ def write_report(settings: ReportConfig) -> dict[str, Any]:
 
     Raises `SettingError` before any part if matplotlib is missing or the splits do not fit.
     """
-    started = time.perf_counter()
     report_plots.check_installed()
     fit = [settings.fit_split] if settings.fit_split else []
     store = evaluate.open_store(settings.release, settings.tokens, settings.split, *fit)
@@ -73,7 +71,7 @@ def write_report(settings: ReportConfig) -> dict[str, Any]:
         "split": settings.split,
         "network": release.model.model_dump() | {"n_params": release.model.n_params},
         "likelihood": likelihood,
-        "probe": _probe(parts, probe) if probe else None,
+        "probe": parts.cached("probe", probe, lambda: _run(probe_layers, probe, "probe.json")) if probe else None,
         "finetuned": {start: _finetuned(settings, parts, config) for start, config in tuned.items()},
         "left_out": _left_out(settings, release.model, probe, counted),
         "made_by": provenance(settings),
@@ -89,7 +87,6 @@ def write_report(settings: ReportConfig) -> dict[str, Any]:
         **report_page.headline(report),
         **{kind: storage.join(settings.out, name) for kind, (name, _) in files.items()},
         "made": parts.made,
-        "seconds": round(time.perf_counter() - started, 2),
     }
 
 
@@ -144,7 +141,7 @@ class Parts:
 def _likelihood(settings: ReportConfig, parts: Parts, causal: bool, baselines: str) -> Report:
     config = _evaluate_config(settings, settings.release)
     if not causal:
-        return parts.cached("likelihood", config, lambda: evaluate.evaluate(config))
+        return parts.cached("likelihood", config, lambda: evaluate.evaluate(config).line())
     config = config.model_copy(update={"out": parts.uri("likelihood"), "baselines": baselines})
     return parts.cached("likelihood", config, lambda: _run(evaluate.evaluate, config, "likelihood.json"))
 
@@ -165,10 +162,6 @@ def _probe_config(settings: ReportConfig, store: TokenStore) -> ProbeConfig:
     )
 
 
-def _probe(parts: Parts, config: ProbeConfig) -> Report:
-    return parts.cached("probe", config, lambda: _run(probe_layers, config, "probe.json"))
-
-
 def _finetune_config(settings: ReportConfig, start: str) -> FinetuneConfig:
     config, scratch = settings.finetuning, start == "scratch"
     name = f"{config.run.name}-scratch" if scratch else config.run.name
@@ -180,8 +173,8 @@ def _finetune_config(settings: ReportConfig, start: str) -> FinetuneConfig:
 
 def _finetuned(settings: ReportConfig, parts: Parts, config: FinetuneConfig) -> Report:
     def make() -> Report:
-        trained = finetune.finetune(config)
-        result = evaluate.evaluate(_evaluate_config(settings, config.run.release))
+        trained = finetune.finetune(config).line()
+        result = evaluate.evaluate(_evaluate_config(settings, config.run.release)).line()
         return {**result, **result["classification"], **{k: trained[k] for k in ("best_step", "val_accuracy", "step")}}
 
     return parts.cached(storage.relative_to(settings.out, config.run.uri), config, make)

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 import ray.train
+from pydantic import ConfigDict
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
@@ -34,6 +35,7 @@ from igpt_ray.flows.ray_compat import remove_placement_groups_of
 from igpt_ray.interrupt import run_interruptible
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 from igpt_ray.train import checkpoint, loop, metrics, monitor
 from igpt_ray.train.config import FinetuneRunConfig, OptimConfig, PretrainConfig, WorkersConfig
 
@@ -45,21 +47,37 @@ STABLE_POLLS = 5
 """Polls without a change after which the number of available workers counts as stable."""
 
 
-def pretrain(settings: PretrainConfig) -> dict[str, Any]:
+class TrainResult(Result):
+    """Also has the last line of metrics as fields: `nats_per_token`, `tokens_per_second` etc. (docs/training.md)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: str
+    """URI of the run's folder."""
+    release: str
+    """URI of the release."""
+    n_params: int
+    step: int
+    best_step: int | None = None
+    """Step of the released weights, after early stopping."""
+    val_accuracy: float | None = None
+    """Held-out accuracy of the released weights, after early stopping; otherwise of the last evaluation."""
+
+
+def pretrain(settings: PretrainConfig) -> TrainResult:
     """Train to the last step, write the release, return the last metrics. Resumes a run of the same name."""
     return fit(settings, check(settings))
 
 
-def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[str, Any]:
+def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> TrainResult:
     """Train a run whose settings `check` has validated. `identity` is compared at resume, as the settings are."""
-    started = time.perf_counter()
     _write_or_check_config(settings, store, identity)
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
     _warn_if_short(settings.workers)
     status = run_status.create()
     bar = run_status.Bar(settings.run.name, settings.optim.steps, status)
-    failures, report = 0, {"left": 0}
+    failures, report = 0, dict[str, Any](left=0)
     while "left" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
@@ -80,7 +98,7 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> dict[st
             # its workers start, and may be lost as well.
             remove_placement_groups_of("TrainController")
     bar.close()
-    return {**report, "seconds": round(time.perf_counter() - started, 2)}
+    return TrainResult(**report)
 
 
 def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchTrainer:
@@ -215,13 +233,11 @@ def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: di
 
 def _with_schedule(optim: dict[str, Any]) -> dict[str, Any]:
     """The optimiser's settings of a run before version 0.2, whose `cooldown` is now `schedule` and `decay_fraction`."""
-    cooldown = optim.get("cooldown")
     rest = {name: value for name, value in optim.items() if name != "cooldown"}
-    if cooldown is None:
+    if (cooldown := optim.get("cooldown")) is None:
         return rest
-    if cooldown == 0:
-        return rest | {"schedule": "constant"}
-    return rest | {"schedule": "warmup_stable_decay", "decay_fraction": cooldown}
+    decay = {"schedule": "warmup_stable_decay", "decay_fraction": cooldown}
+    return rest | (decay if cooldown else {"schedule": "constant"})
 
 
 def _differences(existing: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -6,7 +6,6 @@ Ray's autoscaler does not poll AWS or Google. One watcher runs on every worker n
 import logging
 import os
 import time
-from typing import Any
 
 import ray.util
 
@@ -15,14 +14,28 @@ from igpt_ray.flows import preemption
 from igpt_ray.flows.config import WatchConfig
 from igpt_ray.flows.job import log_to_stderr
 from igpt_ray.flows.ray_compat import drain_node, nodes_at
+from igpt_ray.settings import Result
 
 log = logging.getLogger(__name__)
 
 
-def watch(settings: WatchConfig) -> dict[str, Any]:
+class WatchResult(Result):
+    node: str
+    """Id of the Ray node."""
+    notice: str
+    seconds: float | None
+    """From the notice to the preemption; None if the cloud does not state it."""
+    accepted: bool
+    """Whether Ray drains the node."""
+    why_not: str
+
+
+def watch(settings: WatchConfig) -> WatchResult:
     """Poll until there is a preemption notice, then drain the node. Returns the notice and Ray's answer."""
     log_to_stderr()
-    address = _address(settings)
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise SettingError("--address is not set: set it to the head's address, host:port, as for `ray start`")
     node = settings.node or _this_node(address)
     endpoint = settings.metadata or preemption.ENDPOINTS[settings.cloud]
     notice = preemption.poll(settings.cloud, endpoint, settings.rebalance)  # an error of the first poll is the user's
@@ -36,14 +49,7 @@ def watch(settings: WatchConfig) -> dict[str, Any]:
     log.warning("%s: draining node %s%s", notice.why, node, "" if seconds is None else f", {seconds:.0f} s left")
     milliseconds = 0 if notice.deadline is None else int(notice.deadline * 1000)  # 0: no deadline
     accepted, why_not = drain_node(address, node, f"{settings.cloud}: {notice.why}", milliseconds)
-    return {"node": node, "notice": notice.why, "seconds": seconds, "accepted": accepted, "why_not": why_not}
-
-
-def _address(settings: WatchConfig) -> str:
-    address = settings.address or os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        raise SettingError("--address is not set: set it to the head's address, host:port, as for `ray start`")
-    return address
+    return WatchResult(node=node, notice=notice.why, seconds=seconds, accepted=accepted, why_not=why_not)
 
 
 def _this_node(address: str) -> str:

@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def slots_in_use(self) -> int:
-        return sum(held is not None and not held.generation.cancelled for held in self._samples_of_slots)
+        return sum(not sample.generation.cancelled for sample in self._active().values())
 
     @property
     def waiting(self) -> int:
@@ -116,10 +116,10 @@ class Engine:
             admitted = self._admit()
         for generation in admitted:
             self._begin(generation)
-        slots = [slot for slot, held in enumerate(self._samples_of_slots) if held is not None]
-        if not slots:
+        active = self._active()
+        if not active:
             return []
-        self._sample(slots, [held for held in self._samples_of_slots if held is not None])
+        self._sample(list(active), list(active.values()))
         with self._lock:
             finished = self._advance()
             self._release()
@@ -152,9 +152,13 @@ class Engine:
 
     def _release(self) -> None:
         """Free the slots of finished and cancelled generations."""
-        for slot, held in enumerate(self._samples_of_slots):
-            if held is not None and (held.generation.cancelled or held.generation.finished):
+        for slot, sample in self._active().items():
+            if sample.generation.cancelled or sample.generation.finished:
                 self._samples_of_slots[slot] = None
+
+    def _active(self) -> dict[int, Sample]:
+        """The samples in use by slot."""
+        return {slot: sample for slot, sample in enumerate(self._samples_of_slots) if sample is not None}
 
     def _admit(self) -> list[Generation]:
         """Assign free slots in FIFO order: a large request at the head blocks smaller ones, to avoid starvation."""
@@ -171,11 +175,7 @@ class Engine:
     def _begin(self, generation: Generation) -> None:
         """Process the prompt before the first free pixel."""
         if generation.position:
-            slots = [
-                slot
-                for slot, held in enumerate(self._samples_of_slots)
-                if held is not None and held.generation is generation
-            ]
+            slots = [slot for slot, sample in self._active().items() if sample.generation is generation]
             self._network.prefill(slots, torch.from_numpy(generation.tokens[0, : generation.position].astype(np.int64)))
 
     def _sample(self, slots: list[int], samples: list[Sample]) -> None:
@@ -201,7 +201,7 @@ class Engine:
     def _advance(self) -> list[Generation]:
         """Advance every generation by one position; returns those that are finished."""
         finished = []
-        for generation in dict.fromkeys(held.generation for held in self._samples_of_slots if held is not None):
+        for generation in dict.fromkeys(sample.generation for sample in self._active().values()):
             generation.position += 1
             if generation.position == generation.end:
                 generation.position = len(generation.request.prompt_mask)

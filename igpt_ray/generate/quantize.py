@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.model.image_gpt import ImageGPT, outline
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """Type of weights, keys and values. With int8, the weights of linear layers are int8 and all else is bfloat16."""
@@ -18,21 +18,17 @@ bits. For more rows, torch's int8 product takes several times as long as bfloat1
 def prepare_network(model: ImageGPT, precision: Precision) -> ImageGPT:
     """A copy of `model` whose matrix products are fast for few rows. Tensors that need no conversion are shared."""
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    with torch.device("meta"):
-        network = ImageGPT(model.config).eval().requires_grad_(False)
+    network = outline(model.config).eval().requires_grad_(False)
     state = model.state_dict()
     network.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-    packed = model.wpe.device.type == "cpu" and _onednn_supports(dtype)
+    onednn = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    packed = model.wpe.device.type == "cpu" and onednn
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and (packed or precision == "int8"):
             network.set_submodule(name, Int8(state[f"{name}.weight"]) if precision == "int8" else Packed(module.weight))
     return network
-
-
-def _onednn_supports(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Packed(nn.Module):

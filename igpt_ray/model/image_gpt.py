@@ -151,6 +151,12 @@ class ImageGPT(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
 
 
+def outline(config: ModelConfig) -> ImageGPT:
+    """A network on the meta device: names and shapes without memory, which `to_empty` or `assign=True` adds."""
+    with torch.device("meta"):
+        return ImageGPT(config)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then the MLP. The RMS norms have a gain and no bias."""
 

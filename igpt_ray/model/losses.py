@@ -55,18 +55,9 @@ def generative(model: ImageGPT, tokens: Tensor, visible_mask: Tensor | None = No
     return masked_pixel(model(tokens, visible_mask), tokens, visible_mask).sum()
 
 
-def forward_with_classifier(
-    model: ImageGPT, tokens: Tensor, labels: Tensor, visible_mask: Tensor | None = None
-) -> Tensor:
-    """Fine-tuning loss of every image in nats, generative + classification (paper, section 2.3): (B, T), (B,) -> (B,).
-
-    The generative part is the mean over the image's (masked) tokens.
-    """
-    return loss_parts(model, tokens, labels, visible_mask)[0]
-
-
 def loss_parts(model: ImageGPT, tokens: Tensor, labels: Tensor, visible_mask: Tensor | None = None) -> Tensor:
-    """Fine-tuning loss, its generative part, and 1 if the predicted class is right, of every image: (3, B)."""
+    """Fine-tuning loss of every image in nats, generative + classification (paper, section 2.3); its generative part,
+    the mean over the image's (masked) tokens; and 1 if the predicted class is right: (B, T), (B,) -> (3, B)."""
     logits, classes = model.forward_with_classifier(tokens, visible_mask)
     nats = next_pixel(logits, tokens).mean(1) if visible_mask is None else masked_pixel(logits, tokens, visible_mask)
     return torch.stack([nats + classification(classes, labels), nats, classes.argmax(1) == labels])

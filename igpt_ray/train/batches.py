@@ -11,6 +11,7 @@ from torch import Tensor
 
 from igpt_ray.data.augment import Augment
 from igpt_ray.data.loader import Batch, SplitCache, share
+from igpt_ray.data.token_store import evenly
 from igpt_ray.model import losses
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
@@ -75,6 +76,12 @@ def passes(batch: Batch, rank: int, world_size: int, micro_batch: int) -> list[B
     n = math.ceil(math.ceil(len(batch.rows) / world_size) / micro_batch)
     mine = share(batch, rank, world_size)
     return [share(mine, i, n) for i in range(n)]
+
+
+def evenly_spaced_batch(split: SplitCache, n: int) -> Batch:
+    """At most n evenly spaced images of a split, the same at every step."""
+    rows = evenly(len(split), n)
+    return Batch(np.zeros_like(rows), rows)
 
 
 def sample_masks(seed: int, batch: Batch, n_positions: int) -> Tensor:

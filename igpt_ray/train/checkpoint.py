@@ -16,12 +16,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from igpt_ray import artifact, storage
 from igpt_ray.data.token_format import Strict
-from igpt_ray.errors import CheckpointError, NotFound, StorageError
+from igpt_ray.errors import CheckpointError, IgptError, StorageError
 from igpt_ray.train.torch_compat import tree_flatten, tree_unflatten
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,7 @@ class Saver:
 
     def _in_progress(self) -> bool:
         """Whether a save is in progress on any rank, so that all ranks decide alike."""
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.thread is not None and self.thread.is_alive())
-        return any(gathered)
+        return any(_on_all_ranks(lambda: self.thread is not None and self.thread.is_alive()))
 
     def _store(self, step: int, trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         try:
@@ -138,23 +136,17 @@ class Saver:
         uri = uri_of(self.run, step)
         with tempfile.TemporaryDirectory() as folder:
             dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
-            own = _or_error(lambda: [_upload(path, uri) for path in sorted(Path(folder).iterdir())])
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own, self.group)
-        if complaints := [each for each in gathered if isinstance(each, str)]:
-            raise StorageError(complaints[0])
-        return [file for files in gathered for file in files]
+            paths = sorted(Path(folder).iterdir())
+            return list(chain.from_iterable(_on_all_ranks(lambda: [_upload(path, uri) for path in paths], self.group)))
 
     def _commit(self, step: int, files: list[File], trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         def commit() -> None:
-            _persist(before_commit)
-            manifest = Manifest(step=step, files=files, trainer=trainer).model_dump_json(indent=1).encode()
-            _persist(lambda: storage.write(storage.join(uri_of(self.run, step), "manifest.json"), manifest))
+            if dist.get_rank() == 0:
+                _persist(before_commit)
+                manifest = Manifest(step=step, files=files, trainer=trainer).model_dump_json(indent=1).encode()
+                _persist(lambda: storage.write(storage.join(uri_of(self.run, step), "manifest.json"), manifest))
 
-        outcome = [_or_error(commit) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(outcome, 0, self.group)
-        if isinstance(outcome[0], str):
-            raise StorageError(outcome[0])
+        _on_all_ranks(commit, self.group)
         if dist.get_rank() == 0 and self.keep:
             try:
                 prune(self.run, self.keep, self.keep_every)
@@ -193,12 +185,11 @@ def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | 
 
     Every rank must call it. Raises `CheckpointError` if all checkpoints are damaged.
     """
-    committed: list[Any] = [committed_steps(run) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(committed)
-    if not committed[0]:
+    committed = _on_all_ranks(lambda: committed_steps(run) if dist.get_rank() == 0 else [])[0]
+    if not committed:
         return None
     state = _state(model, optimizer)
-    for step in reversed(committed[0]):
+    for step in reversed(committed):
         try:
             manifest = _load(uri_of(run, step), state)
         except CheckpointError as error:
@@ -208,14 +199,14 @@ def load_newest(run: str, model: nn.Module, optimizer: Optimizer) -> Manifest | 
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         return manifest
     # A restart from step 0 would overwrite checkpoints that may be repairable.
-    raise CheckpointError(f"all {len(committed[0])} checkpoints of {run} are damaged: choose another --run.name")
+    raise CheckpointError(f"all {len(committed)} checkpoints of {run} are damaged: choose another --run.name")
 
 
 def _load(uri: str, state: dict[str, Any]) -> Manifest:
     """Load into `state`. An error of any rank is raised on every rank: `CheckpointError` if a file is damaged."""
     with tempfile.TemporaryDirectory() as folder:
         reader = _Reader(uri, Path(folder))
-        _all_or_error(reader.open)
+        _on_all_ranks(reader.open)
         try:
             dcp.load(state, storage_reader=reader)
         except CheckpointException as error:
@@ -233,10 +224,9 @@ class _Reader(dcp.FileSystemReader):
         self.manifest: Manifest | None = None
 
     def open(self) -> None:
-        try:
-            self.manifest = Manifest.model_validate_json(storage.read(storage.join(self.uri, "manifest.json")))
-        except (NotFound, ValidationError) as error:
-            raise CheckpointError(f"{self.uri}/manifest.json is missing or damaged") from error
+        uri = storage.join(self.uri, "manifest.json")
+        messages = f"{uri} is missing", f"{uri} is damaged"
+        self.manifest = artifact.load(uri, Manifest.model_validate_json, CheckpointError, *messages)
         self._fetch({METADATA})
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
@@ -251,17 +241,20 @@ class _Reader(dcp.FileSystemReader):
                 artifact.download(storage.join(self.uri, file.name), path, file.sha256, CheckpointError)
 
 
-def _all_or_error(work: Callable[[], None]) -> None:
-    """Call `work`; if it fails on any rank, raise the first rank's error on every rank."""
-    own: Exception | None = None
+def _on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """The results of `work` on all ranks. If it fails on any rank, raise the first rank's error on every rank."""
+    own: Any
     try:
-        work()
-    except Exception as error:
+        own = work()
+    except IgptError as error:
         own = error
+    except Exception as error:  # not every error of a library can be pickled
+        own = RuntimeError(repr(error))
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    if failed := [each for each in gathered if each is not None]:
+    dist.all_gather_object(gathered, own, group)
+    if failed := [each for each in gathered if isinstance(each, Exception)]:
         raise failed[0]
+    return gathered
 
 
 def rewind(run: str, step: int) -> None:
@@ -320,14 +313,6 @@ def _persist(store: Callable[[], T]) -> T:
             log.warning("retrying in %g s (attempt %d of %d): %s", PAUSE, attempt + 1, ATTEMPTS, error)
             time.sleep(PAUSE)
     return store()
-
-
-def _or_error(work: Callable[[], T]) -> T | str:
-    """The result of `work` or its error message, which the caller sends to the ranks that would otherwise wait."""
-    try:
-        return work()
-    except Exception as error:
-        return " ".join(str(error).split()) or repr(error)
 
 
 def _upload(path: Path, uri: str) -> File:

@@ -6,9 +6,9 @@ as computed by a flash kernel. MFU uses the causal count.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from igpt_ray.model.config import ModelConfig
+from igpt_ray.settings import Result
 from igpt_ray.train.config import ClusterConfig, DeviceName, EstimateConfig, OptimConfig, WorkersConfig
 from igpt_ray.train.optim import ROUNDS
 
@@ -141,8 +141,45 @@ def peak_flops(device: str) -> float | None:
     return next((sheet.tflops * 1e12 for name, sheet in DEVICES.items() if name in device.lower()), None)
 
 
-def estimate(settings: EstimateConfig) -> dict[str, Any]:
-    """The estimate as numbers; the names are those of the command's JSON line."""
+class Estimate(Result):
+    """FLOPs are of forward and backward passes, with full attention unless the name has `causal`."""
+
+    n_params: int
+    tokens_per_step: int
+    tokens: int
+    """Of all steps."""
+    flops_per_token: int
+    flops_per_token_causal: int
+    flops: int
+    """Of all steps, Muon's included."""
+    workers: int
+    images_per_pass: int
+    """Images in a worker's micro-batch."""
+    passes_per_step: int
+    """Micro-batches per step."""
+    memory_gb: dict[str, float]
+    """Per worker: weights_gradients_adam, gathered_weights, activations."""
+    memory_gb_total: float
+    memory_gb_there: float
+    """Memory of the device."""
+    fits: bool
+    """Whether the total is less than 0.9 of the device's memory."""
+    step_seconds: float
+    """Time of the computation of a step."""
+    traffic_gb_per_step: float
+    """Sent by a worker in its FSDP group."""
+    traffic_gb_between_copies: float
+    """Sent by a worker to the replicas of its shard."""
+    traffic_seconds: float
+    """Time of the traffic of a step."""
+    tokens_per_second: int
+    hours: float
+    device_hours: float
+    dollars: float | None
+    """None without a price."""
+
+
+def estimate(settings: EstimateConfig) -> Estimate:
     model, optim, workers, cluster = settings.model, settings.optim, settings.workers, settings.cluster
     device = DEVICES[cluster.device]
     width = width_of(workers)
@@ -164,89 +201,78 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
     traffic = (fsdp_size - 1) / fsdp_size * model.n_params * (2 * width * passes + 4)
     between = 2 * (replicas - 1) / replicas * model.n_params * 4 / fsdp_size
     traffic_seconds = traffic / (shard_bus * GB) + between / (replica_bus * GB)
-    seconds = optim.steps * max(step_seconds, traffic_seconds)
-    hours = seconds / 3600
-    return {
-        "n_params": model.n_params,
-        "tokens_per_step": tokens_per_step,
-        "tokens": optim.steps * tokens_per_step,
-        "flops_per_token": full,
-        "flops_per_token_causal": causal,
-        "flops": optim.steps * flops_per_step(model, optim, causal=False),
-        "workers": workers.n,
-        "images_per_pass": images,
-        "passes_per_step": passes,
-        "memory_gb": {name: round(value / GB, 3) for name, value in memory.items()},
-        "memory_gb_total": round(sum(memory.values()) / GB, 3),
-        "memory_gb_there": device.memory_gb,
-        "fits": sum(memory.values()) < 0.9 * device.memory_gb * GB,
-        "step_seconds": step_seconds,
-        "traffic_gb_per_step": round(traffic / GB, 3),
-        "traffic_gb_between_copies": round(between / GB, 3),
-        "traffic_seconds": traffic_seconds,
-        "tokens_per_second": round(tokens_per_step / max(step_seconds, traffic_seconds)),
-        "hours": round(hours, 2),
-        "device_hours": round(hours * workers.n, 1),
-        "dollars": None if cluster.price is None else round(hours * workers.n * cluster.price, 2),
-    }
+    hours = optim.steps * max(step_seconds, traffic_seconds) / 3600
+    return Estimate(
+        n_params=model.n_params,
+        tokens_per_step=tokens_per_step,
+        tokens=optim.steps * tokens_per_step,
+        flops_per_token=full,
+        flops_per_token_causal=causal,
+        flops=optim.steps * flops_per_step(model, optim, causal=False),
+        workers=workers.n,
+        images_per_pass=images,
+        passes_per_step=passes,
+        memory_gb={name: round(value / GB, 3) for name, value in memory.items()},
+        memory_gb_total=round(sum(memory.values()) / GB, 3),
+        memory_gb_there=device.memory_gb,
+        fits=sum(memory.values()) < 0.9 * device.memory_gb * GB,
+        step_seconds=step_seconds,
+        traffic_gb_per_step=round(traffic / GB, 3),
+        traffic_gb_between_copies=round(between / GB, 3),
+        traffic_seconds=traffic_seconds,
+        tokens_per_second=round(tokens_per_step / max(step_seconds, traffic_seconds)),
+        hours=round(hours, 2),
+        device_hours=round(hours * workers.n, 1),
+        dollars=None if cluster.price is None else round(hours * workers.n * cluster.price, 2),
+    )
 
 
-def lines(settings: EstimateConfig, result: dict[str, Any]) -> list[str]:
+def lines(settings: EstimateConfig, result: Estimate) -> list[str]:
     """The estimate as a table: quantity, value, arithmetic."""
-    m, o, w, c = settings.model, settings.optim, settings.workers, settings.cluster
-    device, memory = DEVICES[c.device], result["memory_gb"]
-    width = width_of(w)
-    muon = "" if o.muon_lr is None else " (12 in the blocks: Muon)"
+    m, o, w, c, r = settings.model, settings.optim, settings.workers, settings.cluster, result
+    device, width, (shard_bus, replica_bus) = DEVICES[c.device], width_of(w), buses(w, c)
+    gb = {name: f"{value:.2f} GB" for name, value in r.memory_gb.items()}
+    muon = o.muon_lr is not None
+    causal = "6 (12 L d^2 + V d) + 6 L n d: as computed"
+    remedy = "more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
+    traffic = f"{r.traffic_gb_per_step:.3g} GB at {shard_bus:g} GB/s"
+    if w.fsdp_size < w.n:
+        traffic += f" and {r.traffic_gb_between_copies:.3g} GB at {replica_bus:g} GB/s between replicas"
+    hidden = "hidden" if r.traffic_seconds <= r.step_seconds else "the LIMIT"
+    activations = f"{r.images_per_pass} images x {m.n_positions}"
+    activations += f" x ({_blocks(m, w, width)} + {width + 8} d + {2 * width + 4} V) bytes"
+    step = f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
+    step += f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {r.passes_per_step} pass(es)"
     rows = [
-        ("parameters", f"{result['n_params']:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
-        ("tokens", f"{result['tokens']:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
-        ("FLOPs per token", f"{result['flops_per_token']:.4g}", "6 (12 L d^2 + V d) + 12 L n d: full attention"),
-        ("  causal", f"{result['flops_per_token_causal']:.4g}", _causal_arithmetic(m)),
-        ("FLOPs", f"{result['flops']:.4g}", "full attention" + (", including Muon" if o.muon_lr is not None else "")),
-        ("memory per worker", f"{result['memory_gb_total']:.2f} GB", f"of {device.memory_gb:g} GB: {_fits(result)}"),
+        ("parameters", f"{r.n_params:,}", f"{m.n_layer} blocks x {m.n_embd}, {m.n_px}x{m.n_px}"),
+        ("tokens", f"{r.tokens:.4g}", f"{o.steps:,} steps x {o.batch_size} images x {m.n_positions}"),
+        ("FLOPs per token", f"{r.flops_per_token:.4g}", "6 (12 L d^2 + V d) + 12 L n d: full attention"),
+        (
+            "  causal",
+            f"{r.flops_per_token_causal:.4g}",
+            causal if m.objective == "next" else "the same: a masked network has full attention",
+        ),
+        ("FLOPs", f"{r.flops:.4g}", "full attention" + (", including Muon" if muon else "")),
+        (
+            "memory per worker",
+            f"{r.memory_gb_total:.2f} GB",
+            f"of {device.memory_gb:g} GB: {'fits' if r.fits else f'does NOT fit: use {remedy}'}",
+        ),
         (
             "  between steps",
-            f"{memory['weights_gradients_adam']:.2f} GB",
-            f"16 bytes{muon} x parameters / {w.fsdp_size} workers",
+            gb["weights_gradients_adam"],
+            f"16 bytes{' (12 in the blocks: Muon)' if muon else ''} x parameters / {w.fsdp_size} workers",
         ),
-        (
-            "  gathered",
-            f"{memory['gathered_weights']:.2f} GB",
-            f"{width} bytes x (2 blocks + embeddings, output layer)",
-        ),
-        (
-            "  activations",
-            f"{memory['activations']:.2f} GB",
-            f"{result['images_per_pass']} images x {m.n_positions} x ({_blocks(m, w, width)} + {width + 8} d"
-            f" + {2 * width + 4} V) bytes",
-        ),
-        (
-            "step",
-            f"{result['step_seconds']:.4g} s",
-            f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
-            f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}),"
-            f" {result['passes_per_step']} pass(es)",
-        ),
-        (
-            "traffic",
-            f"{result['traffic_seconds']:.4g} s",
-            f"{_traffic(w, c, result)} per worker and step,"
-            f" {'hidden' if result['traffic_seconds'] <= result['step_seconds'] else 'the LIMIT'}",
-        ),
-        ("speed", f"{result['tokens_per_second']:,} tokens/s", "over all workers"),
-        ("time", f"{result['hours']:,} h", f"{result['device_hours']:,} {c.device} hours"),
+        ("  gathered", gb["gathered_weights"], f"{width} bytes x (2 blocks + embeddings, output layer)"),
+        ("  activations", gb["activations"], activations),
+        ("step", f"{r.step_seconds:.4g} s", step),
+        ("traffic", f"{r.traffic_seconds:.4g} s", f"{traffic} per worker and step, {hidden}"),
+        ("speed", f"{r.tokens_per_second:,} tokens/s", "over all workers"),
+        ("time", f"{r.hours:,} h", f"{r.device_hours:,} {c.device} hours"),
     ]
     if c.price is not None:
-        rows.append(("cost", f"${result['dollars']:,}", f"at ${c.price:g} per {c.device} hour"))
+        rows.append(("cost", f"${r.dollars:,}", f"at ${c.price:g} per {c.device} hour"))
     return [f"{name:18} {value:>20}   {arithmetic}" for name, value, arithmetic in rows]
-
-
-def _traffic(workers: WorkersConfig, cluster: ClusterConfig, result: dict[str, Any]) -> str:
-    shard_bus, replica_bus = buses(workers, cluster)
-    text = f"{result['traffic_gb_per_step']:.3g} GB at {shard_bus:g} GB/s"
-    if workers.fsdp_size < workers.n:
-        text += f" and {result['traffic_gb_between_copies']:.3g} GB at {replica_bus:g} GB/s between replicas"
-    return text
 
 
 def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:
@@ -255,16 +281,3 @@ def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:
     if workers.activation_checkpointing == "none":
         return f"{block} L d"
     return f"{width * (PRODUCT_WIDTHS if workers.activation_checkpointing == 'selective' else 1)} L d + {block} d"
-
-
-def _causal_arithmetic(model: ModelConfig) -> str:
-    if model.objective == "masked":
-        return "the same: a masked network has full attention"
-    return "6 (12 L d^2 + V d) + 6 L n d: as computed"
-
-
-def _fits(result: dict[str, Any]) -> str:
-    remedy = (
-        "use more workers, a smaller --workers.micro-batch, or --workers.activation-checkpointing selective or full"
-    )
-    return "fits" if result["fits"] else f"does NOT fit: {remedy}"

@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from igpt_ray import weights
 from igpt_ray.data.augment import Augment
-from igpt_ray.data.loader import Batch, SplitCache
-from igpt_ray.data.token_store import TokenStore, evenly
+from igpt_ray.data.loader import SplitCache
+from igpt_ray.data.token_store import TokenStore
 from igpt_ray.evaluate import features, linear_probe
 from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.train.batches import evenly_spaced_batch
 from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -62,15 +63,14 @@ def probed_head(model: ImageGPT, cfg: FinetuneRunConfig) -> Tensor:
     """
     store = TokenStore.open(cfg.data.tokens)
     images = SplitCache(store, cfg.data.split, labelled=True)
-    rows = evenly(len(images), PROBED)
-    batch = Batch(np.zeros_like(rows), rows)
-    keys, last = [str(row) for row in rows], [cfg.model.n_layer]
+    batch = evenly_spaced_batch(images, PROBED)
+    keys, last = [str(row) for row in batch.rows], [cfg.model.n_layer]
     pooled = features.pooled(model, images[batch], keys, last, "mean", BATCH)[..., 0, :]
     examples, method = linear_probe.Labelled(pooled, images.labels_of(batch)), linear_probe.Method(seed=cfg.seed)
     choice = linear_probe.select(examples, cfg.model.n_class, cfg.seed, method)
     fitted = linear_probe.refit(examples, cfg.model.n_class, choice.setting, method)
     log.info(
-        "the head is initialised by a linear probe of %d images, accuracy %.1f %%", len(rows), 100 * choice.validation
+        "the head is initialised by a linear probe of %d images, accuracy %.1f %%", len(keys), 100 * choice.validation
     )
     x = examples.examples[0].astype(np.float64)
     near = RIDGE * np.square(x).mean() * np.eye(x.shape[1])

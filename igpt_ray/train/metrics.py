@@ -90,14 +90,10 @@ class Events:
 
 def read(run: str) -> list[Line]:
     """All lines of a run; an empty list if it has none."""
-    texts = [storage.read(uri) for uri in _parts(run) or _single_file(run)]
-    return [json.loads(line) for text in texts for line in text.decode().splitlines()]
+    single = storage.join(run, "metrics.jsonl")
+    uris = _parts(run) or ([single] if storage.exists(single) else [])
+    return [json.loads(line) for uri in uris for line in storage.read(uri).decode().splitlines()]
 
 
 def _parts(run: str) -> list[str]:
     return sorted(entry.uri for entry in storage.walk(storage.join(run, "metrics")))
-
-
-def _single_file(run: str) -> list[str]:
-    uri = storage.join(run, "metrics.jsonl")
-    return [uri] if storage.exists(uri) else []

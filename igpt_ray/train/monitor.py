@@ -18,15 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from igpt_ray import rng, storage
 from igpt_ray.data import pixels
-from igpt_ray.data.loader import Batch, SplitCache
+from igpt_ray.data.loader import SplitCache
 from igpt_ray.data.palette import Palette
-from igpt_ray.data.token_store import evenly
 from igpt_ray.errors import StorageError
 from igpt_ray.generate import completion
 from igpt_ray.model import losses
-from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.model.image_gpt import ImageGPT, outline
 from igpt_ray.train import estimate
-from igpt_ray.train.batches import MicroBatchLoader
+from igpt_ray.train.batches import MicroBatchLoader, evenly_spaced_batch
 from igpt_ray.train.config import PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -143,12 +142,6 @@ class Profiler:
                 log.warning("the profile was not written: %s", error)
 
 
-def evenly_spaced_batch(split: SplitCache, n: int) -> Batch:
-    """At most n evenly spaced images of a split, the same at every step."""
-    rows = evenly(len(split), n)
-    return Batch(np.zeros_like(rows), rows)
-
-
 @torch.no_grad()
 def held_out(model: ImageGPT, loader: MicroBatchLoader, n: int) -> dict[str, float]:
     """Means of the losses on at most n held-out images, over all ranks. Every rank must call it.
@@ -178,8 +171,7 @@ def draw_samples(
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return
-    with torch.device("meta"):
-        plain = ImageGPT(model.config)
+    plain = outline(model.config)
     plain.load_state_dict(full, assign=True)
     plain.to(device).eval()
 

@@ -5,7 +5,6 @@ embeddings, output layer and gains.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz iteration, chosen by Muon's authors to increase small singular values quickly: five
 iterations bring all of them to 0.7 to 1.2."""
 ROUNDS = 5
+MATRICES = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
+"""Layers of a block whose weights Muon updates -> matrices in a weight: c_attn has those of q, k and v."""
 
 
 def build(model: nn.Module, optim: OptimConfig, precision: str = "float32") -> Optimizer:
@@ -41,19 +42,12 @@ class Muon(Adam):
 
     def __init__(self, model: ImageGPT, optim: OptimConfig, dtype: torch.dtype):
         assert optim.muon_lr is not None
-        kinds: list[tuple[Callable[[Any], nn.Linear], int]] = [
-            (lambda block: block.attn.c_attn, 3),  # q, k and v are three matrices
-            (lambda block: block.attn.c_proj, 1),
-            (lambda block: block.mlp.c_fc, 1),
-            (lambda block: block.mlp.c_proj, 1),
-        ]
-        groups = []
-        for kind, parts in kinds:
-            matrices = [kind(block).weight for block in model.blocks]
-            ratio = optim.muon_lr / optim.lr
-            groups.append({"params": matrices, "parts": parts, "lr": optim.muon_lr, "lr_ratio": ratio})
-        inside = {id(p) for group in groups for p in cast("list[Tensor]", group["params"])}
-        rest = [p for p in model.parameters() if id(p) not in inside]
+        muon = {"lr": optim.muon_lr, "lr_ratio": optim.muon_lr / optim.lr}
+        groups: list[dict[str, Any]] = []
+        for name, parts in MATRICES.items():
+            matrices = [block.get_submodule(name).weight for block in model.blocks]
+            groups.append({"params": matrices, "parts": parts, **muon})
+        rest = [p for name, p in model.named_parameters() if not name.endswith(tuple(f"{m}.weight" for m in MATRICES))]
         groups.append({"params": rest, "parts": 0, "lr": optim.lr, "lr_ratio": 1.0})
         super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.dtype = dtype

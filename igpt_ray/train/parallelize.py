@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
+from igpt_ray.model.image_gpt import ImageGPT, outline
 from igpt_ray.train.config import WorkersConfig
 from igpt_ray.train.torch_compat import fake_store
 
@@ -81,9 +81,7 @@ def sharding_dry_run(model: ModelConfig, workers: WorkersConfig) -> tuple[int, i
     held = []
     for rank in (workers.fsdp_size - 1, 0):  # rows are split in equal parts, and the last rank gets the rest
         dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=workers.n)
-        with torch.device("meta"):
-            network = ImageGPT(model)
-        shard(network, mesh_of("cpu", workers.shard), workers)
+        network = shard(outline(model), mesh_of("cpu", workers.shard), workers)
         held.append(sum(cast(DTensor, p).to_local().numel() for p in network.parameters()))
         dist.destroy_process_group()
     return held[0], held[1]

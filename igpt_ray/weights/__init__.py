@@ -1,6 +1,6 @@
 """Read and write weights: our releases, OpenAI's checkpoints and transformers' folders.
 
-A literal table maps the names of each foreign format. A load raises `CheckpointError` if a weight is missing,
+A literal table maps the names that differ. A load raises `CheckpointError` if a weight is missing,
 unexpected, of another shape or not finite. No pickle is opened, and no code in a file is executed.
 """
 

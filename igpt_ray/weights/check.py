@@ -1,7 +1,6 @@
 """Checks for all weight formats: names and shapes match the model exactly, and all values are finite."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
 
 Shape = tuple[int, ...]
 
@@ -44,18 +42,6 @@ def config_from_sizes(where: str, positions: str, n_positions: int, **sizes: Any
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def row_of(name: str) -> tuple[str, str]:
-    """The table row of one of our weights, and its block number: `h.3.ln_1.weight` -> `h.#.ln_1.weight`, `3`."""
-    block = re.match(r"h\.(\d+)\.(.*)", name)
-    return (f"h.#.{block[2]}", block[1]) if block else (name, "")
-
-
-def outline(model: ModelConfig) -> ImageGPT:
-    """A model on the meta device, so that names and shapes are checked before memory is allocated with `to_empty`."""
-    with torch.device("meta"):
-        return ImageGPT(model)
 
 
 def _some(names: list[str]) -> str:

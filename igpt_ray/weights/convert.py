@@ -1,8 +1,9 @@
 """Convert an OpenAI checkpoint, a transformers folder or a release to a release or a transformers folder."""
 
-import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+from pydantic import ConfigDict
 
 from igpt_ray import storage
 from igpt_ray.data import pixels
@@ -11,6 +12,7 @@ from igpt_ray.data.token_format import TokenFormat
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
+from igpt_ray.settings import Result
 from igpt_ray.weights import hf, openai, release
 from igpt_ray.weights.config import ConvertConfig
 
@@ -19,14 +21,28 @@ from igpt_ray.weights.config import ConvertConfig
 class Source:
     """Weights that were read, with the palette if their format stores one."""
 
-    format: str
+    format: Literal["openai", "transformers", "release"]
     model: ImageGPT
     palette: Palette | None
 
 
-def convert(settings: ConvertConfig) -> dict[str, Any]:
-    """Convert the weights at `settings.source`; return the source's format, the sizes and the palette's fingerprint."""
-    started = time.perf_counter()
+class ConvertResult(Result):
+    """Also has the settings of the network as fields, `n_layer` etc."""
+
+    model_config = ConfigDict(extra="allow")
+
+    source: str
+    format: Literal["openai", "transformers", "release"]
+    """Format of the source."""
+    out: str
+    to: str
+    n_params: int
+    palette: str | None
+    """Fingerprint."""
+
+
+def convert(settings: ConvertConfig) -> ConvertResult:
+    """Convert the weights at `settings.source`."""
     source = _read(settings.source)
     palette = _palette(settings, source)
     if settings.to == "transformers":
@@ -35,16 +51,15 @@ def convert(settings: ConvertConfig) -> dict[str, Any]:
         raise SettingError(f"{settings.source} is already a release: use --to transformers to convert it")
     else:
         _release(settings, source, palette)
-    return {
-        "source": settings.source,
-        "format": source.format,
-        "out": settings.out,
-        "to": settings.to,
+    return ConvertResult(
+        source=settings.source,
+        format=source.format,
+        out=settings.out,
+        to=settings.to,
+        n_params=source.model.config.n_params,
+        palette=None if palette is None else palette.fingerprint,
         **source.model.config.model_dump(),
-        "n_params": source.model.config.n_params,
-        "palette": None if palette is None else palette.fingerprint,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    )
 
 
 def _read(source: str) -> Source:

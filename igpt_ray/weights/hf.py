@@ -14,44 +14,29 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpt_ray import storage
+from igpt_ray import artifact, storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.errors import CheckpointError, NotFound
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of, shapes_of
+from igpt_ray.model.image_gpt import NORM_EPS, ImageGPT, outline
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, shapes_of
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
-class TensorMapping(NamedTuple):
-    """A tensor of transformers, and whether it belongs to a Conv1D: stored as [in, out], with a bias."""
-
-    name: str
-    conv1d: bool = False
-
-
-TABLE = {
-    "wpe": TensorMapping("transformer.wpe.weight"),
-    "ln_f.weight": TensorMapping("transformer.ln_f.weight"),
-    "wtet.weight": TensorMapping("lm_head.weight"),
-    "h.#.ln_1.weight": TensorMapping("transformer.h.#.ln_1.weight"),
-    "h.#.attn.c_attn.weight": TensorMapping("transformer.h.#.attn.c_attn.weight", conv1d=True),
-    "h.#.attn.c_proj.weight": TensorMapping("transformer.h.#.attn.c_proj.weight", conv1d=True),
-    "h.#.ln_2.weight": TensorMapping("transformer.h.#.ln_2.weight"),
-    "h.#.mlp.c_fc.weight": TensorMapping("transformer.h.#.mlp.c_fc.weight", conv1d=True),
-    "h.#.mlp.c_proj.weight": TensorMapping("transformer.h.#.mlp.c_proj.weight", conv1d=True),
-}
-"""Our name -> the name in transformers; # is a block number. EMBEDDING, which holds our wte and sos, is separate."""
-
+RENAMED = {"wpe": "transformer.wpe.weight", "wtet.weight": "lm_head.weight"}
+"""Our name -> the name in transformers, where it is not our name after `transformer.`."""
 EMBEDDING = "transformer.wte.weight"
+"""Our wte, with our sos as the last row."""
+CONV1D = ".c_"
+"""Part of the names of weights that belong to a Conv1D: stored as [in, out], with a bias."""
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)$")
 """Causal masks, which older versions of transformers stored."""
 
@@ -80,16 +65,17 @@ def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None
     unexpected, of another shape or not finite, if a bias is not zero, or if the weights are a pickle.
     """
     if isinstance(source, Mapping):
-        where, theirs = "the state dict", dict(source)
+        where, theirs, config = "the state dict", dict(source), None
     else:
         where = storage.absolute(str(source))
-        n_head = _heads_in(_read_json(where, CONFIG), where, n_head)
+        config = _read_json(where, CONFIG)
+        n_head = _heads_in(config, where, n_head)
         theirs = _read_tensors(where)
     tensors = _weights(theirs, where)
     model = outline(_sizes(tensors, where, n_head))
     check_shapes(shapes_of(tensors), _expected(model), where)
-    if not isinstance(source, Mapping):
-        _check_folder(where, model.config)
+    if config is not None:
+        _check_folder(where, config, model.config)
     for name, value in tensors.items():
         check_finite(name, value, where)
         if name.endswith(".bias") and value.any():
@@ -104,7 +90,8 @@ def load_hf(source: str | Path | Mapping[str, Tensor], n_head: int | None = None
 
 def _weights(theirs: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The weights without buffers, with the prefix in every name."""
-    tensors = {_prefixed(name): value for name, value in theirs.items()}
+    whole = ("transformer.", "lm_head.")
+    tensors = {name if name.startswith(whole) else f"transformer.{name}": value for name, value in theirs.items()}
     if len(tensors) < len(theirs):
         raise CheckpointError(f"{where} has the same weight with and without the prefix 'transformer.'")
     tensors = {name: value for name, value in tensors.items() if not BUFFERS.match(name)}
@@ -127,29 +114,24 @@ def palette_of(folder: str) -> Palette | None:
 
 def _ours(tensors: dict[str, Tensor], model: ImageGPT) -> dict[str, Tensor]:
     wte, sos = tensors[EMBEDDING].split([model.config.n_vocab, 1])
-    rows = _rows(model)
-    converted = {ours: tensors[row.name].T if row.conv1d else tensors[row.name] for ours, row in rows.items()}
+    converted = {ours: tensors[name].T if CONV1D in name else tensors[name] for ours, name in _names(model).items()}
     return converted | {"wte.weight": wte, "sos": sos[0]}
 
 
-def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
-    """The mapping of each of the model's weights, except wte and sos."""
-    rows = {}
-    for ours, _ in model.named_parameters():
-        if ours not in ("wte.weight", "sos"):
-            row, block = row_of(ours)
-            rows[ours] = TABLE[row]._replace(name=TABLE[row].name.replace("#", block))
-    return rows
+def _names(model: ImageGPT) -> dict[str, str]:
+    """The name in transformers of each of the model's weights, except wte and sos."""
+    ours = [name for name, _ in model.named_parameters() if name not in ("wte.weight", "sos")]
+    return {name: RENAMED.get(name, f"transformer.{name}") for name in ours}
 
 
 def _expected(model: ImageGPT) -> dict[str, Shape]:
     """The shapes of the tensors of transformers, biases included."""
     own = shapes_of(model.state_dict())
     shapes: dict[str, Shape] = {EMBEDDING: (model.config.n_vocab + 1, model.config.n_embd)}
-    for ours, (name, conv1d) in _rows(model).items():
-        shapes[name] = own[ours][::-1] if conv1d else own[ours]
-        if conv1d:
-            shapes[_bias_of(name)] = own[ours][:1]
+    for ours, name in _names(model).items():
+        shapes[name] = own[ours]
+        if CONV1D in name:
+            shapes |= {name: own[ours][::-1], _bias_of(name): own[ours][:1]}
     return shapes
 
 
@@ -157,17 +139,13 @@ def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _prefixed(name: str) -> str:
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
 def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelConfig:
-    for name in (EMBEDDING, TABLE["wpe"].name):
+    for name in (EMBEDDING, RENAMED["wpe"]):
         if name not in tensors:
             raise CheckpointError(f"{where} lacks {name}: is it an ImageGPTForCausalImageModeling of transformers?")
         if tensors[name].ndim != 2:
             raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected 2 axes")
-    n_positions, n_embd = tensors[TABLE["wpe"].name].shape
+    n_positions, n_embd = tensors[RENAMED["wpe"]].shape
     if n_head is None and n_embd not in PUBLISHED_HEADS:
         raise CheckpointError(
             f"{where} does not contain the number of heads, and {n_embd} is not the width of iGPT-S, -M or -L:"
@@ -176,7 +154,7 @@ def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelC
     blocks = {match[1] for name in tensors if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     return config_from_sizes(
         where,
-        TABLE["wpe"].name,
+        RENAMED["wpe"],
         n_positions,
         n_layer=len(blocks),
         n_embd=n_embd,
@@ -186,12 +164,8 @@ def _sizes(tensors: dict[str, Tensor], where: str, n_head: int | None) -> ModelC
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(storage.read(storage.join(folder, name)))
-    except NotFound as error:
-        raise CheckpointError(f"{folder} is not a transformers folder: it has no {name} ({error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/{name} is not JSON: {error}") from error
+    messages = f"{folder} is not a transformers folder: it has no {name}", f"{folder}/{name} is not JSON"
+    content: Any = artifact.load(storage.join(folder, name), json.loads, CheckpointError, *messages)
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder}/{name} is not a JSON object")
     return content
@@ -210,9 +184,8 @@ def _heads_in(theirs: dict[str, Any], where: str, n_head: int | None) -> int:
     return heads
 
 
-def _check_folder(where: str, model: ModelConfig) -> None:
+def _check_folder(where: str, theirs: dict[str, Any], model: ModelConfig) -> None:
     """Check that config.json and the palette have the same sizes as the weights."""
-    theirs = _read_json(where, CONFIG)
     sizes = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_positions": model.n_positions}
     for name, value in (sizes | {"vocab_size": model.n_vocab + 1, "n_inner": 4 * model.n_embd}).items():
         if theirs.get(name) not in (None, value):
@@ -264,11 +237,9 @@ def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None)
     Raises `CheckpointError` if the model has parts that transformers' ImageGPT does not have.
     """
     uri, c = storage.absolute(str(folder)), model.config
-    if c.objective != "next" or c.n_class:
-        kind = "masked network" if c.objective != "next" else "class head"
-        raise CheckpointError(f"transformers' ImageGPT has no {kind}: keep the release")
-    if c.modern:
-        raise CheckpointError(f"transformers' ImageGPT has no {', '.join(c.modern)}: keep the release")
+    extra = ["masked network"] * (c.objective != "next") + ["class head"] * (c.n_class > 0) + c.modern
+    if extra:
+        raise CheckpointError(f"transformers' ImageGPT has no {', '.join(extra)}: keep the release")
     if palette is not None and len(palette) != c.n_vocab:
         raise CheckpointError(f"the palette has {len(palette)} colours, the model a vocabulary of {c.n_vocab}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -283,10 +254,10 @@ def save_hf(model: ImageGPT, folder: str | Path, palette: Palette | None = None)
 def _tensors(model: ImageGPT) -> dict[str, Tensor]:
     own = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
     theirs = {EMBEDDING: torch.cat([own["wte.weight"], own["sos"][None]])}
-    for ours, (name, conv1d) in _rows(model).items():
-        theirs[name] = (own[ours].T if conv1d else own[ours]).contiguous()
-        if conv1d:
-            theirs[_bias_of(name)] = torch.zeros(len(own[ours]))
+    for ours, name in _names(model).items():
+        theirs[name] = own[ours]
+        if CONV1D in name:
+            theirs |= {name: own[ours].T.contiguous(), _bias_of(name): torch.zeros(len(own[ours]))}
     return theirs
 
 

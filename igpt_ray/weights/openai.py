@@ -14,13 +14,9 @@ from torch import Tensor
 from igpt_ray import storage
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes, outline, row_of
+from igpt_ray.model.image_gpt import ImageGPT, outline
+from igpt_ray.weights.check import Shape, check_finite, check_shapes, config_from_sizes
 from igpt_ray.weights.tf_bundle import Bundle
-
-
-def _identity(w: Tensor) -> Tensor:
-    return w
 
 
 def _transposed(w: Tensor) -> Tensor:
@@ -43,21 +39,21 @@ class TensorMapping(NamedTuple):
 
     names: tuple[str, ...]
     shape: str
-    convert: Callable[..., Tensor]
+    convert: Callable[..., Tensor] = lambda w: w
 
 
 TABLE = {
-    "wpe": TensorMapping(("model/wpe",), "T C", _identity),
-    "wte.weight": TensorMapping(("model/wte",), "V C", _identity),
-    "wtet.weight": TensorMapping(("model/wtet",), "V C", _identity),
-    "sos": TensorMapping(("model/sos",), "C", _identity),
-    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C", _identity),
-    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C", _identity),
+    "wpe": TensorMapping(("model/wpe",), "T C"),
+    "wte.weight": TensorMapping(("model/wte",), "V C"),
+    "wtet.weight": TensorMapping(("model/wtet",), "V C"),
+    "sos": TensorMapping(("model/sos",), "C"),
+    "ln_f.weight": TensorMapping(("model/ln_f/g",), "C"),
+    "h.#.ln_1.weight": TensorMapping(("model/h#/ln_1/g",), "C"),
     "h.#.attn.c_attn.weight": TensorMapping(
         ("model/h#/attn/q_proj", "model/h#/attn/k_proj", "model/h#/attn/v_proj"), "N D C", _heads_to_rows
     ),
     "h.#.attn.c_proj.weight": TensorMapping(("model/h#/attn/c_proj",), "N D C", _heads_to_columns),
-    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C", _identity),
+    "h.#.ln_2.weight": TensorMapping(("model/h#/ln_2/g",), "C"),
     "h.#.mlp.c_fc.weight": TensorMapping(("model/h#/mlp/c_fc/w",), "C 4C", _transposed),
     "h.#.mlp.c_proj.weight": TensorMapping(("model/h#/mlp/c_proj/w",), "4C C", _transposed),
 }
@@ -95,8 +91,9 @@ def _rows(model: ImageGPT) -> dict[str, TensorMapping]:
     """The mapping of each of the model's weights."""
     rows = {}
     for ours, _ in model.named_parameters():
-        row, block = row_of(ours)
-        rows[ours] = TABLE[row]._replace(names=tuple(name.replace("#", block) for name in TABLE[row].names))
+        block = re.match(r"h\.(\d+)\.", ours)
+        row = TABLE[ours if block is None else ours.replace(block[1], "#", 1)]
+        rows[ours] = row if block is None else row._replace(names=tuple(n.replace("#", block[1]) for n in row.names))
     return rows
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,10 +18,10 @@ from torch import Tensor
 from igpt_ray import artifact, storage
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Strict, TokenFormat
-from igpt_ray.errors import CheckpointError, NotFound
+from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
-from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.weights.check import check_finite, check_shapes, outline, shapes_of
+from igpt_ray.model.image_gpt import ImageGPT, outline
+from igpt_ray.weights.check import check_finite, check_shapes, shapes_of
 
 FORMAT = "igpt_ray release 1"
 
@@ -80,14 +79,10 @@ def save_release(uri: str, weights: dict[str, Tensor], palette: Palette, config:
 
 def load_config(uri: str) -> ReleaseConfig:
     """Read config.json. Raises `CheckpointError` if it is missing, malformed or of another version."""
-    try:
-        data = storage.read(storage.join(uri, "config.json"))
-    except NotFound as error:
-        raise CheckpointError(f"no release at {uri}: expected the release/ folder of a run ({error})") from error
-    try:
-        config = ReleaseConfig.model_validate_json(data)
-    except ValidationError as error:
-        raise CheckpointError(f"{uri}/config.json is not a release of this version: {error.errors()[0]}") from error
+    missing = f"no release at {uri}: expected the release/ folder of a run"
+    damaged = f"{uri}/config.json is not a release of this version"
+    parse = ReleaseConfig.model_validate_json
+    config = artifact.load(storage.join(uri, "config.json"), parse, CheckpointError, missing, damaged)
     if config.format != FORMAT:
         raise CheckpointError(f"{uri} is {config.format!r}; this version reads {FORMAT!r}")
     for field in ("n_px", "n_vocab"):
@@ -116,16 +111,11 @@ def load_release(uri: str, device: str = "cpu") -> Release:
     if palette.fingerprint != config.kind.palette:
         raise CheckpointError(f"{uri}/palette.npy is not the palette that the model was trained with")
     model = outline(config.model)
-    load_weights(model, weights, uri, device)
-    return Release(model.eval(), palette, config)
-
-
-def load_weights(model: ImageGPT, weights: dict[str, Tensor], where: str, device: str) -> None:
-    """Load weights into a model from `outline`, after a check of names, shapes and values."""
-    check_shapes(shapes_of(weights), shapes_of(model.state_dict()), where)
+    check_shapes(shapes_of(weights), shapes_of(model.state_dict()), uri)
     for name, value in weights.items():
-        check_finite(name, value, where)
+        check_finite(name, value, uri)
     model.to_empty(device=device).load_state_dict(weights)
+    return Release(model.eval(), palette, config)
 
 
 def _card(config: ReleaseConfig) -> str:

@@ -8,6 +8,8 @@ The index is a LevelDB table: a footer of 48 bytes points to an index block, whi
 and tensors have a CRC-32C. A file that is truncated, altered or of another format raises `CheckpointError`.
 """
 
+import io
+import sys
 from dataclasses import dataclass, field
 from math import prod
 
@@ -118,12 +120,12 @@ class Bundle:
 def _table(data: bytes) -> dict[bytes, bytes]:
     if len(data) < FOOTER or data[-8:] != MAGIC:
         raise _Malformed("it has no LevelDB table footer")
-    footer = _Cursor(data[-FOOTER:])
-    footer.varint(), footer.varint()  # offset and size of the metaindex block, which is empty
+    footer = io.BytesIO(data[-FOOTER:])
+    _varint(footer), _varint(footer)  # offset and size of the metaindex block, which is empty
     entries: dict[bytes, bytes] = {}
-    for _, handle in _block(data, footer.varint(), footer.varint()):
-        block = _Cursor(handle)
-        for key, value in _block(data, block.varint(), block.varint()):
+    for _, handle in _block(data, _varint(footer), _varint(footer)):
+        block = io.BytesIO(handle)
+        for key, value in _block(data, _varint(block), _varint(block)):
             if key in entries:
                 raise _Malformed(f"{key!r} occurs twice")
             entries[key] = value
@@ -144,40 +146,31 @@ def _block(data: bytes, offset: int, size: int) -> list[tuple[bytes, bytes]]:
     if block[-1]:
         raise _Malformed("a block is compressed, which is not supported")
     n_restarts = int.from_bytes(block[-5:-1], "little")
-    cursor, pairs, key = _Cursor(block[: max(0, size - 4 - 4 * n_restarts)]), [], b""
-    while cursor.left:
-        shared, fresh, length = cursor.varint(), cursor.varint(), cursor.varint()
-        key = key[:shared] + cursor.take(fresh)
-        pairs.append((key, cursor.take(length)))
+    end = max(0, size - 4 - 4 * n_restarts)
+    stream, pairs, key = io.BytesIO(block[:end]), [], b""
+    while stream.tell() < end:
+        shared, fresh, length = _varint(stream), _varint(stream), _varint(stream)
+        key = key[:shared] + _take(stream, fresh)
+        pairs.append((key, _take(stream, length)))
     return pairs
 
 
-class _Cursor:
-    """Sequential reads of bytes. A read past the end raises `_Malformed`."""
+def _take(stream: io.BytesIO, n: int) -> bytes:
+    data = stream.read(min(n, sys.maxsize))
+    if len(data) < n:
+        raise _Malformed("it ends in the middle of a value")
+    return data
 
-    def __init__(self, data: bytes):
-        self.data = data
-        self.position = 0
 
-    @property
-    def left(self) -> int:
-        return len(self.data) - self.position
-
-    def take(self, n: int) -> bytes:
-        if n > self.left:
-            raise _Malformed("it ends in the middle of a value")
-        self.position += n
-        return self.data[self.position - n : self.position]
-
-    def varint(self) -> int:
-        """A base-128 varint: seven bits per byte, low bits first; the high bit is set in all bytes but the last."""
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = self.take(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise _Malformed("a varint is longer than 64 bits")
+def _varint(stream: io.BytesIO) -> int:
+    """A base-128 varint: seven bits per byte, low bits first; the high bit is set in all bytes but the last."""
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = _take(stream, 1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise _Malformed("a varint is longer than 64 bits")
 
 
 def _masked_crc32c(data: bytes) -> int:
@@ -190,17 +183,17 @@ def _masked_crc32c(data: bytes) -> int:
 
 
 def _fields(message: bytes) -> Fields:
-    cursor = _Cursor(message)
+    stream = io.BytesIO(message)
     fields: Fields = {}
-    while cursor.left:
-        tag = cursor.varint()
+    while stream.tell() < len(message):
+        tag = _varint(stream)
         kind = tag & 7
         if kind == 0:
-            value: int | bytes = cursor.varint()
+            value: int | bytes = _varint(stream)
         elif kind == 2:
-            value = cursor.take(cursor.varint())
+            value = _take(stream, _varint(stream))
         elif kind in (1, 5):
-            value = int.from_bytes(cursor.take(8 if kind == 1 else 4), "little")
+            value = int.from_bytes(_take(stream, 8 if kind == 1 else 4), "little")
         else:
             raise _Malformed(f"it has a field of wire type {kind}")
         fields.setdefault(tag >> 3, []).append(value)

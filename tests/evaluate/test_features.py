@@ -26,7 +26,7 @@ from igpt_ray.flows import features as flow
 from igpt_ray.model import losses
 from igpt_ray.model.image_gpt import ImageGPT
 
-Extract = Callable[..., dict[str, object]]
+Extract = Callable[..., flow.FeaturesResult]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def extract(store: TokenStore, release: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(flow, "actor_map", serial_map)
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 4)
 
-    def extracted(**settings: object) -> dict[str, object]:
+    def extracted(**settings: object) -> flow.FeaturesResult:
         given = {"release": release, "tokens": store.root, "out": str(tmp_path / "features"), "batch_size": 3}
         return flow.extract(FeaturesConfig.model_validate(given | settings))
 
@@ -134,8 +134,8 @@ def test_the_untrained_network_is_different_and_reproducible(release: str) -> No
 def test_the_folder_has_every_image_at_every_layer(extract: Extract, store: TokenStore, release: str) -> None:
     """No row is lost between row groups of 4 and shards of 7 and 5, and labels are in order."""
     report = extract()
-    assert (report["units"], report["units_made"], report["layers"]) == (3, 3, [0, 1, 2, 3])
-    kept = FeatureStore(str(report["features"]))
+    assert (report.units, report.units_made, report.layers) == (3, 3, [0, 1, 2, 3])
+    kept = FeatureStore(report.features)
     model = weights.load_release(release).model
     tables = list(store.read_split("train"))
     tokens = np.concatenate([tokens_of(table) for table in tables])
@@ -148,7 +148,7 @@ def test_the_folder_has_every_image_at_every_layer(extract: Extract, store: Toke
 
 
 def test_a_layer_s_folder_is_a_table_for_any_reader(extract: Extract, store: TokenStore) -> None:
-    folder = Path(str(extract()["features"]))
+    folder = Path(extract().features)
     table = pq.read_table(folder / "train" / "layer-02")
     assert table.column_names == ["key", "label", "features"]
     assert sorted(table["key"].to_pylist()) == sorted(
@@ -159,17 +159,17 @@ def test_a_layer_s_folder_is_a_table_for_any_reader(extract: Extract, store: Tok
 
 def test_a_repeat_computes_only_missing_or_truncated_files(extract: Extract) -> None:
     """It ends with the same bytes."""
-    folder = Path(str(extract()["features"]))
+    folder = Path(extract().features)
     whole = files_of(folder)
     untouched = (folder / "train/layer-00/00000-v0.parquet").stat().st_mtime_ns
-    assert extract()["units_made"] == 0
+    assert extract().units_made == 0
     (folder / "train/layer-02/00001-v0.parquet").unlink()
     cut = folder / "test/layer-03/00000-v0.parquet"
     cut.write_bytes(cut.read_bytes()[:-1])
-    assert extract()["units_made"] == 2
+    assert extract().units_made == 2
     (folder / "train/units/00001-v0.json").write_text("{")
     (folder / "train/manifest.json").unlink()
-    assert extract()["units_made"] == 1
+    assert extract().units_made == 1
     again = files_of(folder)
     assert all(again[name] == whole[name] for name in whole if is_data(name))
     assert again.keys() == whole.keys()
@@ -200,10 +200,10 @@ def test_after_a_kill_at_any_write_a_repeat_computes_only_uncommitted_units(
 
 
 def test_another_split_can_be_added_to_a_folder(extract: Extract) -> None:
-    folder = str(extract(splits=["test"])["features"])
+    folder = extract(splits=["test"]).features
     with pytest.raises(FeatureError, match="no features of 'train' are committed"):
         FeatureStore(folder).layer("train", 0)
-    assert extract()["units_made"] == 2
+    assert extract().units_made == 2
     assert FeatureStore(folder).rows("train") == 12
 
 
@@ -215,7 +215,7 @@ def test_a_unit_without_images_is_valid(store: TokenStore, extract: Extract, rel
     empty = empty.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = store.manifest.model_copy(update={"shards": [empty, *store.manifest.shards]})
     storage.write(storage.join(store.root, "manifest.json"), artifact.seal(manifest.model_dump_json()))
-    folder = str(extract()["features"])
+    folder = extract().features
     assert FeatureStore(folder).layer("test", 1)[0].shape == (3, 32)
 
 
@@ -270,15 +270,15 @@ def wide_unit(root: str, rows: int) -> None:
 )
 def test_the_error_names_settings_that_differ(extract: Extract, change: dict[str, object], named: str) -> None:
     """Otherwise a probe would mix two kinds of features."""
-    folder = extract()["features"]
+    folder = extract().features
     with pytest.raises(FeatureError, match=f"has features of another specification: {named}: choose another folder"):
         extract(**change)
-    assert extract()["features"] == folder
+    assert extract().features == folder
 
 
 def test_the_error_names_another_release_or_store(extract: Extract, store: TokenStore, tmp_path: Path) -> None:
     """Also if the first job was killed before it committed anything."""
-    folder = Path(str(extract()["features"]))
+    folder = Path(extract().features)
     for manifest in folder.glob("*/manifest.json"):
         manifest.unlink()
     other = release_of(random_model(seed=1), store, str(tmp_path / "other"))
@@ -299,7 +299,7 @@ def test_a_layer_that_does_not_exist_is_refused(extract: Extract, layer: int) ->
 
 
 def test_a_layer_without_features_is_an_error(extract: Extract) -> None:
-    folder = str(extract(layers=[2])["features"])
+    folder = extract(layers=[2]).features
     with pytest.raises(FeatureError, match="has no layer 1: it has 2"):
         FeatureStore(folder).layer("train", 1)
 
@@ -314,7 +314,7 @@ def test_features_that_are_not_finite_are_an_error_at_once(extract: Extract, sto
 
 
 def test_the_error_names_the_file_of_a_flipped_bit(extract: Extract) -> None:
-    folder = Path(str(extract()["features"]))
+    folder = Path(extract().features)
     path = folder / "train/layer-01/00000-v0.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -323,17 +323,17 @@ def test_the_error_names_the_file_of_a_flipped_bit(extract: Extract) -> None:
     with pytest.raises(FeatureError, match=r"train/layer-01/00000-v0.parquet is damaged .* delete it and repeat"):
         kept.layer("train", 1)
     path.unlink()
-    assert extract()["units_made"] == 1
+    assert extract().units_made == 1
     assert kept.layer("train", 1)[0].shape == (12, 32)
 
 
 def test_a_damaged_manifest_is_an_error_and_a_repeat_rewrites_it(extract: Extract) -> None:
-    folder = Path(str(extract()["features"]))
+    folder = Path(extract().features)
     manifest = folder / "train/manifest.json"
     manifest.write_text(manifest.read_text().replace('"rows": 7', '"rows": 6'))
     with pytest.raises(FeatureError, match="damaged: delete it and repeat"):
         FeatureStore(str(folder)).layer("train", 0)
-    assert extract()["units_made"] == 0
+    assert extract().units_made == 0
     assert FeatureStore(str(folder)).layer("train", 0)[0].shape == (12, 32)
 
 

@@ -76,4 +76,8 @@ def test_one_label_per_class_suffices_for_a_fit() -> None:
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    assert mean_and_sd([0.5, 0.7]) == {"mean": 0.6, "sd": pytest.approx(np.std([0.5, 0.7], ddof=1)), "runs": [0.5, 0.7]}
+    assert mean_and_sd([0.5, 0.7]).line() == {
+        "mean": 0.6,
+        "sd": pytest.approx(np.std([0.5, 0.7], ddof=1)),
+        "runs": [0.5, 0.7],
+    }

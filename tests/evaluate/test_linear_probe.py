@@ -6,7 +6,16 @@ from sklearn import metrics
 
 from igpt_ray.errors import FeatureError
 from igpt_ray.evaluate.config import SgdConfig
-from igpt_ray.evaluate.linear_probe import L2, Labelled, Method, evaluate_logits, refit, select, summary, votes
+from igpt_ray.evaluate.linear_probe import (
+    L2,
+    Labelled,
+    Method,
+    evaluate_classifier,
+    evaluate_logits,
+    refit,
+    select,
+    votes,
+)
 
 
 def clusters(n: int, d: int, classes: int, actor_map: float, seed: int) -> Labelled:
@@ -22,7 +31,9 @@ def probed(fit: Labelled, test: Labelled, n_classes: int, seed: int, method: Met
     """The steps of the flow for one layer."""
     method = method or Method()
     choice = select(fit, n_classes, seed, method)
-    report, confusion = summary(refit(fit, n_classes, choice.setting, method), test, n_classes)
+    linear = refit(fit, n_classes, choice.setting, method)
+    sums = evaluate_classifier(linear, test, np.arange(len(test)), n_classes)
+    report, confusion = sums.report(), sums.confusion
     assert confusion.sum() == len(test)
     return {"validation": choice.validation, "test": report["accuracy"], "l2": choice.setting, **report}
 

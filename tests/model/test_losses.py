@@ -135,7 +135,7 @@ def test_the_joint_loss_is_generative_plus_classification(objective: str) -> Non
     model = random_model(std=0.15, objective=objective, n_class=3)
     x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2])
     keep = objectives.sample_masks([0, 1, 2, 3], 16) if objective == "masked" else None
-    loss = objectives.forward_with_classifier(model, x, labels, keep)
+    loss = objectives.loss_parts(model, x, labels, keep)[0]
     per_image = objectives.generative(model, x, keep) / (x.numel() if keep is None else len(x))
     p = torch.softmax(model.forward_with_classifier(x, keep)[1].double(), 1)[range(4), labels]
     assert loss.shape == (4,)
@@ -145,5 +145,5 @@ def test_the_joint_loss_is_generative_plus_classification(objective: str) -> Non
 def test_the_first_joint_loss_is_the_logarithms_of_the_colours_and_the_classes() -> None:
     model = ImageGPT(random_model(n_class=10).config)
     x = random_tokens(model, 2)
-    loss = objectives.forward_with_classifier(model, x, torch.tensor([3, 4]))
+    loss = objectives.loss_parts(model, x, torch.tensor([3, 4]))[0]
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(16) + math.log(10)))

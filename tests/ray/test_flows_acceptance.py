@@ -55,10 +55,10 @@ def test_cifar_images_go_through_every_stage_up_to_completions(cluster: str, cif
             }
         )
     )
-    losses = [line["nats_per_token"] for line in metrics.read(trained["run"])]
+    losses = [line["nats_per_token"] for line in metrics.read(trained.run)]
     assert np.log(128) > losses[0] > losses[-1]
     done = batch.complete(
-        CompleteConfig(release=trained["release"], tokens=tokens, out=str(tmp_path), split="train", images=4, n=2)
+        CompleteConfig(release=trained.release, tokens=tokens, out=str(tmp_path), split="train", images=4, n=2)
     )
     figure = np.asarray(Image.open(done["figure"]))
     assert figure.shape == (4 * (6 * 16 + 2) + 2, 4 * (6 * 16 + 2) + 2 + 2 * 8, 3)

@@ -34,7 +34,7 @@ def tokens_in_order(both: dict[str, Any], split: str) -> np.ndarray:
 def test_evaluation_equals_a_direct_computation(both: dict[str, Any]) -> None:
     """Catches shards left out, counted twice, or averaged by shard instead of by token."""
     nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 7)
-    report = evaluate.evaluate(EvaluateConfig(**both, split="train", baselines="test"))
+    report = evaluate.evaluate(EvaluateConfig(**both, split="train", baselines="test")).line()
     assert report["nats_per_token"] == pytest.approx(nats.mean() / 64, rel=1e-6)
     assert report["tokens"] == nats.size * 64
     assert 0 < report["baselines"]["context_2d"] < report["baselines"]["unigram_by_position"]
@@ -43,7 +43,7 @@ def test_evaluation_equals_a_direct_computation(both: dict[str, Any]) -> None:
 def test_the_likelihood_report_has_positions_classes_and_baselines(both: dict[str, Any], tmp_path: Path) -> None:
     """Parts that do not add up to the whole: shards joined in another order, classes or positions left out."""
     settings = EvaluateConfig(**both, split="test", out=str(tmp_path / "report"), against=both["tokens"])
-    report = evaluate.evaluate(settings)
+    report = evaluate.evaluate(settings).line()
     assert report["against"]["auroc"] == 0.5  # the store against itself
     said = json.loads((tmp_path / "report/likelihood.json").read_text())
     assert said["nats_per_token"] == report["nats_per_token"]
@@ -59,7 +59,7 @@ def test_the_likelihood_report_has_positions_classes_and_baselines(both: dict[st
 
 def test_scores_match_their_images_and_sum_to_the_evaluation(both: dict[str, Any], tmp_path: Path) -> None:
     report = batch.score(ScoreConfig(**both, out=str(tmp_path), split="train"))
-    evaluated = evaluate.evaluate(EvaluateConfig(**both, split="train"))
+    evaluated = evaluate.evaluate(EvaluateConfig(**both, split="train")).line()
     assert report["nats_per_token"] == pytest.approx(evaluated["nats_per_token"], rel=1e-6)
     rows = [row for path in sorted((tmp_path / "train").iterdir()) for row in pq.read_table(path).to_pylist()]
     nats = image_nats(weights.load_release(both["release"]).model, tokens_in_order(both, "train"), 64)

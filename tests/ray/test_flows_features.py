@@ -14,7 +14,7 @@ from igpt_ray.errors import FeatureError, SettingError
 from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig, ProbeConfig, SgdConfig
 from igpt_ray.evaluate.features import FeatureStore
-from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method, refit, select, summary
+from igpt_ray.evaluate.linear_probe import Choice, Labelled, Method, evaluate_classifier, refit, select
 from igpt_ray.evaluate.logistic import Linear
 from igpt_ray.flows.features import extract
 from igpt_ray.flows.probe import probe_layers, raw_pixels
@@ -31,19 +31,19 @@ def test_features_from_a_cluster_equal_a_direct_computation(both: dict[str, Any]
     """Units in the order in which actors happened to end."""
     settings = FeaturesConfig(**both, out=str(tmp_path), precision="float32", batch_size=7)
     report = extract(settings)
-    assert report["units_made"] == report["units"] == 4
+    assert report.units_made == report.units == 4
     tokens = np.concatenate([tokens_of(table) for table in TokenStore.open(both["tokens"]).read_split("train")])
     model = weights.load_release(both["release"]).model
     direct = features.pooled(model, tokens, [""] * len(tokens), [0, 1, 2], "mean", 64)
     for layer in range(3):
         np.testing.assert_allclose(FeatureStore(str(tmp_path)).layer("train", layer)[0], direct[:, layer], atol=1e-5)
-    assert extract(settings)["units_made"] == 0
+    assert extract(settings).units_made == 0
 
 
 def test_the_probe_reports_the_best_layer_and_both_baselines(both: dict[str, Any], tmp_path: Path) -> None:
     """A layer chosen by the test split, a baseline of other images, a figure that the files do not bear out."""
     settings = ProbeConfig(**both, out=str(tmp_path), baselines=True, concatenate=2, low_data=(2, 4), seed=3)
-    report = probe_layers(settings)
+    report = probe_layers(settings).line()
     assert [tried["layer"] for tried in report["layers"]] == [0, 1, 2]
     best = report["best_layer"]
     assert report["validation"] == max(tried["validation"] for tried in report["layers"])
@@ -53,7 +53,8 @@ def test_the_probe_reports_the_best_layer_and_both_baselines(both: dict[str, Any
     fit, test = (Labelled(*kept.layer(split, best)) for split in ("train", "test"))
     choice = select(fit, 10, 3, Method())
     assert choice == Choice(report["validation"], report["setting"])
-    expected, confusion = summary(refit(fit, 10, choice.setting, Method()), test, 10)
+    sums = evaluate_classifier(refit(fit, 10, choice.setting, Method()), test, np.arange(len(test)), 10)
+    expected, confusion = sums.report(), sums.confusion
     assert {name: report[name] for name in expected} == pytest.approx(expected)
 
     written = pyarrow.csv.read_csv(tmp_path / "confusion.csv")
@@ -61,15 +62,14 @@ def test_the_probe_reports_the_best_layer_and_both_baselines(both: dict[str, Any
     with np.load(tmp_path / "classifier.npz") as parts:
         linear = Linear(parts["mean"], parts["deviation"], parts["weight"], parts["bias"])
         assert parts["layer"] == best
-    assert summary(linear, test, 10)[0] == pytest.approx(expected)
+    assert evaluate_classifier(linear, test, np.arange(len(test)), 10).report() == pytest.approx(expected)
 
     store = TokenStore.open(both["tokens"])
     pixels = [raw_pixels(store, split) for split in ("train", "test")]
     picked = select(pixels[0], 10, 3, Method())
-    assert (
-        report["raw_pixels"]["accuracy"]
-        == summary(refit(pixels[0], 10, picked.setting, Method()), pixels[1], 10)[0]["accuracy"]
-    )
+    linear = refit(pixels[0], 10, picked.setting, Method())
+    by_pixels = evaluate_classifier(linear, pixels[1], np.arange(len(pixels[1])), 10)
+    assert report["raw_pixels"]["accuracy"] == by_pixels.accuracy
     assert report["raw_pixels"]["accuracy"] > 0.5
     assert len(report["untrained"]["layers"]) == 3
     for source in (report, report["untrained"], report["raw_pixels"]):

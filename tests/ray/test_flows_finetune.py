@@ -69,21 +69,21 @@ def test_a_fine_tuned_release_is_evaluated_probed_and_served(
     """A head that other jobs refuse or forget; accuracy by one mask where five vote."""
     tokens = labelled(tmp_path / "tokens", palette, kind, GOOD)
     release = released(tmp_path, TokenStore.open(tokens), objective=objective)
-    report = finetune(settings_for(tokens, release, tmp_path, workers={"n": 2}))
+    report = finetune(settings_for(tokens, release, tmp_path, workers={"n": 2})).line()
     both = {"release": report["release"], "tokens": tokens}
 
     table = next(TokenStore.open(tokens).read_split("test"))
     model = weights.load_release(report["release"]).model
     logits = class_logits(model, tokens_of(table), table["key"].to_pylist(), 64)
     judged = linear_probe.evaluate_logits(logits, table["label"].to_numpy().astype(np.int64), 2)
-    said = evaluate.evaluate(EvaluateConfig(**both))["classification"]
+    said = evaluate.evaluate(EvaluateConfig(**both)).line()["classification"]
     assert said == pytest.approx({"images": 3, **judged.report()}, rel=1e-5)
     assert said["top_5"] == 1
 
-    assert len(probe_layers(ProbeConfig(**both, out=str(tmp_path / "probe")))["layers"]) == 3
+    assert len(probe_layers(ProbeConfig(**both, out=str(tmp_path / "probe"))).layers) == 3
     if objective == "next":
         assert Replica("tuned", report["release"], {}, 1).model.config.n_class == 2
-    again = finetune(settings_for(tokens, report["release"], tmp_path / "again"))
+    again = finetune(settings_for(tokens, report["release"], tmp_path / "again")).line()
     assert again["n_params"] == report["n_params"]  # it goes on with the head that is there
 
 
@@ -158,7 +158,7 @@ def test_accuracies_in_the_report_belong_to_its_releases(
     begun = {start: weights.load_config(said["release"]).trained["settings"]["tune"] for start, said in found.items()}
     assert {start: tune["scratch"] for start, tune in begun.items()} == {"network": False, "scratch": True}
     for said in found.values():
-        asked = evaluate.evaluate(EvaluateConfig(release=said["release"], tokens=tokens))
+        asked = evaluate.evaluate(EvaluateConfig(release=said["release"], tokens=tokens)).line()
         assert said["accuracy"] == asked["classification"]["accuracy"]
         assert said["nats_per_token"] == asked["nats_per_token"]
     assert write_report(settings)["made"] == []

@@ -14,7 +14,7 @@ from igpt_ray.data.config import PaletteConfig, VerifyConfig
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import TokenStoreError
-from igpt_ray.flows import prepare, verify
+from igpt_ray.flows import prepare
 from tests.data.test_prepare import PIXELS, settings_for
 
 pytestmark = pytest.mark.ray
@@ -37,11 +37,11 @@ def test_a_cluster_verifies_every_shard_and_names_a_damaged_one(
 ) -> None:
     tokens = tmp_path / "tokens"
     prepare.prepare(settings_for(digit_images, prepared, tokens, shard_images=50))
-    assert verify.verify(VerifyConfig(tokens=str(tokens), remake=2))["shards"] == 4
+    assert prepare.verify(VerifyConfig(tokens=str(tokens), remake=2))["shards"] == 4
     damaged = TokenStore.open(str(tokens)).manifest.shards[1].path
     Path(tokens, damaged).write_bytes(b"damaged")
     with pytest.raises(TokenStoreError, match=damaged):
-        verify.verify(VerifyConfig(tokens=str(tokens)))
+        prepare.verify(VerifyConfig(tokens=str(tokens)))
 
 
 def test_a_preparation_killed_and_repeated_equals_one_never_killed(

@@ -78,7 +78,7 @@ def test_the_audit_s_figures_equal_a_direct_computation(
         n=3,
         batch_size=4,
     )
-    report = run_audit(settings)
+    report = run_audit(settings).line()
 
     release = weights.load_release(both["release"])
     (test,) = bias.load_tests(settings.ieat)
@@ -106,7 +106,7 @@ def test_the_audit_s_figures_equal_a_direct_computation(
         assert (found["pictures"], found["completions"]) == (len(tokens), 3 * len(tokens))
 
     first = json.loads((tmp_path / "audit/audit.json").read_text())
-    assert run_audit(settings)["completions"] == first["completions"]
+    assert run_audit(settings).line()["completions"] == first["completions"]
 
 
 def test_an_audit_without_inputs_is_refused(both: dict[str, Any], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_submitted_run_trains_commits_and_releases(undisturbed: dict[str, Any]
 
 def test_one_worker_reads_the_batches_of_two(undisturbed: dict[str, Any], prepared: str) -> None:
     """The same batches in the same order: losses differ by the order of float32 sums only."""
-    report = train.pretrain(settings_for(prepared, "alone", workers=WorkersConfig(n=1, micro_batch=32)))
+    report = train.pretrain(settings_for(prepared, "alone", workers=WorkersConfig(n=1, micro_batch=32))).line()
     alone, together = losses_of(report["run"]), losses_of(undisturbed["run"])
     assert alone == pytest.approx(together, rel=1e-5)
 
@@ -99,7 +99,7 @@ def test_one_worker_reads_the_batches_of_two(undisturbed: dict[str, Any], prepar
 def test_a_masked_run_is_trained_and_evaluated_with_masked_tokens(prepared: str, tmp_path: Path) -> None:
     """A likelihood, a completion or a server from a network that has none; a probe of unmasked pictures."""
     model = ModelConfig(objective="masked", n_layer=2, n_embd=32, n_head=2, n_px=8, n_vocab=16)
-    trained = train.pretrain(settings_for(prepared, "masked", model=model))
+    trained = train.pretrain(settings_for(prepared, "masked", model=model)).line()
     losses = losses_of(trained["run"])
     assert losses[4] > losses[STEPS]
 
@@ -108,12 +108,12 @@ def test_a_masked_run_is_trained_and_evaluated_with_masked_tokens(prepared: str,
     nats = masked_nats(
         weights.load_release(both["release"]).model, tokens_of(table), table["key"].to_pylist(), batch_size=7
     )
-    report = evaluate.evaluate(EvaluateConfig(**both))
+    report = evaluate.evaluate(EvaluateConfig(**both)).line()
     assert report["nats_per_masked_token"] == pytest.approx(nats.mean(), rel=1e-6)
     assert (report["masks"], report["images"]) == (5, len(nats))
 
     probed = probe_layers(ProbeConfig(**both, out=str(tmp_path)))
-    assert len(probed["layers"]) == 3
+    assert len(probed.layers) == 3
     assert FeatureStore(str(tmp_path / "features")).layer("test", 2)[0].shape == (len(nats), 5, 32)
 
     for refused in (
@@ -160,7 +160,7 @@ def test_a_finished_run_repeated_changes_nothing_and_other_settings_are_refused(
     undisturbed: dict[str, Any], prepared: str
 ) -> None:
     before = weights_of(undisturbed["run"])
-    again = train.pretrain(settings_for(prepared, "undisturbed"))
+    again = train.pretrain(settings_for(prepared, "undisturbed")).line()
     assert again["step"] == STEPS
     other = OptimConfig(batch_size=9, steps=STEPS, warmup_steps=4, lr=1e-4)
     with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.003, now 0\.0001.*--run\.name"):
@@ -183,7 +183,7 @@ def test_a_run_resumes_from_the_requested_step_or_not_at_all(undisturbed: dict[s
     with pytest.raises(CheckpointError, match="no checkpoint of step 9 to resume from: available: 4, 8, 12"):
         train.pretrain(from_9)
     storage.delete(storage.join(settings.run.uri, "release", "model.safetensors"))
-    report = train.pretrain(from_8)
+    report = train.pretrain(from_8).line()
     assert weights_of(report["run"]) == weights_of(undisturbed["run"])
     assert losses_of(report["run"]) == losses_of(undisturbed["run"])
     aside = [Path(e.uri).parent.name for e in storage.walk(settings.run.uri) if e.uri.endswith(checkpoint.SET_ASIDE)]

@@ -44,7 +44,7 @@ def doomed(settings: FeaturesConfig, n: int, writer: int) -> None:
 def repeated(settings: FeaturesConfig, writer: int) -> None:
     import os
 
-    os.write(writer, json.dumps(features.extract(settings)).encode())
+    os.write(writer, json.dumps(features.extract(settings).line()).encode())
 
 
 if __name__ == "__main__":

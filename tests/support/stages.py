@@ -7,7 +7,7 @@ import sys
 
 from igpt_ray import storage
 from igpt_ray.data.config import PaletteConfig, PixelsConfig, PrepareConfig, VerifyConfig
-from igpt_ray.flows import job, prepare, train, verify
+from igpt_ray.flows import job, prepare, train
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.train.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
 
@@ -21,7 +21,7 @@ def main(bucket: str) -> None:
     prepare.fit_palette(PaletteConfig(source=source, out=palette, k=16, pixels=PIXELS))
     prepare.prepare(PrepareConfig(source=source, palette=palette, tokens=tokens, pixels=PIXELS))
     storage.write(storage.join(tokens, "train", "left-over.parquet"), b"of a preparation with other settings")
-    verify.verify(VerifyConfig(tokens=tokens, remake=0, remove=True))
+    prepare.verify(VerifyConfig(tokens=tokens, remake=0, remove=True))
     train.pretrain(
         PretrainConfig(
             model=SHAPE,

@@ -63,22 +63,22 @@ def test_muon_s_flops_equal_torch_s_count(model: ModelConfig) -> None:
 def test_the_attention_of_a_masked_network_is_counted_in_full() -> None:
     """Half of it would give an unreachable time."""
     found, causal = (estimate.estimate(of(name)) for name in ("igpt-s-bert", "igpt-s"))
-    assert found["flops_per_token_causal"] == found["flops_per_token"] == causal["flops_per_token"]
-    assert found["step_seconds"] > causal["step_seconds"]
+    assert found.flops_per_token_causal == found.flops_per_token == causal.flops_per_token
+    assert found.step_seconds > causal.step_seconds
     (line,) = (line for line in estimate.lines(of("igpt-s-bert"), found) if line.startswith("  causal"))
     assert "has full attention" in line
 
 
 def test_flops_and_parameters_equal_the_published_ones() -> None:
     """Training compute: S 7.9e19, L 1.2e21, XL 2.6e22 with full attention."""
-    found = {name: estimate.estimate(of(name))["flops"] for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
+    found = {name: estimate.estimate(of(name)).flops for name in ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")}
     assert found == {
         "igpt-s": pytest.approx(7.9e19, rel=0.01),
         "igpt-m": pytest.approx(4.2e20, rel=0.01),
         "igpt-l": pytest.approx(1.2e21, rel=0.02),
         "igpt-xl": pytest.approx(2.6e22, rel=0.02),
     }
-    assert estimate.estimate(of("igpt-s"))["n_params"] == 76_571_648
+    assert estimate.estimate(of("igpt-s")).n_params == 76_571_648
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,12 +111,12 @@ def test_igpt_l_on_64_h200s_by_hand() -> None:
     settings = of("igpt-l", workers=WorkersConfig(n=64, precision="bfloat16"), cluster=ClusterConfig(mfu=0.5, price=4))
     found = estimate.estimate(settings)
     step = 128 * 1024 * 8_611_430_400 / (64 * 989e12 * 0.5)
-    assert found["step_seconds"] == pytest.approx(step)
-    assert found["hours"] == pytest.approx(1e6 * step / 3600, abs=0.01)
-    assert found["dollars"] == pytest.approx(1e6 * step / 3600 * 64 * 4, rel=1e-4)
-    assert found["memory_gb"]["weights_gradients_adam"] == round(16 * 1_362_250_752 / 64 / 1e9, 3)
-    assert found["traffic_gb_per_step"] == round(63 / 64 * 1_362_250_752 * (2 + 2 + 4) / 1e9, 3)
-    assert found["fits"]
+    assert found.step_seconds == pytest.approx(step)
+    assert found.hours == pytest.approx(1e6 * step / 3600, abs=0.01)
+    assert found.dollars == pytest.approx(1e6 * step / 3600 * 64 * 4, rel=1e-4)
+    assert found.memory_gb["weights_gradients_adam"] == round(16 * 1_362_250_752 / 64 / 1e9, 3)
+    assert found.traffic_gb_per_step == round(63 / 64 * 1_362_250_752 * (2 + 2 + 4) / 1e9, 3)
+    assert found.fits
 
 
 def test_insufficient_memory_and_a_network_bottleneck_are_reported() -> None:
@@ -125,7 +125,7 @@ def test_insufficient_memory_and_a_network_bottleneck_are_reported() -> None:
     slow = of("igpt-l", workers=WorkersConfig(n=128), cluster=ClusterConfig(bus_gb_per_second=5))
     found = estimate.estimate(slow)
     assert "the LIMIT" in "\n".join(estimate.lines(slow, found))
-    assert found["hours"] == pytest.approx(1e6 * found["traffic_seconds"] / 3600, abs=0.01)
+    assert found.hours == pytest.approx(1e6 * found.traffic_seconds / 3600, abs=0.01)
 
 
 def test_more_workers_need_less_memory_each_and_small_micro_batches_accumulate() -> None:
@@ -133,10 +133,10 @@ def test_more_workers_need_less_memory_each_and_small_micro_batches_accumulate()
     one, four = (
         estimate.estimate(of("igpt-s", optim=optim, workers=WorkersConfig(n=n, micro_batch=16))) for n in (1, 4)
     )
-    assert one["memory_gb"]["weights_gradients_adam"] == pytest.approx(
-        4 * four["memory_gb"]["weights_gradients_adam"], abs=0.003
+    assert one.memory_gb["weights_gradients_adam"] == pytest.approx(
+        4 * four.memory_gb["weights_gradients_adam"], abs=0.003
     )
-    assert (one["passes_per_step"], four["passes_per_step"]) == (8, 2)
+    assert (one.passes_per_step, four.passes_per_step) == (8, 2)
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
@@ -185,10 +185,10 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(activation_checkpoin
     assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=memory) == 3
     assert estimate.images_that_fit(model, OptimConfig(), workers, share=3, memory=1e9) == 1  # out of memory otherwise
     found = estimate.estimate(of("igpt-l", workers=workers.model_copy(update={"micro_batch": "auto"})))
-    assert (found["images_per_pass"], found["passes_per_step"]) == (
+    assert (found.images_per_pass, found.passes_per_step) == (
         (16, 2) if activation_checkpointing == "none" else (32, 1)
     )
-    assert found["fits"]
+    assert found.fits
 
 
 def test_activation_checkpointing_trades_compute_for_memory() -> None:
@@ -196,10 +196,10 @@ def test_activation_checkpointing_trades_compute_for_memory() -> None:
         estimate.estimate(of("igpt-l", workers=WorkersConfig(n=8, activation_checkpointing=how)))
         for how in ("none", "full", "selective")
     )
-    assert selective["step_seconds"] == plain["step_seconds"]
-    assert selective["memory_gb"]["activations"] < 0.55 * plain["memory_gb"]["activations"]
-    assert again["step_seconds"] == pytest.approx(plain["step_seconds"] * 4 / 3)
-    assert again["memory_gb"]["activations"] < plain["memory_gb"]["activations"] / 10
+    assert selective.step_seconds == plain.step_seconds
+    assert selective.memory_gb["activations"] < 0.55 * plain.memory_gb["activations"]
+    assert again.step_seconds == pytest.approx(plain.step_seconds * 4 / 3)
+    assert again.memory_gb["activations"] < plain.memory_gb["activations"] / 10
 
 
 def test_a_device_is_recognised_by_cuda_s_name_for_it() -> None:

@@ -33,7 +33,7 @@ def test_a_single_worker_only_computes(preset: str, activation_checkpointing: st
     """Its time equals the totals of the estimate."""
     found = simulate.step(of(preset, n=1, activation_checkpointing=activation_checkpointing))
     expected = of(preset, n=1, activation_checkpointing=activation_checkpointing)
-    again = estimate(expected)["step_seconds"]
+    again = estimate(expected).step_seconds
     if activation_checkpointing == "full":  # only blocks are recomputed; the totals count a third of everything
         assert 0.97 * again < found["step_seconds"] <= again
     else:
@@ -57,7 +57,7 @@ def test_the_network_s_bytes_equal_the_totals() -> None:
         there, blocks = simulate.Topology.of(settings.workers, settings.cluster), settings.model.n_layer + 1
         hops = blocks * (3 * there.shards.ring(0) + 2 * there.replicas.ring(0))
         carried = (found["node_links"] + found["network"]) * found["step_seconds"]
-        assert carried == pytest.approx(totals["traffic_seconds"] + hops, rel=0.01)
+        assert carried == pytest.approx(totals.traffic_seconds + hops, rel=0.01)
 
 
 @settings(max_examples=60, deadline=None)

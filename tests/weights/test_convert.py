@@ -15,7 +15,7 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenFormat
 from igpt_ray.errors import CheckpointError, PaletteError, SettingError
 from igpt_ray.weights.config import ConvertConfig
-from igpt_ray.weights.convert import convert
+from igpt_ray.weights.convert import ConvertResult, convert
 from tests.weights.test_release import about
 
 OPENAI = Path(__file__).parents[1] / "golden" / "openai_bert_tiny" / "model.ckpt-7"
@@ -28,7 +28,7 @@ def release(tmp_path: Path, palette: Palette, kind: TokenFormat) -> str:
     return uri
 
 
-def run(source: str | Path, out: Path, **more: Any) -> dict[str, Any]:
+def run(source: str | Path, out: Path, **more: Any) -> ConvertResult:
     return convert(ConvertConfig(source=str(source), out=str(out), **more))
 
 
@@ -36,8 +36,8 @@ def test_a_round_trip_through_transformers_preserves_weights_and_palette(release
     """Neither weights nor colours are rounded, although colours pass through JSON."""
     there = run(release, tmp_path / "hf", to="transformers")
     back = run(tmp_path / "hf", tmp_path / "back", pipeline="reference")
-    assert (there["format"], back["format"]) == ("release", "transformers")
-    assert there["palette"] == back["palette"]
+    assert (there.format, back.format) == ("release", "transformers")
+    assert there.palette == back.palette
     for name in ("model.safetensors", "palette.npy"):
         assert Path(release, name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     assert weights.load_config(str(tmp_path / "back")).kind == weights.load_config(release).kind
@@ -47,7 +47,7 @@ def test_a_release_from_openais_checkpoint_records_its_origin(palette: Palette, 
     """The model card must not present converted weights as ours, nor an assumed pipeline as known."""
     palette.save(str(tmp_path / "p.npy"))
     report = run(OPENAI, tmp_path / "r", palette=str(tmp_path / "p.npy"), pipeline="fast")
-    assert (report["format"], report["objective"], report["n_layer"]) == ("openai", "masked", 2)
+    assert (report.format, report.objective, report.n_layer) == ("openai", "masked", 2)
     loaded = weights.load_release(str(tmp_path / "r"))
     for a, b in zip(loaded.model.parameters(), weights.load_openai(OPENAI).parameters(), strict=True):
         assert (a == b).all()
