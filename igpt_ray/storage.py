@@ -44,7 +44,8 @@ def absolute(uri: str) -> str:
     """The canonical form of a URI: no trailing slash, local paths absolute and without `file://`.
 
     Settings are converted where they are parsed, because Ray's workers have other working directories.
-    Raises `StorageError` for an empty URI, a missing bucket or a scheme that is not supported.
+    Raises `StorageError` for an empty URI, a missing bucket, an empty or dotted segment of a key, or a scheme that is
+    not supported.
     """
     expected = "a local path, file://, s3://bucket/key, gs://bucket/key or az://container/key"
     if not uri:
@@ -55,7 +56,10 @@ def absolute(uri: str) -> str:
     if is_remote(uri):
         if not rest.partition("/")[0]:
             raise StorageError(f"{uri!r} names no bucket: expected {scheme}://bucket/key")
-        return uri.rstrip("/")
+        uri = uri.rstrip("/")
+        if not {"", ".", ".."}.isdisjoint(rest.rstrip("/").split("/")):
+            raise StorageError(f"{uri!r} has an empty, '.' or '..' segment: expected {scheme}://bucket/folder/name")
+        return uri
     if scheme == "file":
         if not rest.startswith("/"):  # file://a/b would be /b on the host `a`
             raise StorageError(f"{uri!r} is not absolute: expected three slashes, file:///a/b")
