@@ -95,9 +95,13 @@ def read_versioned(uri: str, start: int = 0, length: int | None = None) -> tuple
     with _errors(uri), open(uri, "rb") as f:
         status = os.fstat(f.fileno())
         f.seek(start)
+        expected = max(0, status.st_size - start)
         if length is not None:  # Python would allocate all of `length` first
-            length = min(length, max(0, status.st_size - start))
-        return f.read(length), (status.st_size, str(status.st_mtime_ns))
+            length = expected = min(length, expected)
+        data = f.read(length)
+        if len(data) != expected:
+            raise StorageError(f"{uri} has changed while it was read: repeat the command when it is complete")
+        return data, (status.st_size, str(status.st_mtime_ns))
 
 
 def write(uri: str, data: bytes) -> None:

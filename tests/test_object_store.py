@@ -167,7 +167,8 @@ class Unusual(http.server.BaseHTTPRequestHandler):
         after = query.get("continuation-token", query.get("start-after", [""]))[0]
         if self.habit == "no token, no start":
             after = ""
-        keys = sorted(key for key in self.objects if key.startswith(query.get("prefix", [""])[0]) and key > after)
+        prefix = "" if self.habit == "no prefix" else query.get("prefix", [""])[0]
+        keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
         items = "".join(
             f"<Contents><Key>{key}</Key><Size>{len(self.objects[key])}</Size><ETag>1</ETag>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
@@ -350,6 +351,13 @@ def test_a_listing_is_complete_or_an_error(unusual: type[Unusual]) -> None:
         assert [entry.uri for entry in storage.walk("s3://bucket/x")] == [f"s3://bucket/x/{i}" for i in range(7)]
     unusual.habit = "no token, no start"
     with pytest.raises(StorageError, match="incomplete or not in the order of the keys"):
+        list(storage.walk("s3://bucket/x"))
+
+
+def test_a_listing_of_another_folder_is_an_error(unusual: type[Unusual]) -> None:
+    """The names of these objects would be cut at the length of the requested folder."""
+    unusual.objects, unusual.habit = {"other/1": b"1", "x/1": b"1"}, "no prefix"
+    with pytest.raises(StorageError, match="lists 'other/1', which is not below it"):
         list(storage.walk("s3://bucket/x"))
 
 
