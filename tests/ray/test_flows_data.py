@@ -23,7 +23,8 @@ pytestmark = pytest.mark.ray
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dataset_has_every_image_of_every_layout(layout: sources.Layout, tmp_path: Path) -> None:
     LAYOUTS[layout](str(tmp_path), tiny())
-    expected = [(split, image.key, image.label, image.data) for split, image in everything(str(tmp_path), 3)]
+    images = everything(sources.plan(str(tmp_path), 3))
+    expected = [(split, image.key, image.label, image.data) for split, image in images]  # type: ignore[union-attr]
     dataset = data.read_images(str(tmp_path), images_per_task=3)
     assert dataset.schema().names == ["key", "label", "split", "bytes"]
     rows = dataset.take_all()
@@ -86,7 +87,7 @@ def test_a_dataset_of_tokens_has_the_rows_of_the_store(prepared: str) -> None:
     store = TokenStore.open(storage.join(prepared, "tokens"))
     dataset = data.read_tokens(store.root, "train")
     assert dataset.count() == 120
-    (batch,) = dataset.iter_batches(batch_size=None if dataset.num_blocks() == 1 else 120, batch_format="numpy")
+    (batch,) = dataset.iter_batches(batch_size=120, batch_format="numpy")
     assert (batch["tokens"].dtype, batch["tokens"].shape) == (np.uint16, (120, 64))
     expected = {
         key: (label, tokens.tolist())
@@ -97,6 +98,8 @@ def test_a_dataset_of_tokens_has_the_rows_of_the_store(prepared: str) -> None:
     }
     found = zip(batch["key"], batch["label"], batch["tokens"], strict=True)
     assert {str(key): (int(label), tokens.tolist()) for key, label, tokens in found} == expected
+    torch_batch = next(iter(dataset.select_columns(["tokens", "label"]).iter_torch_batches(batch_size=7)))
+    assert torch_batch["tokens"].shape == (7, 64)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:]])
