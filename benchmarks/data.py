@@ -192,20 +192,22 @@ class Alternative:
 
     def __call__(self, unit: sources.WorkUnit) -> Done:
         prepared = self.prepare(unit)
-        seconds, _ = timed(lambda: self.work(prepared))
-        return Done(os.getpid(), unit.images, seconds.wall, seconds.cpu)
+        seconds, images = timed(lambda: self.work(prepared))
+        return Done(os.getpid(), images, seconds.wall, seconds.cpu)
 
 
-Steps = tuple[Callable[[sources.WorkUnit], Any], Callable[[Any], Any]]
-"""Preparation of a unit, which is not timed, and the timed work on its result."""
+Steps = tuple[Callable[[sources.WorkUnit], Any], Callable[[Any], int]]
+"""Preparation of a unit, which is not timed, and the timed work on its result, which returns the number of images. (The
+plan only estimates the number in an archive.)"""
 
 
 def jpeg_eighth(root: str, n_px: int) -> Steps:
     """libjpeg-turbo alone at 1/8 scale, from memory: an upper bound for everything that decodes."""
 
-    def decode(prepared: list[tuple[bytes, Any]]) -> None:
+    def decode(prepared: list[tuple[bytes, Any]]) -> int:
         for encoded, header in prepared:
             scaled_jpeg(encoded, header, 1)
+        return len(prepared)
 
     return lambda unit: [(image, header_of(image)) for image in in_memory(unit)], decode
 
@@ -218,9 +220,12 @@ def transformers(root: str, n_px: int) -> Steps:
     clusters = Palette.load(f"{root}/palette.npy").colours
     processor = ImageGPTImageProcessorPil(clusters=clusters, size={"height": n_px, "width": n_px})
 
-    def process(images: Iterable[bytes]) -> None:
+    def process(images: Iterable[bytes]) -> int:
+        n = 0
         for encoded in images:
             processor(images=Image.open(io.BytesIO(encoded)).convert("RGB"))
+            n += 1
+        return n
 
     return in_memory, process
 
@@ -241,9 +246,9 @@ def transformers_boto3(root: str, n_px: int) -> Steps:
         data: bytes = client.get_object(Bucket="bucket", Key=key)["Body"].read()
         return data
 
-    def work(keys: list[str]) -> None:
+    def work(keys: list[str]) -> int:
         with ThreadPoolExecutor(READ_AHEAD) as pool:
-            process(pool.map(get, keys))
+            return process(pool.map(get, keys))
 
     return keys, work
 
@@ -264,7 +269,10 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
             storage.delete(storage.join(root, path_of(unit.split, task)))
             return task
 
-        return delete_shard, make
+        def count(task: Task) -> int:
+            return sum(shard.rows for shard, _ in make(task).shards)
+
+        return delete_shard, count
 
     return steps
 
