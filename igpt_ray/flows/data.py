@@ -42,7 +42,7 @@ def read_images(
     return ray.data.read_datasource(ImageDatasource(uri, layout, on_error, images_per_task))
 
 
-class ImageDatasource(Datasource):
+class ImageDatasource(Datasource):  # type: ignore[misc]  # Ray has no types
     """The plan of a source for `ray.data.read_datasource`; see `read_images`."""
 
     def __init__(
@@ -116,7 +116,7 @@ def read_tokens(uri: str, split: str, view: int = 0) -> ray.data.Dataset:
     return ray.data.read_datasource(TokenDatasource(uri, split, view))
 
 
-class TokenDatasource(Datasource):
+class TokenDatasource(Datasource):  # type: ignore[misc]
     """The shards of a split for `ray.data.read_datasource`; see `read_tokens`."""
 
     def __init__(self, uri: str, split: str, view: int = 0):
