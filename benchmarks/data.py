@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,10 +32,13 @@ from igpt_ray.data.config import PixelsConfig, PrepareConfig
 from igpt_ray.data.image_files import header_of, scaled_jpeg
 from igpt_ray.data.make_shard import MakeShard, Task, path_of
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.sources.folders import READ_AHEAD, Files
 from igpt_ray.data.sources.units import batched
 from igpt_ray.data.token_format import TokenFormat
+from igpt_ray.errors import SettingError
 from igpt_ray.flows import job, local_cluster, prepare
 from igpt_ray.flows.actor_map import actor_map
+from igpt_ray.object_clients import key_of
 from igpt_ray.settings import Count, PoolConfig, Section, Uri
 
 Report = dict[str, Any]
@@ -55,13 +59,17 @@ class BenchDataConfig(Section):
     """Repetitions of each alternative."""
     whole: tuple[Count, ...] = (1000, 100_000)
     """Images of each full preparation; their peak memory should not depend on it."""
+    only: tuple[str, ...] = ()
+    """Names of the alternatives to run in addition to jpeg_eighth and transformers_from_s3_files; empty: all."""
 
 
 def data(settings: BenchDataConfig) -> Report:
     """Return rates of all alternatives, and rates and peak memory of full preparations.
 
-    Raises `SourceError` if there are no images at `settings.images`.
+    Raises `SourceError` if there are no images at `settings.images`, `SettingError` for an unknown alternative.
     """
+    if unknown := set(settings.only) - set(RUNS):
+        raise SettingError(f"--only has {', '.join(sorted(unknown))}: expected some of {', '.join(RUNS)}")
     with (
         tempfile.TemporaryDirectory() as scratch,
         local_cluster.s3_server(Path(scratch), "bucket", Path(scratch)) as env,
@@ -73,7 +81,12 @@ def data(settings: BenchDataConfig) -> Report:
         job.connect()
         Palette.load("openai").save(str(bucket / "palette.npy"))
         requests = processor_ms_a_read(bucket / "reads")
-        rounds = [one_round(str(bucket), settings.n_px) for _ in range(settings.rounds)]
+        names = [
+            name
+            for name in RUNS
+            if not settings.only or name in (*settings.only, "jpeg_eighth", "transformers_from_s3_files")
+        ]
+        rounds = [one_round(str(bucket), settings.n_px, names) for _ in range(settings.rounds)]
         whole = [full_preparation(settings, bucket, n) for n in settings.whole]
     return {
         "files": n_files,
@@ -120,13 +133,17 @@ class Rate(NamedTuple):
 Round = dict[str, Rate]
 
 
-def one_round(bucket: str, n_px: int) -> Round:
-    """Rates of all alternatives."""
-    rates = {name: measure(f"{bucket}/files", name, bucket, n_px) for name in ALTERNATIVES}
-    for folder in ("files", "tars"):
+def one_round(bucket: str, n_px: int, names: list[str]) -> Round:
+    """Rates of the named alternatives."""
+    rates = {}
+    for name in names:
+        alternative, source = RUNS[name]
+        if not source.startswith("s3:"):
+            rates[name] = measure(f"{bucket}/{source}", alternative, bucket, n_px)
+            continue
         with cores_of("rclone") as cores:
-            rate = measure(f"s3://bucket/{folder}", "fast_centre", bucket, n_px)
-        rates[f"fast_centre_from_s3_{folder}"] = rate._replace(server_cores=cores())
+            rate = measure(source, alternative, bucket, n_px)
+        rates[name] = rate._replace(server_cores=cores())
     return rates
 
 
@@ -142,17 +159,18 @@ def measure(source: str, name: str, root: str, n_px: int) -> Rate:
 
 
 def summary(name: str, rounds: list[Round]) -> Report:
-    """Median rate, and median ratios to the decoder alone and to transformers."""
+    """Median rate, and median ratios to the alternatives of `COMPARED` that were run."""
 
     def ratio(other: str, clock: str) -> float:
-        return median_ratio([getattr(r[name], clock) for r in rounds], [getattr(r[other], clock) for r in rounds])
+        ratio = median_ratio([getattr(r[name], clock) for r in rounds], [getattr(r[other], clock) for r in rounds])
+        return round(ratio, 3)
 
     server_cores = rounds[0][name].server_cores
+    others = [other for other in COMPARED if other in rounds[0]]
     return {
         "images_per_second": round(float(np.median([r[name].wall for r in rounds]))),
-        "of_jpeg_eighth": round(ratio("jpeg_eighth", "wall"), 3),
-        "of_jpeg_eighth_by_cpu": round(ratio("jpeg_eighth", "cpu"), 3),
-        "of_transformers": round(ratio("transformers", "wall"), 2),
+        **{f"of_{other}": ratio(other, "wall") for other in others},
+        **{f"of_{other}_by_cpu": ratio(other, "cpu") for other in others},
         **({"s3_server_cores": round(server_cores, 2)} if server_cores else {}),
     }
 
@@ -174,20 +192,22 @@ class Alternative:
 
     def __call__(self, unit: sources.WorkUnit) -> Done:
         prepared = self.prepare(unit)
-        seconds, _ = timed(lambda: self.work(prepared))
-        return Done(os.getpid(), unit.images, seconds.wall, seconds.cpu)
+        seconds, images = timed(lambda: self.work(prepared))
+        return Done(os.getpid(), images, seconds.wall, seconds.cpu)
 
 
-Steps = tuple[Callable[[sources.WorkUnit], Any], Callable[[Any], Any]]
-"""Preparation of a unit, which is not timed, and the timed work on its result."""
+Steps = tuple[Callable[[sources.WorkUnit], Any], Callable[[Any], int]]
+"""Preparation of a unit, which is not timed, and the timed work on its result, which returns the number of images. (The
+plan only estimates the number in an archive.)"""
 
 
 def jpeg_eighth(root: str, n_px: int) -> Steps:
     """libjpeg-turbo alone at 1/8 scale, from memory: an upper bound for everything that decodes."""
 
-    def decode(prepared: list[tuple[bytes, Any]]) -> None:
+    def decode(prepared: list[tuple[bytes, Any]]) -> int:
         for encoded, header in prepared:
             scaled_jpeg(encoded, header, 1)
+        return len(prepared)
 
     return lambda unit: [(image, header_of(image)) for image in in_memory(unit)], decode
 
@@ -200,11 +220,37 @@ def transformers(root: str, n_px: int) -> Steps:
     clusters = Palette.load(f"{root}/palette.npy").colours
     processor = ImageGPTImageProcessorPil(clusters=clusters, size={"height": n_px, "width": n_px})
 
-    def process(prepared: list[bytes]) -> None:
-        for encoded in prepared:
+    def process(images: Iterable[bytes]) -> int:
+        n = 0
+        for encoded in images:
             processor(images=Image.open(io.BytesIO(encoded)).convert("RGB"))
+            n += 1
+        return n
 
     return in_memory, process
+
+
+def transformers_boto3(root: str, n_px: int) -> Steps:
+    """The same, from objects that boto3 reads with as many threads as this library."""
+    import boto3
+    from botocore.config import Config
+
+    client = boto3.Session().client("s3", config=Config(max_pool_connections=READ_AHEAD))
+    _, process = transformers(root, n_px)
+
+    def keys(unit: sources.WorkUnit) -> list[str]:
+        assert isinstance(unit.content, Files)
+        return [key_of(storage.join(unit.content.root, path)) for path in unit.content.paths]
+
+    def get(key: str) -> bytes:
+        data: bytes = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+        return data
+
+    def work(keys: list[str]) -> int:
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            return process(pool.map(get, keys))
+
+    return keys, work
 
 
 def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
@@ -223,7 +269,10 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
             storage.delete(storage.join(root, path_of(unit.split, task)))
             return task
 
-        return delete_shard, make
+        def count(task: Task) -> int:
+            return sum(shard.rows for shard, _ in make(task).shards)
+
+        return delete_shard, count
 
     return steps
 
@@ -234,7 +283,17 @@ ALTERNATIVES: dict[str, Callable[[str, int], Steps]] = {
     "fast_random": shards_by("fast", "random"),
     "reference_centre": shards_by("reference", "centre"),
     "transformers": transformers,
+    "transformers_boto3": transformers_boto3,
 }
+RUNS = {
+    **{name: (name, "files") for name in ALTERNATIVES if name != "transformers_boto3"},
+    "fast_centre_from_s3_files": ("fast_centre", "s3://bucket/files"),
+    "fast_centre_from_s3_tars": ("fast_centre", "s3://bucket/tars"),
+    "transformers_from_s3_files": ("transformers_boto3", "s3://bucket/files"),
+}
+"""Name -> alternative, and its source: a URI, or a folder of this machine."""
+COMPARED = ("jpeg_eighth", "transformers", "transformers_from_s3_files")
+"""Every run is compared with those of these that are run."""
 
 
 def in_memory(unit: sources.WorkUnit) -> list[bytes]:

@@ -40,6 +40,8 @@ CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+AMAZON = re.compile(r"https://s3[\w.-]*\.amazonaws\.com(\.cn)?")
+"""Endpoints of Amazon's regions. An endpoint of another server has all of its buckets."""
 ANONYMOUS = {"s3": "AWS_SKIP_SIGNATURE", "gs": "GOOGLE_SKIP_SIGNATURE", "az": "AZURE_SKIP_SIGNATURE"}
 """Environment variables by URI scheme, for error messages."""
 
@@ -114,31 +116,43 @@ def _connect(scheme: str, name: str) -> Bucket:
         return S3Store(name, **s3_settings, **common)
 
     s3_settings = _s3_settings(name) if scheme == "s3" else {}
+    endpoint = s3_settings["endpoint"] if scheme == "s3" else os.environ.get(ENDPOINTS[scheme])
     try:
         stores = store(0, READ_TIMEOUT), store(RETRIES - 1, UPLOADS_AT_ONCE * READ_TIMEOUT)
     except (BaseError, ValueError) as error:
         raise StorageError(f"{scheme}://{name}: no client with these settings ({_text(error)})") from error
-    endpoint = s3_client().meta.endpoint_url if scheme == "s3" else os.environ.get(ENDPOINTS[scheme])
     return Bucket(*stores, endpoint or f"the {scheme}:// service", set())
 
 
 def _s3_settings(bucket: str) -> dict[str, Any]:
-    """Endpoint, region and credentials of boto3's chain."""
+    """Endpoint, region and credentials of boto3's chain; at Amazon, endpoint and region of the bucket."""
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    client = s3_client()
-    settings = {
-        "endpoint": client.meta.endpoint_url,
-        "region": client.meta.region_name,
-        "disable_bulk_delete": True,
-    }
+    meta = s3_client().meta
+    if not _anonymous() and _s3_session().get_credentials() is None:
+        raise _no_credentials(f"s3://{bucket}", meta.endpoint_url)
+    if AMAZON.fullmatch(meta.endpoint_url) and (region := _region_of(bucket)) not in (None, meta.region_name):
+        meta = _s3_session().client("s3", region_name=region).meta
+    settings = {"endpoint": meta.endpoint_url, "region": meta.region_name, "disable_bulk_delete": True}
     if not _anonymous():
         session = _s3_session()
-        if session.get_credentials() is None:
-            raise _no_credentials(f"s3://{bucket}", client.meta.endpoint_url)
         # obstore asks again 5 minutes before the end; boto3's temporary credentials are valid for 10 minutes or more.
         settings["credential_provider"] = Boto3CredentialProvider(session, ttl=timedelta(minutes=10))
     return settings
+
+
+def _region_of(bucket: str) -> str | None:
+    """The region of an S3 bucket, which Amazon's answers of any status name; None if there is none."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        answer = s3_client().head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+    except BotoCoreError:
+        return None  # the first request of obstore fails too, and is repeated
+    region: str | None = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return region
 
 
 def _anonymous() -> bool:
@@ -228,8 +242,11 @@ def _storage_error(uri: str, endpoint: str, error: BaseException) -> StorageErro
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{uri} does not exist at {endpoint}")
     if isinstance(error, InvalidPathError | ValueError):
+        found = re.search(r'Path "(.*?)"(?: contained|:)', text, re.DOTALL)
+        key = repr(found[1]) if found else f"in {_text(error)!r}"
         return StorageError(
-            f"{uri}: a key with an empty or dotted part, or with control characters, is not supported: {_text(error)}"
+            f"{uri}: the key {key} has an empty, '.' or '..' segment, or a control character, and no such object can be"
+            " read: rename or delete it, or choose a folder without it"
         )
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{uri}: {endpoint} refused the request because the clock of this machine is wrong: set it")

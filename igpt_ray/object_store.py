@@ -164,6 +164,8 @@ def walk(uri: str) -> Iterator[tuple[str, int]]:
                     f"{uri}: {bucket_of(uri).endpoint} lists {key!r} after {last!r}: its listing is incomplete or not"
                     " in the order of the keys"
                 )
+            if prefix and not key.startswith(f"{prefix}/"):
+                raise StorageError(f"{uri}: {bucket_of(uri).endpoint} lists {key!r}, which is not below it")
             last = key
             if not key.endswith("/"):
                 yield f"{root}/{key}", item["size"]

@@ -48,7 +48,8 @@ def absolute(uri: str) -> str:
     """The canonical form of a URI: no trailing slash, local paths absolute and without `file://`.
 
     Settings are converted where they are parsed, because Ray's workers have other working directories.
-    Raises `StorageError` for an empty URI, a missing bucket or a scheme that is not supported.
+    Raises `StorageError` for an empty URI, a missing bucket, an empty or dotted segment of a key, or a scheme that is
+    not supported.
     """
     expected = "a local path, file://, s3://bucket/key, gs://bucket/key or az://container/key"
     if not uri:
@@ -59,7 +60,10 @@ def absolute(uri: str) -> str:
     if is_remote(uri):
         if not rest.partition("/")[0]:
             raise StorageError(f"{uri!r} names no bucket: expected {scheme}://bucket/key")
-        return uri.rstrip("/")
+        uri = uri.rstrip("/")
+        if not {"", ".", ".."}.isdisjoint(rest.rstrip("/").split("/")):
+            raise StorageError(f"{uri!r} has an empty, '.' or '..' segment: expected {scheme}://bucket/folder/name")
+        return uri
     if scheme == "file":
         if not rest.startswith("/"):  # file://a/b would be /b on the host `a`
             raise StorageError(f"{uri!r} is not absolute: expected three slashes, file:///a/b")
@@ -95,9 +99,13 @@ def read_versioned(uri: str, start: int = 0, length: int | None = None) -> tuple
     with _errors(uri), open(uri, "rb") as f:
         status = os.fstat(f.fileno())
         f.seek(start)
+        expected = max(0, status.st_size - start)
         if length is not None:  # Python would allocate all of `length` first
-            length = min(length, max(0, status.st_size - start))
-        return f.read(length), (status.st_size, str(status.st_mtime_ns))
+            length = expected = min(length, expected)
+        data = f.read(length)
+        if len(data) != expected:
+            raise StorageError(f"{uri} has changed while it was read: repeat the command when it is complete")
+        return data, (status.st_size, str(status.st_mtime_ns))
 
 
 def write(uri: str, data: bytes) -> None:

@@ -7,6 +7,8 @@ import hmac
 import http.server
 import re
 import shutil
+import socket
+import ssl
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -165,7 +167,8 @@ class Unusual(http.server.BaseHTTPRequestHandler):
         after = query.get("continuation-token", query.get("start-after", [""]))[0]
         if self.habit == "no token, no start":
             after = ""
-        keys = sorted(key for key in self.objects if key.startswith(query.get("prefix", [""])[0]) and key > after)
+        prefix = "" if self.habit == "no prefix" else query.get("prefix", [""])[0]
+        keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
         items = "".join(
             f"<Contents><Key>{key}</Key><Size>{len(self.objects[key])}</Size><ETag>1</ETag>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
@@ -209,6 +212,88 @@ REFUSALS = {
     "denied": (403, "AccessDenied"),
     "expired": (400, "ExpiredToken"),
 }
+
+
+class OtherRegion(Unusual):
+    """Amazon's answers to requests for a bucket in eu-central-1 that are sent to other regions."""
+
+    def do_GET(self) -> None:
+        self.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
+        region = self.headers["Authorization"].split("/")[2] if "Authorization" in self.headers else ""
+        if "eu-central-1" in self.headers["Host"] and region in ("", "eu-central-1"):
+            super().do_GET()
+        else:
+            self.answer(301, b"<Error><Code>PermanentRedirect</Code></Error>")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, data: bytes, **headers: str) -> None:
+        super().answer(status, data, **headers, **{"x-amz-bucket-region": "eu-central-1"})
+
+
+class Amazon(http.server.ThreadingHTTPServer):
+    """An HTTPS proxy behind which every host is `handler`, with a certificate for Amazon's names."""
+
+    def __init__(self, handler: type[Unusual], folder: Path):
+        super().__init__(("127.0.0.1", free_port()), handler)
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.tls.load_cert_chain(amazons_certificate(folder))
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        connection.settimeout(10)
+        while b"\r\n\r\n" not in connection.recv(1 << 16, socket.MSG_PEEK):
+            pass
+        assert connection.recv(1 << 16).startswith(b"CONNECT ")
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        return self.tls.wrap_socket(connection, server_side=True), address
+
+
+def amazons_certificate(folder: Path) -> Path:
+    """A certificate of its own authority, and its key, in one PEM file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "s3.amazonaws.com")])
+    hosts = [f"{bucket}s3{region}.amazonaws.com" for bucket in ("", "*.") for region in ("", ".eu-central-1")]
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "amazon.pem"
+    no_password = serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, no_password)
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.fixture
+def amazon(aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[OtherRegion]]:
+    """The class of a server that stands for Amazon, in an environment with region us-east-1 and no endpoint."""
+    monkeypatch.setattr(object_clients, "RETRIES", 2)
+    monkeypatch.setattr(object_clients, "BACKOFF", 0.01)
+    handler = type("Handler", (OtherRegion,), {"objects": {}, "headers_seen": []})
+    server = Amazon(handler, tmp_path)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    aws("")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "amazon.pem"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_address[1]}")
+    object_clients.clear_cache()
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture
@@ -269,6 +354,13 @@ def test_a_listing_is_complete_or_an_error(unusual: type[Unusual]) -> None:
         list(storage.walk("s3://bucket/x"))
 
 
+def test_a_listing_of_another_folder_is_an_error(unusual: type[Unusual]) -> None:
+    """The names of these objects would be cut at the length of the requested folder."""
+    unusual.objects, unusual.habit = {"other/1": b"1", "x/1": b"1"}, "no prefix"
+    with pytest.raises(StorageError, match="lists 'other/1', which is not below it"):
+        list(storage.walk("s3://bucket/x"))
+
+
 def test_folder_markers_are_not_files(unusual: type[Unusual]) -> None:
     """obstore lists the empty object `a/` as `a`: a class folder made in a web console would be an unreadable image."""
     unusual.objects = dict.fromkeys(("x/", "x/a/", "x/b", "x/b-", "x/b/", "x/c", "x/d/", "x/e/"), b"")
@@ -278,12 +370,13 @@ def test_folder_markers_are_not_files(unusual: type[Unusual]) -> None:
     ]
 
 
-def test_a_key_that_is_not_supported_is_named(unusual: type[Unusual]) -> None:
-    unusual.objects = {"x/a//b": b"1"}
-    with pytest.raises(StorageError, match="a//b"):
-        list(storage.walk("s3://bucket/x"))
-    with pytest.raises(StorageError, match="s3://bucket/x/a//b"):
-        storage.read("s3://bucket/x/a//b")
+@pytest.mark.parametrize("key", ["x/a//b", "x//b", "x/./b", "x/a/..", "x/a//", "x/\x01b"])
+def test_a_key_that_is_not_supported_is_named(unusual: type[Unusual], key: str) -> None:
+    """Never a class with an empty name, and never an image that is not counted."""
+    unusual.objects = {key: b"1", "x/z": b"1"}
+    for call in (lambda: list(storage.walk("s3://bucket/x")), lambda: storage.read(f"s3://bucket/{key}")):
+        with pytest.raises(StorageError, match=f"{re.escape(repr(key))} has an empty.*rename or delete it"):
+            call()
 
 
 def test_servers_without_conditional_writes_still_create_files(unusual: type[Unusual]) -> None:
@@ -332,3 +425,17 @@ def test_a_refusal_says_what_to_do(unusual: type[Unusual], habit: str, advice: s
         with pytest.raises(StorageError, match=re.escape(advice)):
             call()
     assert len(unusual.headers_seen) == 2
+
+
+def test_a_bucket_of_another_region_is_read_there(amazon: type[OtherRegion], monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 follows Amazon's redirects; obstore reports an error, whatever AWS_DEFAULT_REGION is."""
+    amazon.objects = {"a/file": b"0123456789"}
+    assert storage.read("s3://bucket/a/file", 3, 4) == b"3456"
+    assert [entry.uri for entry in storage.walk("s3://bucket/a")] == ["s3://bucket/a/file"]
+    storage.write("s3://bucket/a/new", b"1")
+    assert amazon.objects["a/new"] == b"1"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    object_clients.clear_cache()
+    assert storage.read("s3://bucket/a/file") == b"0123456789"

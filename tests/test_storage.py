@@ -150,6 +150,13 @@ def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
     assert "link" in complaint(lambda: list(storage.walk(str(tmp_path))), NotFound)
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, whose files are longer than their size")
+def test_a_local_file_of_another_length_than_its_size_is_an_error() -> None:
+    """A file that another program is writing."""
+    with pytest.raises(StorageError, match="/proc/self/stat has changed while it was read"):
+        storage.read("/proc/self/stat")
+
+
 def test_a_file_of_several_parts_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
     """A multipart upload: parts in the wrong order, or a server that requires other checksums."""
     original, copy = tmp_path / "original", tmp_path / "new" / "folder" / "copy"

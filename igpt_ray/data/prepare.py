@@ -1,6 +1,7 @@
 """Images -> a committed token store: plan the source, compute the missing shards with a mapper, write the manifest.
 
-A task is a work unit and a view, see `make_shard`. The manifest is written last and commits the store.
+A task is a work unit and a view, see `make_shard`. The store is claimed before anything is written, see `preparation`,
+and the manifest is written last and commits it.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from igpt_ray import storage
 from igpt_ray.data import pixels as images
-from igpt_ray.data import sources, token_store
+from igpt_ray.data import preparation, sources, token_store
 from igpt_ray.data.config import OPENAI_PALETTE, PrepareConfig
 from igpt_ray.data.make_shard import HOLDOUT, MakeShard, Task, path_of, splits_of, tasks_of
 from igpt_ray.data.mapper import Mapper
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     """Write every missing shard, then the manifest. A repeat after a failure completes the store.
 
-    Raises `TokenStoreError` if another store is committed at the same root, `PaletteError` if the palette was fitted
-    with another pixel pipeline, and `SourceError` if more images than the budget are unreadable.
+    Raises `TokenStoreError` if another store is committed or in preparation at the same root, `PaletteError` if the
+    palette was fitted with another pixel pipeline, and `SourceError` if more images than the budget are unreadable.
     """
     started = time.perf_counter()
     pipeline = images.PIPELINES[settings.pixels.pipeline]
@@ -49,6 +50,8 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
         "holdout": settings.holdout,
         "committed": _committed(settings, kind, tasks),
     }
+    claim = preparation.preparation_of(settings, kind, plan)
+    preparation.create_or_check(settings.tokens, claim)
     palette.save(storage.join(settings.tokens, "palette.npy"))
     shards: list[Shard] = []
     quarantined: list[tuple[str, Quarantined]] = []
@@ -61,10 +64,13 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
     n_images = sum(shard.rows for shard in shards)
     passed_over = _check_counts(plan, shards)
-    _check_budget(quarantined, n_images + len(quarantined), settings)
+    if over_budget := _over_budget(quarantined, n_images + len(quarantined), settings):
+        preparation.release(settings.tokens, claim)
+        raise over_budget
     manifest = Manifest(
         format=token_store.FORMAT, kind=kind, classes=list(plan.classes), shards=shards, made_by=provenance(settings)
     )
+    preparation.create_or_check(settings.tokens, claim)
     store = token_store.commit(settings.tokens, manifest)
     _write_contact_sheets(store)
     seconds = time.perf_counter() - started
@@ -197,11 +203,14 @@ def _psnr_db(shards: list[Shard], kind: TokenFormat) -> float | None:
     return round(10 * math.log10(255**2 * values / error), 2) if error else None
 
 
-def _check_budget(quarantined: list[tuple[str, Quarantined]], n_images: int, settings: PrepareConfig) -> None:
-    if len(quarantined) > max(settings.budget * n_images, min(1, math.ceil(settings.budget))):
-        split, first = quarantined[0]
-        raise SourceError(
-            f"{len(quarantined)} of {n_images} images cannot be read, more than the budget of"
-            f" {settings.budget:.2%}; the first is {split}: {first.key}: {first.reason}. All are listed below"
-            f" {settings.tokens}/quarantine: repair or remove them, or raise --budget"
-        )
+def _over_budget(
+    quarantined: list[tuple[str, Quarantined]], n_images: int, settings: PrepareConfig
+) -> SourceError | None:
+    if len(quarantined) <= max(settings.budget * n_images, min(1, math.ceil(settings.budget))):
+        return None
+    split, first = quarantined[0]
+    return SourceError(
+        f"{len(quarantined)} of {n_images} images cannot be read, more than the budget of"
+        f" {settings.budget:.2%}; the first is {split}: {first.key}: {first.reason}. All are listed below"
+        f" {settings.tokens}/quarantine: repair or remove them, or raise --budget"
+    )

@@ -17,6 +17,8 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenStore
 
 ROOT = Path(__file__).resolve().parents[2]
+CONDITIONAL = ("manifest.json", "preparation.json")
+"""Files that are created by conditional writes."""
 
 
 class Death(NamedTuple):
@@ -59,7 +61,7 @@ def test_a_local_store_killed_at_any_step_and_repeated_is_equal(
     assert {shard.split for shard in expected.manifest.shards} == {"train", "test", "holdout"}
     for file in undisturbed.left:
         temporary = Path("/", file).with_name(f".{Path(file).name}.")
-        for event in ("tempfile.mkstemp", "open", "os.link" if file == "manifest.json" else "os.rename", "os.remove"):
+        for event in ("tempfile.mkstemp", "open", "os.link" if file in CONDITIONAL else "os.rename", "os.remove"):
             assert any(d.about_to.startswith(f"{event} {temporary}") for d in killed), f"never killed at {event} {file}"
     assert {"manifest.json" in death.left for death in killed} == {True, False}
     for death in killed:

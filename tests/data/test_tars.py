@@ -254,10 +254,23 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(place: str, kind: 
         read(3 << 20, 512)
 
 
-def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["local", "moto"], indirect=True)
+@pytest.mark.parametrize("kind", [Window, RangeFile])
+@pytest.mark.parametrize("size", [5, 3000, 4097, 9000])
+def test_a_file_of_another_size_than_listed_is_an_error(place: str, kind: type, size: int) -> None:
+    """Offsets of the listed archive in a later one: other images under the listing's digest."""
+    uri = storage.join(place, "file")
+    storage.write(uri, bytes(size))
+    reader = kind(uri, 4096)
+    read = reader.read if kind is Window else lambda start, length: (reader.seek(start), reader.read(length))[1]
+    with pytest.raises(SourceError, match=f"{uri} has changed since it was listed with 4096 bytes"):
+        read(3500, 100)
+
+
+def test_bytes_behind_the_end_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"short")
-    with Window(str(path), 100) as window, pytest.raises(SourceError, match="ends before byte 50"):
+    with Window(str(path), 5) as window, pytest.raises(SourceError, match="ends before byte 50"):
         window.read_all(0, 50)
 
 

@@ -23,15 +23,24 @@ LARGEST = 8 << 20
 
 
 class _Reader:
-    """Reads parts of one file. Raises `SourceError` if the file is replaced between two reads."""
+    """Reads parts of one file, listed with `size` bytes.
 
-    def __init__(self, uri: str):
+    Raises `SourceError` if its size is another one, or if it is replaced between two reads.
+    """
+
+    def __init__(self, uri: str, size: int):
         self.uri = uri
+        self.size = size
         self._version: storage.Version | None = None
 
     def __call__(self, start: int, length: int) -> bytes:
         data, version = storage.read_versioned(self.uri, start, length)
         self._version = self._version or version
+        if version[0] != self.size:
+            raise SourceError(
+                f"{self.uri} has changed since it was listed with {self.size} bytes: repeat the command when it is"
+                " complete"
+            )
         if version != self._version:
             raise SourceError(f"{self.uri} has changed while it was read: repeat the command when it is complete")
         return data
@@ -52,7 +61,7 @@ class Window:
     def __init__(self, uri: str, size: int):
         self.uri = uri
         self.size = size
-        self._fetch = _Reader(uri)
+        self._fetch = _Reader(uri, size)
         self._start = size  # so that the first read counts as a seek
         self._block = b""
         self._request = FIRST
@@ -73,8 +82,6 @@ class Window:
             if not self._start <= start < self._start + len(self._block):
                 self._move(start)
             part = self._block[start - self._start : stop - self._start]
-            if not part:
-                break  # the file is shorter than listed: the caller gets fewer bytes
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -83,7 +90,7 @@ class Window:
         """`length` bytes from `start`. Raises `SourceError` if the file ends before."""
         data = self.read(start, length)
         if len(data) < length:
-            raise SourceError(f"{self.uri} has changed since it was listed: it ends before byte {start + length}")
+            raise SourceError(f"{self.uri} ends before byte {start + length}: it is damaged, or its index is")
         return data
 
     def finish(self) -> None:
@@ -113,7 +120,7 @@ class RangeFile(io.RawIOBase):
         self.uri = uri
         self.size = size
         self.position = 0
-        self._fetch = _Reader(uri)
+        self._fetch = _Reader(uri, size)
 
     def readable(self) -> bool:
         return True
