@@ -95,10 +95,7 @@ def _random(key: str, view: int, width: int, height: int) -> CropBox:
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
     """Width and height after the shorter side is resized to `length`."""
     scale = length / min(width, height)
-    resized = max(length, round(width * scale)), max(length, round(height * scale))
-    if resized[0] * resized[1] > MAX_PIXELS:  # extreme aspect ratios become very large
-        raise ImageError(f"{width} x {height} pixels: too narrow to resize to {length}")
-    return resized
+    return max(length, round(width * scale)), max(length, round(height * scale))
 
 
 # ------------------------------------------------------------------------------------------------ reference-1
@@ -107,8 +104,14 @@ def _resized(width: int, height: int, length: int) -> tuple[int, int]:
 def _reference(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
     picture = Image.fromarray(decode(data))
     crop_box = crop_box_of(*picture.size)
-    resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
-    cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
+    if crop_box.width * crop_box.height <= MAX_PIXELS:
+        resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
+        cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
+    else:  # 1 x 60,000 pixels become three billion: resize only the crop, which rounds differently
+        across, down = picture.width / crop_box.width, picture.height / crop_box.height
+        left, top = crop_box.left * across, crop_box.top * down
+        box = (left, top, min(left + CROP * across, picture.width), min(top + CROP * down, picture.height))
+        cut = picture.resize((CROP, CROP), Image.Resampling.BICUBIC, box)
     return np.asarray(cut.resize((n_px, n_px), Image.Resampling.BOX))
 
 

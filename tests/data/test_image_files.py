@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from igpt_ray.data import image_files, pixels
+from igpt_ray.data import image_files, jpeg_segments, pixels, png_chunks
 from igpt_ray.data.image_files import RGB
 from igpt_ray.errors import ImageError
 
@@ -64,7 +64,7 @@ def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
 def png_of(width: int, height: int, rows: bytes, depth: int = 8, colours: int = 2, more: bytes = b"") -> bytes:
     """A PNG with valid checksums and an arbitrary header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
-    return image_files.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png_chunks.MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -149,6 +149,93 @@ def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
     expected = np.asarray(indexed.convert("RGB")).copy()
     expected[np.asarray(indexed) == 3] = 255
     np.testing.assert_array_equal(image_files.decode(out.getvalue()), expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_colour_of_a_grey_png_is_white_at_every_depth(depth: int) -> None:
+    """Pillow compares the colour in units of the file with pixels that it has scaled to 8 bits, or clipped."""
+    values = np.arange(1 << min(depth, 8))  # one row of every grey
+    values = values * 256 + 77 if depth == 16 else values
+    bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+    row = b"\0" + np.packbits(bits.astype(np.uint8)).tobytes()
+    transparent = values[-2]
+    data = png_of(len(values), 1, row, depth, 0, chunk(b"tRNS", struct.pack(">H", transparent)))
+    expected = values >> 8 if depth == 16 else values * 255 // values[-1]
+    expected[-2] = 255
+    np.testing.assert_array_equal(image_files.decode(data), np.repeat(expected[None, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_transparent_colour_of_an_rgb_png_is_white(smooth: RGB, depth: int) -> None:
+    """All 16 bits must match: pixels that differ in the lower 8 bits only are opaque."""
+    samples = smooth[:40, :40].astype(int) * (257 if depth == 16 else 1)
+    colour = samples[3, 5].copy()
+    samples[7, 9], samples[8, 9] = colour, colour + np.array([0, 0, 1])
+    packed = samples.astype(">u2" if depth == 16 else "u1").reshape(40, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    expected = (samples >> 8 if depth == 16 else samples).copy()
+    expected[(samples == colour).all(2)] = 255
+    data = png_of(40, 40, rows, depth, 2, chunk(b"tRNS", struct.pack(">3H", *colour)))
+    np.testing.assert_array_equal(image_files.decode(data), expected)
+    assert (expected[7, 9] == 255).all()
+    assert (expected[8, 9] != 255).any()
+
+
+def jpeg_of(luma: RGB, across: int, down: int, restart: int = 0) -> bytes:
+    """A baseline JPEG of blocks of 8 x 8 equal greys, whose luma has across x down blocks per block of either chroma.
+
+    All coefficients but the first are zero. The first has a quantisation of 8, so that it is the grey minus 128.
+    """
+    rows, columns = luma.shape
+    bits, intervals, last = "", [], 0
+    mcus = [(y, x) for y in range(0, rows, down) for x in range(0, columns, across)]
+    for i, (top, left) in enumerate(mcus):
+        for grey in luma[top : top + down, left : left + across].ravel().tolist():
+            difference, last = grey - 128 - last, grey - 128
+            size = abs(difference).bit_length()
+            value = difference if difference >= 0 else difference + (1 << size) - 1
+            bits += f"{size:04b}" + (f"{value:0{size}b}" if size else "") + "0"
+        bits += "00000" * 2  # chroma: no difference, end of block
+        if i + 1 == len(mcus) or (restart and (i + 1) % restart == 0):
+            bits += "1" * (-len(bits) % 8)
+            intervals.append(int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0"))
+            bits, last = "", 0
+    entropy = b"".join(part + bytes([0xFF, 0xD0 + i % 8]) for i, part in enumerate(intervals))[:-2]
+    frame = struct.pack(">BHHB", 8, rows * 8, columns * 8, 3) + bytes([1, across << 4 | down, 0, 2, 17, 0, 3, 17, 0])
+    sizes = b"\0" + bytes([0, 0, 0, 12]) + bytes(12) + bytes(range(12))  # twelve codes of four bits
+    end_of_block = b"\x10" + bytes([1]) + bytes(15) + b"\0"  # one code of one bit
+    scan = bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0])
+    segments = [(0xDB, b"\0" + bytes([8] * 64)), (0xC0, frame), (0xC4, sizes), (0xC4, end_of_block)]
+    segments += [(0xDD, struct.pack(">H", restart)), (0xDA, scan)]
+    head = b"".join(struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body for marker, body in segments)
+    return b"\xff\xd8" + head + entropy + b"\xff\xd9"
+
+
+SAMPLINGS = [(3, 1), (3, 2), (4, 2), (1, 3), (2, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("restart", [0, 2])
+@pytest.mark.parametrize(("across", "down"), SAMPLINGS)
+def test_jpegs_of_every_chroma_sampling_are_read(across: int, down: int, restart: int) -> None:
+    """simplejpeg refuses 3x1, 3x2 and 4:1:0, which old cameras and video tools wrote."""
+    luma = np.random.default_rng(2).integers(0, 256, (6 * down, 6 * across)).astype(np.uint8)
+    data = jpeg_of(luma, across, down, restart)
+    expected = luma.repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(image_files.decode(data), expected)
+    views = [pixels.centre_view(file, 32).astype(int) for file in (data, pixels.png(expected))]
+    assert np.abs(views[0] - views[1]).max() <= 8  # fast decodes the usual 2x2 at a reduced scale
+
+
+@pytest.mark.parametrize("restart", [0, 2])
+@pytest.mark.parametrize(("across", "down"), SAMPLINGS)
+def test_a_jpeg_of_any_chroma_sampling_with_missing_data_is_an_error(across: int, down: int, restart: int) -> None:
+    """libjpeg fills the rest with grey and warns, but PIL drops its warnings."""
+    luma = np.random.default_rng(2).integers(0, 256, (6 * down, 6 * across)).astype(np.uint8)
+    data = jpeg_of(luma, across, down, restart)
+    start = data.index(b"\xff\xda") + 14
+    for length in range(start, len(data) - 3, 5):
+        both_refuse(data[:length] + b"\xff\xd9", "damaged JPEG")
+        both_refuse(data[:length], "damaged JPEG")
 
 
 @pytest.mark.parametrize("colourspace", ["CMYK", "YCCK"])
@@ -264,7 +351,7 @@ def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
 
 
 @pytest.mark.parametrize("stray", [b"", b"\0\0", b"\xff\0", b"\xff\xff"])
-@pytest.mark.parametrize("frame", sorted(image_files.LOSSLESS))
+@pytest.mark.parametrize("frame", sorted(jpeg_segments.LOSSLESS))
 def test_a_lossless_jpeg_is_an_error_before_a_decoder_runs(smooth: RGB, frame: int, stray: bytes) -> None:
     """libjpeg-turbo writes out of bounds when it scales one; stray bytes before the marker must not hide it."""
     start, rest = encoded(smooth, "JPEG").split(b"\xff\xc0", 1)
@@ -354,7 +441,7 @@ def test_a_webp_of_28_bytes_is_read() -> None:
 def test_the_reason_is_the_same_every_time() -> None:
     """The quarantine list of a repeated preparation is equal byte by byte."""
     header = struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
-    cut = image_files.PNG_MAGIC + header + struct.pack(">I", zlib.crc32(header[4:]))
+    cut = png_chunks.MAGIC + header + struct.pack(">I", zlib.crc32(header[4:]))
     with pytest.raises(ImageError) as caught:
         image_files.decode(cut)
     assert " at 0x" not in str(caught.value)
