@@ -256,4 +256,4 @@ def _webp_header(data: bytes) -> Header:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    return Header("WEBP", width, height, n_bytes=width * height * 30 + 2 * len(data))
+    return Header("WEBP", width, height, n_bytes=width * height * 20 + 2 * len(data))

@@ -126,6 +126,8 @@ COLUMN_BITS = 20
 
 
 BAND = 8
+FOLDED_PIXELS = 1 << 21
+"""Most pixels that are converted to floats at once: 24 MiB. Usual images have fewer in a band."""
 
 
 class ResizeRows(NamedTuple):
@@ -155,8 +157,13 @@ def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB
     left, right = columns[0].first, max(band.last for band in columns)
     squeezed = np.empty((n_px, (right - left) * 3), np.float32)
     for i, band in enumerate(rows):
-        pixels = rgb[band.first : band.last, left:right].astype(np.float32).reshape(band.last - band.first, -1)
-        np.matmul(band.matrix, pixels, out=squeezed[i * BAND : (i + 1) * BAND])
+        height = band.last - band.first
+        step = max(1, FOLDED_PIXELS // height)
+        for start in range(left, right, step):
+            stop = min(start + step, right)
+            pixels = rgb[band.first : band.last, start:stop].astype(np.float32).reshape(height, -1)
+            out = squeezed[i * BAND : (i + 1) * BAND, 3 * (start - left) : 3 * (stop - left)]
+            np.matmul(band.matrix, pixels, out=out)
     wide = np.ascontiguousarray(squeezed.T).astype(np.float64).reshape(right - left, 3 * n_px)
     folded = np.empty((n_px, 3 * n_px))
     for i, band in enumerate(columns):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import encoded
+from image_cases import encoded
 
 from igpt_ray.data import image_files, pixels
 from igpt_ray.data.palette import Palette
