@@ -10,8 +10,8 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,14 @@ import numpy as np
 from PIL import Image
 
 from igpt_ray.data import pixels
-from igpt_ray.data.image_files import FORMATS, RGB, decode
+from igpt_ray.data.image_files import RGB, decode
 from igpt_ray.errors import ImageError
 from igpt_ray.settings import Section
 
 PSNR_DB = 40.0
 """Least similarity of a lossy image that is decoded by another library than PIL's."""
+
+TIMEOUT_S = 60
 
 
 class BenchCorpusConfig(Section):
@@ -46,10 +48,11 @@ def corpus(settings: BenchCorpusConfig) -> dict[str, Any]:
 
     Prints the table of refused files to stderr.
     """
+    child = Child()
     counts: Counter[str] = Counter()
     files = defaultdict(list)
     for path in sorted(path for folder in settings.images for path in folder.rglob("*") if path.is_file()):
-        outcome = _examined_in_a_child(path)
+        outcome = child.examined(path)
         counts[f"{outcome.verdict}: {outcome.format}"] += 1
         if outcome.verdict not in ("equal", "close", "refused by PIL too"):
             files[outcome.verdict, outcome.format, re.sub(r"\d+", "n", outcome.reason)].append(path.name)
@@ -58,17 +61,34 @@ def corpus(settings: BenchCorpusConfig) -> dict[str, Any]:
     return {"files": counts.total(), "verdicts": dict(sorted(counts.items()))}
 
 
-_pool: list[ProcessPoolExecutor] = []
+class Child:
+    """A process that examines files. It is replaced when it crashes or takes longer than TIMEOUT_S."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.pipe, other = Pipe()
+        self.process = Process(target=_serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+
+    def examined(self, path: Path) -> Outcome:
+        self.pipe.send(path)
+        try:
+            if self.pipe.poll(TIMEOUT_S):
+                return self.pipe.recv()
+            reason = f"more than {TIMEOUT_S} s"
+        except EOFError:
+            reason = "the process died"
+        self.process.kill()
+        self.start()
+        return Outcome("crashed", path.suffix, reason)
 
 
-def _examined_in_a_child(path: Path) -> Outcome:
-    if not _pool:
-        _pool.append(ProcessPoolExecutor(1))
-    try:
-        return _pool[0].submit(examined, path).result(timeout=60)
-    except (BrokenProcessPool, TimeoutError) as error:
-        _pool.pop().shutdown(wait=False, cancel_futures=True)
-        return Outcome("crashed", "", type(error).__name__)
+def _serve(pipe: Connection) -> None:
+    while True:
+        pipe.send(examined(pipe.recv()))
 
 
 def examined(path: Path) -> Outcome:
@@ -97,10 +117,10 @@ def examined(path: Path) -> Outcome:
 
 def _decoded_by_pil(data: bytes) -> tuple[str, RGB | None]:
     """The format, and RGB on white; None if PIL refuses the file."""
-    format = "other"
+    format = "unknown"
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            format = picture.format if picture.format in FORMATS else "other"
+            format = str(picture.format)
             picture.load()
             if picture.mode.startswith("I"):
                 return format, (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 2)

@@ -118,7 +118,7 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
 def _opened(data: bytes, header: Header) -> Image.Image:
     picture = Image.open(io.BytesIO(data), formats=[header.format])
     if picture.size != (header.width, header.height):
-        raise ImageError(f"damaged {header.format}: {header.width} x {header.height} or {picture.size}?")
+        raise ImageError(f"damaged {header.format}: its sizes {header.width, header.height} and {picture.size} differ")
     return picture
 
 
@@ -147,13 +147,13 @@ def _jpeg_header(data: bytes) -> Header:
     n_pixels, stored = frame.width * frame.height, 2 * frame.stored
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        if "subsampling" not in str(error):
+    except (ValueError, KeyError) as error:  # KeyError: -1, libjpeg-turbo's number of an unknown sampling
+        if isinstance(error, ValueError) and "subsampling" not in str(error):
             raise
         n_bytes = int(n_pixels * (stored + 11)) + 20 * len(data)  # the result, and PIL's image and result of a check
         return Header("JPEG", frame.width, frame.height, "unknown", n_bytes)
     if (width, height) != (frame.width, frame.height):
-        raise ImageError(f"damaged JPEG: {width} x {height} or {frame.width} x {frame.height}?")
+        raise ImageError(f"damaged JPEG: its sizes {width, height} and {frame.width, frame.height} differ")
     if colours in ("CMYK", "YCCK"):
         return Header("JPEG", frame.width, frame.height, "CMYK", int(n_pixels * (stored + 7)) + 3 * len(data))
     return Header("JPEG", frame.width, frame.height, "RGB", int(n_pixels * (stored + 3)) + 3 * len(data))

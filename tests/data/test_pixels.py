@@ -101,6 +101,13 @@ def test_views_of_very_narrow_images_are_the_same_in_both_pipelines(width: int, 
         assert np.abs(fast - reference).max() <= 1
 
 
+def test_large_images_are_folded_in_parts_with_the_same_result(smooth: RGB, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floats of a whole image of 67 megapixels would take 800 MB."""
+    whole = pixels.centre_view(pixels.png(smooth), 8)
+    monkeypatch.setattr(pixels, "FOLDED_PIXELS", 999)
+    np.testing.assert_array_equal(pixels.centre_view(pixels.png(smooth), 8), whole)
+
+
 def test_the_error_of_an_unknown_pipeline_lists_the_known_ones(smooth: RGB) -> None:
     """A store of a later version must not be used with other pixels."""
     with pytest.raises(ImageError, match=r"'fast-2'.*fast-1 and reference-1"):
