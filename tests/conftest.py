@@ -21,7 +21,6 @@ os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 import hashlib
-import io
 import secrets
 import socket
 import subprocess
@@ -35,7 +34,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from igpt_ray import object_clients, storage
@@ -261,12 +259,6 @@ def smooth() -> images.RGB:
     """A picture that lossy formats keep well: (240, 320, 3)."""
     y, x = np.mgrid[0:240, 0:320]
     return np.stack([x * 255 // 319, y * 255 // 239, abs((x + y) % 256 - 128)], -1).astype(np.uint8)
-
-
-def encoded(rgb: images.RGB, kind: str, mode: str = "RGB", **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(rgb).convert(mode).save(out, kind, **options)
-    return out.getvalue()
 
 
 def listing_of(path: str, split: str, view: int, rows: int, data: bytes) -> Shard:

@@ -95,10 +95,7 @@ def _random(key: str, view: int, width: int, height: int) -> CropBox:
 def _resized(width: int, height: int, length: int) -> tuple[int, int]:
     """Width and height after the shorter side is resized to `length`."""
     scale = length / min(width, height)
-    resized = max(length, round(width * scale)), max(length, round(height * scale))
-    if resized[0] * resized[1] > MAX_PIXELS:  # extreme aspect ratios become very large
-        raise ImageError(f"{width} x {height} pixels: too narrow to resize to {length}")
-    return resized
+    return max(length, round(width * scale)), max(length, round(height * scale))
 
 
 # ------------------------------------------------------------------------------------------------ reference-1
@@ -107,8 +104,14 @@ def _resized(width: int, height: int, length: int) -> tuple[int, int]:
 def _reference(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
     picture = Image.fromarray(decode(data))
     crop_box = crop_box_of(*picture.size)
-    resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
-    cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
+    if crop_box.width * crop_box.height <= MAX_PIXELS:
+        resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
+        cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
+    else:  # 1 x 60,000 pixels become three billion: resize only the crop, which rounds differently
+        across, down = picture.width / crop_box.width, picture.height / crop_box.height
+        left, top = crop_box.left * across, crop_box.top * down
+        box = (left, top, min(left + CROP * across, picture.width), min(top + CROP * down, picture.height))
+        cut = picture.resize((CROP, CROP), Image.Resampling.BICUBIC, box)
     return np.asarray(cut.resize((n_px, n_px), Image.Resampling.BOX))
 
 
@@ -123,6 +126,8 @@ COLUMN_BITS = 20
 
 
 BAND = 8
+FOLDED_PIXELS = 1 << 21
+"""Most pixels that are converted to floats at once: 24 MiB. Usual images have fewer in a band."""
 
 
 class ResizeRows(NamedTuple):
@@ -152,8 +157,13 @@ def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB
     left, right = columns[0].first, max(band.last for band in columns)
     squeezed = np.empty((n_px, (right - left) * 3), np.float32)
     for i, band in enumerate(rows):
-        pixels = rgb[band.first : band.last, left:right].astype(np.float32).reshape(band.last - band.first, -1)
-        np.matmul(band.matrix, pixels, out=squeezed[i * BAND : (i + 1) * BAND])
+        height = band.last - band.first
+        step = max(1, FOLDED_PIXELS // height)
+        for start in range(left, right, step):
+            stop = min(start + step, right)
+            pixels = rgb[band.first : band.last, start:stop].astype(np.float32).reshape(height, -1)
+            out = squeezed[i * BAND : (i + 1) * BAND, 3 * (start - left) : 3 * (stop - left)]
+            np.matmul(band.matrix, pixels, out=out)
     wide = np.ascontiguousarray(squeezed.T).astype(np.float64).reshape(right - left, 3 * n_px)
     folded = np.empty((n_px, 3 * n_px))
     for i, band in enumerate(columns):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from igpt_ray.data import image_files, pixels
+from igpt_ray.data import image_files, pixels, png_chunks
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
@@ -211,7 +211,7 @@ def _check_size(data: bytes) -> None:
 def _opaque(data: bytes, n_px: int) -> NDArray[np.bool_]:
     """(n_px, n_px) True where the mean alpha of a mask is at least one half."""
     _check_size(data)
-    if not data.startswith(image_files.PNG_MAGIC):
+    if not data.startswith(png_chunks.MAGIC):
         raise ImageError("mask: expected a PNG, transparent at the pixels to generate")
     image_files.decode(data)  # raises if the file is truncated or damaged
     with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import encoded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_cases import SAMPLINGS, chunk, encoded, jpeg_of, png_of
 from PIL import Image
 
-from igpt_ray.data import image_files, pixels
+from igpt_ray.data import image_files, jpeg_segments, pixels, png_chunks
 from igpt_ray.data.image_files import RGB
 from igpt_ray.errors import ImageError
 
@@ -59,16 +59,6 @@ def test_a_damaged_exif_block_does_not_matter(smooth: RGB) -> None:
     broken = encoded(smooth, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
     for data in (rotated, broken):
         np.testing.assert_array_equal(image_files.decode(data), image_files.decode(plain))
-
-
-def png_of(width: int, height: int, rows: bytes, depth: int = 8, colours: int = 2, more: bytes = b"") -> bytes:
-    """A PNG with valid checksums and an arbitrary header."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
-    return image_files.PNG_MAGIC + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +139,60 @@ def test_a_transparent_colour_of_a_palette_is_white(smooth: RGB) -> None:
     expected = np.asarray(indexed.convert("RGB")).copy()
     expected[np.asarray(indexed) == 3] = 255
     np.testing.assert_array_equal(image_files.decode(out.getvalue()), expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_colour_of_a_grey_png_is_white_at_every_depth(depth: int) -> None:
+    """Pillow compares the colour in units of the file with pixels that it has scaled to 8 bits, or clipped."""
+    values = np.arange(1 << min(depth, 8))  # one row of every grey
+    values = values * 256 + 77 if depth == 16 else values
+    bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+    row = b"\0" + np.packbits(bits.astype(np.uint8)).tobytes()
+    transparent = values[-2]
+    data = png_of(len(values), 1, row, depth, 0, chunk(b"tRNS", struct.pack(">H", transparent)))
+    expected = values >> 8 if depth == 16 else values * 255 // values[-1]
+    expected[-2] = 255
+    np.testing.assert_array_equal(image_files.decode(data), np.repeat(expected[None, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_transparent_colour_of_an_rgb_png_is_white(smooth: RGB, depth: int) -> None:
+    """All 16 bits must match: pixels that differ in the lower 8 bits only are opaque."""
+    samples = smooth[:40, :40].astype(int) * (257 if depth == 16 else 1)
+    colour = samples[3, 5].copy()
+    samples[7, 9], samples[8, 9] = colour, colour + np.array([0, 0, 1])
+    packed = samples.astype(">u2" if depth == 16 else "u1").reshape(40, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    expected = (samples >> 8 if depth == 16 else samples).copy()
+    expected[(samples == colour).all(2)] = 255
+    data = png_of(40, 40, rows, depth, 2, chunk(b"tRNS", struct.pack(">3H", *colour)))
+    np.testing.assert_array_equal(image_files.decode(data), expected)
+    assert (expected[7, 9] == 255).all()
+    assert (expected[8, 9] != 255).any()
+
+
+@pytest.mark.parametrize("restart", [0, 2])
+@pytest.mark.parametrize(("across", "down"), SAMPLINGS)
+def test_jpegs_of_every_chroma_sampling_are_read(across: int, down: int, restart: int) -> None:
+    """simplejpeg refuses 3x1, 3x2 and 4:1:0, which old cameras and video tools wrote."""
+    luma = np.random.default_rng(2).integers(0, 256, (6 * down, 6 * across)).astype(np.uint8)
+    data = jpeg_of(luma, across, down, restart)
+    expected = luma.repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(image_files.decode(data), expected)
+    views = [pixels.centre_view(file, 32).astype(int) for file in (data, pixels.png(expected))]
+    assert np.abs(views[0] - views[1]).max() <= 8  # fast decodes the usual 2x2 at a reduced scale
+
+
+@pytest.mark.parametrize("restart", [0, 2])
+@pytest.mark.parametrize(("across", "down"), SAMPLINGS)
+def test_a_jpeg_of_any_chroma_sampling_with_missing_data_is_an_error(across: int, down: int, restart: int) -> None:
+    """libjpeg fills the rest with grey and warns, but PIL drops its warnings."""
+    luma = np.random.default_rng(2).integers(0, 256, (6 * down, 6 * across)).astype(np.uint8)
+    data = jpeg_of(luma, across, down, restart)
+    start = data.index(b"\xff\xda") + 14
+    for length in range(start, len(data) - 3, 5):
+        both_refuse(data[:length] + b"\xff\xd9", "damaged JPEG")
+        both_refuse(data[:length], "damaged JPEG")
 
 
 @pytest.mark.parametrize("colourspace", ["CMYK", "YCCK"])
@@ -264,7 +308,7 @@ def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
 
 
 @pytest.mark.parametrize("stray", [b"", b"\0\0", b"\xff\0", b"\xff\xff"])
-@pytest.mark.parametrize("frame", sorted(image_files.LOSSLESS))
+@pytest.mark.parametrize("frame", sorted(jpeg_segments.LOSSLESS))
 def test_a_lossless_jpeg_is_an_error_before_a_decoder_runs(smooth: RGB, frame: int, stray: bytes) -> None:
     """libjpeg-turbo writes out of bounds when it scales one; stray bytes before the marker must not hide it."""
     start, rest = encoded(smooth, "JPEG").split(b"\xff\xc0", 1)
@@ -354,7 +398,7 @@ def test_a_webp_of_28_bytes_is_read() -> None:
 def test_the_reason_is_the_same_every_time() -> None:
     """The quarantine list of a repeated preparation is equal byte by byte."""
     header = struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
-    cut = image_files.PNG_MAGIC + header + struct.pack(">I", zlib.crc32(header[4:]))
+    cut = png_chunks.MAGIC + header + struct.pack(">I", zlib.crc32(header[4:]))
     with pytest.raises(ImageError) as caught:
         image_files.decode(cut)
     assert " at 0x" not in str(caught.value)
