@@ -1,5 +1,6 @@
 """The API over real HTTP with a replica in this process: responses and errors."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -26,6 +27,7 @@ from igpt_ray.evaluate.heads import load_head
 from igpt_ray.evaluate.likelihood import image_nats
 from igpt_ray.generate import completion
 from igpt_ray.serve import middleware, schemas
+from igpt_ray.serve.decoder_pool import DecoderPool
 from igpt_ray.serve.middleware import Keys
 from igpt_ray.serve.schemas import CompletionRequest, Reader
 
@@ -484,12 +486,13 @@ def test_a_failed_engine_returns_500_and_fails_the_health_check(release: str, mo
 
 
 def test_seeds_masks_and_limits_are_as_documented(release: str) -> None:
-    about = weights.load_config(release)
-    reader = Reader(about, weights.load_release(release).palette)
+    decoders = DecoderPool(1)
+    reader = Reader(weights.load_config(release), weights.load_release(release).palette, decoders)
     asked = CompletionRequest(tokens=[[0] * 64], n=3, seed=2**64 - 1)
     assert asked.seeds == (2**64 - 1, 2**64, 2**64 + 1)
     assert CompletionRequest(tokens=[[0] * 64], n=2, seed=[9, 1]).seeds == (9, 1)
-    assert reader.prompt_mask(asked).sum() == 32
+    assert asyncio.run(reader.prompt_mask(asked)).sum() == 32
+    decoders.close()
     assert schemas.MAX_BASE64 < schemas.MAX_BODY
 
 
