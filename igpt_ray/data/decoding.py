@@ -35,7 +35,7 @@ from igpt_ray.errors import ImageError
 
 log = logging.getLogger(__name__)
 
-SECONDS = 30.0
+SECONDS = 60.0
 """Time limit of an image."""
 MEMORY = 2 << 30
 """Memory that an isolated call may allocate, in bytes."""

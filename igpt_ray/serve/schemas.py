@@ -1,7 +1,8 @@
 """Request bodies, their conversion to tokens, and the encoding of images in answers.
 
 An image is an encoded file in base64, of which the evaluation view is tokenized, or a list of tokens. Limits are
-checked before the work that they limit: lengths before base64 is decoded, a file's header before its pixels.
+checked before the work that they limit: lengths before base64 is decoded, the headers of files before their pixels
+(`decoder_pool.py`).
 """
 
 import asyncio
@@ -77,7 +78,7 @@ class CompletionRequest(BaseRequest):
     """Rows of pixels in the prompt, from the top. Default without `mask`: half of the image."""
     mask: Base64 | Annotated[list[list[Bit]], Field(max_length=256)] | None = None
     """Instead of `rows`: a PNG in base64, transparent at the pixels to generate, which is cropped and resized like the
-    image; or rows of 1 (prompt) and 0 (generate)."""
+    image (its colours have no meaning); or rows of 1 (prompt) and 0 (generate)."""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     """Number of completions."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0

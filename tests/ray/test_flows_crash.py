@@ -56,7 +56,7 @@ def quarantined(tokens: Path) -> dict[str, str]:
     [
         (b"TEST-CRASH", CRASH),
         (b"TEST-MEMORY", "decoding takes more than 2048 MiB of memory"),
-        pytest.param(b"TEST-HANG", "decoding takes more than 30 s", marks=pytest.mark.slow),
+        pytest.param(b"TEST-HANG", "decoding takes more than 60 s", marks=pytest.mark.slow),
     ],
 )
 def test_an_image_that_ends_its_worker_is_quarantined_by_name(

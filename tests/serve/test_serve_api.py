@@ -198,6 +198,22 @@ def test_a_fine_tuned_release_classifies_with_its_own_head(tmp_path: Path) -> No
     assert sum(one["probability"] for one in said["data"][0]["classes"]) == pytest.approx(1)
 
 
+def test_a_mask_without_pixels_to_generate_is_an_error(place: Place) -> None:
+    """Black and white have no meaning: tools disagree on which of them is to be generated."""
+    black_and_white = np.zeros((40, 40, 3), np.uint8)
+    black_and_white[10:30, 10:30] = 255
+    grey = Image.fromarray(black_and_white).convert("L")
+    opaque = Image.fromarray(black_and_white).convert("RGBA")
+    for mask in (grey, grey.convert("1"), Image.fromarray(black_and_white), opaque, [[1] * 8] * 8):
+        if isinstance(mask, Image.Image):
+            out = io.BytesIO()
+            mask.save(out, "PNG")
+            mask = base64_of(out.getvalue())
+        answer = place.ask("/v1/completions", {"image": PICTURE, "mask": mask})
+        assert (answer.status, answer.code) == (400, "invalid_setting"), answer
+        assert "nothing to generate" in answer.body["error"]["message"]
+
+
 def test_only_listed_models_can_be_requested_and_each_has_its_own_results(place: Place) -> None:
     listed = place.ask("/v1/models").body["data"]
     assert [one["id"] for one in listed] == ["tiny", "other"]

@@ -1,7 +1,7 @@
 """Faults of an image decoder, for the programs that tests start: Python runs this file when such a program starts.
 
-An image file that ends with a key of `FAULTS` ends the process that reads its header, hangs or slows
-it, or takes more memory than an isolated decoder may. The marker goes behind the end of the image, where no decoder looks.
+An image file that ends with a key of `FAULTS` ends the process that reads its header, hangs or slows it, or takes more
+memory than an isolated decoder may. The marker goes behind the end of the image, where no decoder looks.
 """
 
 import importlib.util
