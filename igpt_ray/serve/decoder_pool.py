@@ -21,12 +21,14 @@ MAX_PIXELS, MAX_SIDE = 1 << 24, 1 << 14
 """Largest image. The limits of data preparation are higher, because its input is not public."""
 MAX_SUM = 1 << 26
 """Most pixels of all images of a request."""
-MAX_WAITING = 1 << 28
+MAX_WAITING = 1 << 27
 """Most pixels of the largest images of all requests that are being decoded: a few seconds of work for one process."""
-SECONDS = 10.0
+SECONDS = 20.0
 """Time limit of an image."""
 MEMORY = 1 << 30
 """Memory that decoding an image may take, in bytes."""
+CALLS = 100
+"""Calls of a fork of a decoder process."""
 
 
 class Overloaded(Exception):
@@ -39,7 +41,7 @@ class DecoderPool:
         self._threads = ThreadPoolExecutor(n, thread_name_prefix="decode")
         self._idle: queue.SimpleQueue[DecoderProcess] = queue.SimpleQueue()
         for _ in range(n):
-            self._idle.put(DecoderProcess(SECONDS, MEMORY))
+            self._idle.put(DecoderProcess(SECONDS, MEMORY, CALLS))
         self.waiting = 0
         """Pixels of the largest images of all requests that are being decoded."""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import dying
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,6 +55,17 @@ def test_an_image_that_ends_its_decoder_is_refused_and_the_next_one_is_read(
     with pytest.raises(ImageError, match=reason):
         process.call(pixels.centre_view, PNG + tail, 8)
     np.testing.assert_array_equal(process.call(pixels.centre_view, PNG, 8), pixels.centre_view(PNG, 8))
+
+
+def test_a_fork_that_dies_of_an_earlier_image_does_not_cost_a_later_one() -> None:
+    process = DecoderProcess(calls=3)
+    pids = [int(process.call(dying.lives_for, 2)) for _ in range(4)]
+    assert len(set(pids)) == 2  # two calls, a death and a repetition, one more call
+    pids = [int(process.call(dying.lives_for, 9)) for _ in range(4)]
+    assert len(set(pids)) == 2  # one call that completes three of the fork, and three of the next
+    with pytest.raises(ImageError, match="the decoder crashes"):
+        process.call(dying.lives_for, 0)
+    process.close()
 
 
 def test_errors_of_the_decoder_keep_their_text_and_bugs_are_no_image_errors(process: DecoderProcess) -> None:

@@ -1,4 +1,4 @@
-"""A worker for `actor_map` whose process dies during some tasks, and a slow decoder."""
+"""A worker for `actor_map` whose process dies during some tasks, and decoders that die or are slow."""
 
 import os
 import signal
@@ -35,3 +35,14 @@ def slow_view(data: bytes, folder: str) -> NDArray[np.uint8]:
     Path(folder, str(data[-1])).touch()
     time.sleep(0.05)
     return np.zeros((1, 1, 3), np.uint8)
+
+
+_calls: list[int] = []
+
+
+def lives_for(n: int) -> NDArray[np.int64]:
+    """The process id, n times per process; then the process dies."""
+    if len(_calls) == n:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    _calls.append(n)
+    return np.array(os.getpid())
