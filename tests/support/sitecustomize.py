@@ -4,6 +4,7 @@ An image file that ends with a key of `FAULTS` ends the process that reads its h
 memory than an isolated decoder may. The marker goes behind the end of the image, where no decoder looks.
 """
 
+import ctypes
 import importlib.util
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 
 def crash() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
+    ctypes.string_at(0)  # reads at address 0
 
 
 def hang() -> None:
@@ -26,6 +27,7 @@ def eat_memory() -> None:
     """Reserves 3 GiB. A process that can have them ends as by the kernel when the machine runs out of memory."""
     bytearray(3 << 30)
     os.kill(os.getpid(), signal.SIGKILL)
+    hang()  # the signal may take a moment
 
 
 def be_slow() -> None:
