@@ -31,9 +31,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def place(release: str) -> Iterator[Place]:
-    """A server whose decoders may take a second for an image."""
+    """A server whose decoders may take a few seconds for an image."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_pool, "SECONDS", 1.0)
+        patch.setattr(decoder_pool, "SECONDS", 4.0)
         with serving({"tiny": release}) as place:
             yield place
 
@@ -68,13 +68,12 @@ def test_a_mask_that_ends_its_decoder_is_an_error(place: Place) -> None:
     assert place.ask("/v1/completions", body).code == "invalid_image"
 
 
-def test_the_pixels_of_a_request_have_a_limit(place: Place) -> None:
-    large = pixels.png(np.zeros((2048, 4096, 3), np.uint8))
-    n = decoder_pool.MAX_SUM // (2048 * 4096)
-    assert score(place, *[large] * n)[0] == 200
-    answer = place.ask("/v1/score", {"image": [base64_of(large)] * (n + 1)})
+def test_the_pixels_of_a_request_have_a_limit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_pool, "MAX_SUM", 3 * 40 * 40)
+    assert score(place, *[picture()] * 3)[0] == 200
+    answer = place.ask("/v1/score", {"image": [base64_of(picture())] * 4})
     assert (answer.status, answer.code) == (400, "invalid_image")
-    assert f"the {n + 1} images have" in answer.body["error"]["message"]
+    assert "the 4 images have 6400 pixels, expected at most 4800 in a request" in answer.body["error"]["message"]
 
 
 def test_beyond_the_pixels_that_may_wait_a_request_is_turned_away(
