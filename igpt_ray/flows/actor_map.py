@@ -48,7 +48,8 @@ def actor_map(
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(tasks), pool.size or len(tasks)))
     rows = [{"index": i, "pickle": pickle.dumps(task)} for i, task in enumerate(tasks)]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    attempts = _Attempts.options(scheduling_strategy=here).remote()
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    attempts = ray.remote(**options)(_Attempts).remote()
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
         _Actor,
         fn_constructor_args=(worker, arguments, attempts),
@@ -74,7 +75,6 @@ def _head_label() -> dict[str, str]:
     return {PART: labels[PART]} if PART in labels else {}
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Attempts:
     """Counts the processes that died during each task."""
 

@@ -1,14 +1,15 @@
 """Decode the images of requests in processes of their own, so that an image cannot harm the server or other requests.
 
 A request waits for one image at a time. Its next image is queued behind those of the other requests, so that a request
-with many large images delays another one by one image only.
+with many images delays another one by one image only. One process is reserved for small images, and large ones have a
+queue of their own.
 """
 
 import asyncio
-import queue
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ MAX_PIXELS, MAX_SIDE = 1 << 24, 1 << 14
 """Largest image. The limits of data preparation are higher, because its input is not public."""
 MAX_SUM = 1 << 26
 """Most pixels of all images of a request."""
+SMALL = 1 << 20
+"""Most pixels of a small image."""
 MAX_WAITING = 1 << 27
-"""Most pixels of the largest images of all requests that are being decoded: a few seconds of work for one process."""
+"""Most pixels of the largest images of all requests whose largest image is not small: seconds of work of a process."""
 SECONDS = 20.0
 """Time limit of an image."""
 MEMORY = 1 << 30
@@ -38,12 +41,13 @@ class Overloaded(Exception):
 class DecoderPool:
     def __init__(self, n: int):
         """Start `n` processes."""
-        self._threads = ThreadPoolExecutor(n, thread_name_prefix="decode")
-        self._idle: queue.SimpleQueue[DecoderProcess] = queue.SimpleQueue()
+        self._small = ThreadPoolExecutor(n, thread_name_prefix="decode")
+        self._large = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="decode-large")
+        self._idle: SimpleQueue[DecoderProcess] = SimpleQueue()
         for _ in range(n):
             self._idle.put(DecoderProcess(SECONDS, MEMORY, CALLS))
         self.waiting = 0
-        """Pixels of the largest images of all requests that are being decoded."""
+        """Pixels of the largest images of all requests whose largest image is not small."""
 
     async def decode(self, files: Sequence[bytes], function: Callable[..., Decoded], *arguments: Any) -> Decoded:
         """`function(file, *arguments)` of every file, stacked.
@@ -51,12 +55,17 @@ class DecoderPool:
         Raises `ImageError` if a file cannot be decoded or exceeds a limit, and `Overloaded` if too many pixels wait.
         Cancelling the call removes its images from the queue; one that is being decoded is completed.
         """
-        pixels = _checked(await self._run(sizes, list(files)))
+        pixels = _checked(await self._run(self._small, sizes, list(files)))
         with self._admitted(max(pixels)):
-            return np.stack([await self._run(function, file, *arguments) for file in files])
+            queues = [self._small if n <= SMALL else self._large for n in pixels]
+            calls = zip(queues, files, strict=True)
+            return np.stack([await self._run(queue, function, file, *arguments) for queue, file in calls])
 
     @contextmanager
     def _admitted(self, pixels: int) -> Iterator[None]:
+        if pixels <= SMALL:
+            yield
+            return
         if self.waiting + pixels > MAX_WAITING:
             raise Overloaded("other large images are being decoded")
         self.waiting += pixels
@@ -65,8 +74,8 @@ class DecoderPool:
         finally:
             self.waiting -= pixels
 
-    async def _run(self, function: Callable[..., Any], *arguments: Any) -> NDArray[Any]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, function, *arguments)
+    async def _run(self, queue: Executor, function: Callable[..., Any], *arguments: Any) -> NDArray[Any]:
+        return await asyncio.get_running_loop().run_in_executor(queue, self._call, function, *arguments)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> NDArray[Any]:
         process = self._idle.get()
@@ -76,7 +85,8 @@ class DecoderPool:
             self._idle.put(process)
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        for threads in (self._small, self._large):
+            threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dying import slow_view
+from dying import hanging_view, slow_view
 from serving import Place, base64_of, picture, serving, tiny_release, until
 
 from igpt_ray import weights
@@ -79,6 +79,7 @@ def test_the_pixels_of_a_request_have_a_limit(place: Place, monkeypatch: pytest.
 def test_beyond_the_pixels_that_may_wait_a_request_is_turned_away(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoder_pool, "SMALL", 40 * 40 - 1)
     monkeypatch.setattr(decoder_pool, "MAX_WAITING", 40 * 40)
     with ThreadPoolExecutor(1) as threads:
         slow = threads.submit(score, place, picture() + b"TEST-SLOW")
@@ -132,10 +133,31 @@ def test_a_request_with_many_images_delays_another_one_by_one_image(pool: Decode
     assert asyncio.run(both()) < 50
 
 
+def test_a_small_image_does_not_wait_for_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both processes would be occupied by images that hang, of clients that disconnect."""
+    monkeypatch.setattr(decoder_pool, "SMALL", 40 * 40 - 1)
+    monkeypatch.setattr(decoder_pool, "SECONDS", 5.0)
+    pool = DecoderPool(2)
+
+    async def three() -> list[bool]:
+        hangs = [pool.decode([picture()], hanging_view) for _ in range(3)]
+        tasks = [asyncio.ensure_future(hang) for hang in hangs]
+        await asyncio.to_thread(until, lambda: pool.waiting == 3 * 40 * 40)
+        tasks[0].cancel()
+        await pool.decode([picture(n=20)], pixels.centre_view, 8)
+        done = [task.done() for task in tasks[1:]]
+        await asyncio.wait(tasks)
+        return done
+
+    assert asyncio.run(three()) == [False, False]
+    pool.close()
+
+
 def test_requests_are_admitted_while_few_pixels_wait(
     pool: DecoderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request counts with its largest image, because it waits for one image at a time."""
+    monkeypatch.setattr(decoder_pool, "SMALL", 40 * 40 - 1)
     monkeypatch.setattr(decoder_pool, "MAX_WAITING", 2 * 40 * 40)
 
     async def three() -> list[object]:

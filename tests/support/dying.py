@@ -38,6 +38,11 @@ def slow_view(data: bytes, folder: str) -> NDArray[np.uint8]:
     return np.zeros((1, 1, 3), np.uint8)
 
 
+def hanging_view(data: bytes) -> NDArray[np.uint8]:
+    time.sleep(3600)
+    return np.zeros(len(data), np.uint8)
+
+
 _calls: list[int] = []
 
 
