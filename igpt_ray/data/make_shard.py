@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from igpt_ray import storage
 from igpt_ray.data import sources, token_store
 from igpt_ray.data.config import PixelsConfig
+from igpt_ray.data.decoding import decode
 from igpt_ray.data.image_files import RGB
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.pixels import configured_view
@@ -116,7 +117,7 @@ class MakeShard:
                 builders[split].quarantine(image.key, image.reason)
                 continue
             try:
-                view = configured_view(image.data, self.pixels, training, image.key, task.view)
+                view = decode(configured_view, image.data, self.pixels, training, image.key, task.view)
             except ImageError as error:
                 builders[split].quarantine(image.key, str(error))
             else:

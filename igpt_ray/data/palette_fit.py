@@ -15,6 +15,7 @@ from igpt_ray import storage
 from igpt_ray.data import pixels as images
 from igpt_ray.data import sources
 from igpt_ray.data.config import PaletteConfig, PixelsConfig
+from igpt_ray.data.decoding import decode
 from igpt_ray.data.mapper import Mapper
 from igpt_ray.data.palette import COLOURS, Palette, pack, quality, sidecar, swatches
 from igpt_ray.data.sources import TRAIN, UnreadableImage, WorkUnit
@@ -86,7 +87,8 @@ class CountColours:
                 n_unreadable += 1
                 continue
             try:
-                views.append(images.configured_view(image.data, self.pixels, unit.split == TRAIN, image.key, 0))
+                training = unit.split == TRAIN
+                views.append(decode(images.configured_view, image.data, self.pixels, training, image.key, 0))
             except ImageError:
                 n_unreadable += 1  # preparation records the key and the reason; here the image is only skipped
         packed = pack(np.stack(views)) if views else np.empty(0, np.uint32)

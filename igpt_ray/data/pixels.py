@@ -229,6 +229,19 @@ def _boxes(n_px: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return box, np.bincount(box, minlength=n_px)
 
 
+def mean_alpha(data: bytes, n_px: int) -> NDArray[np.uint8]:
+    """(n_px, n_px) mean alpha over the boxes of a PNG's centre square; 255 everywhere if it has no transparency."""
+    if header_of(data).format != "PNG":
+        raise ImageError("expected a PNG, because a mask is its transparency")
+    decode(data)  # raises if the file is truncated or damaged
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        alpha = picture.convert("RGBA").getchannel("A")
+    side = min(alpha.size)
+    left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
+    square = alpha.resize((n_px, n_px), Image.Resampling.BOX, (left, top, left + side, top + side))
+    return np.asarray(square)
+
+
 # ------------------------------------------------------------------------------------------------ back to files
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from igpt_ray import artifact, storage, weights
 from igpt_ray.data import pixels
+from igpt_ray.data.decoding import decode
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Strict, TokenFormat, Tokens
 from igpt_ray.errors import CheckpointError, FeatureError, ImageError, SettingError, SourceError
@@ -107,7 +108,7 @@ def _stimuli(test: str, folders: Folders, root: str, source: str) -> Stimuli:
 def read_tokens(uri: str, kind: TokenFormat, palette: Palette) -> Tokens:
     """Tokens (T,) of the centre crop of an image. Raises `ImageError` with the URI if it cannot be read."""
     try:
-        return palette.encode(pixels.centre_view(storage.read(uri), kind.n_px, kind.pipeline)).reshape(-1)
+        return palette.encode(decode(pixels.centre_view, storage.read(uri), kind.n_px, kind.pipeline)).reshape(-1)
     except ImageError as error:
         raise ImageError(f"{uri} cannot be read: {error}; repair it, or remove it from its folder") from error
 

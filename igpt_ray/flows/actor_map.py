@@ -1,18 +1,31 @@
-"""Distribute small tasks over a Ray cluster with Ray Data actors, each of which loads its worker once."""
+"""Distribute small tasks over a Ray cluster with Ray Data actors, each of which loads its worker once.
+
+Ray Data repeats a task whose process dies, without a limit. `_Attempts` counts these deaths: after the first, the
+images of the task are decoded in isolation, and after `MAX_DEATHS` the job ends with an error that names the task.
+"""
 
 import functools
+import logging
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray.data
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from igpt_ray.errors import IgptError
+from igpt_ray.data import decoding
+from igpt_ray.errors import IgptError, SourceError
 from igpt_ray.flows.ray_compat import head_labels
 from igpt_ray.settings import PoolConfig
 
+log = logging.getLogger(__name__)
+
 MAX_BLOCKS = 10_000
 """Most blocks, Ray Data's units of scheduling. With more tasks, a block holds several of them."""
+MAX_DEATHS = 3
+"""Processes that may die during one task. Deaths with their node are not counted."""
 PART = "ray-subcluster"
 """The node label that divides a cluster. GPU nodes do not have it."""
 
@@ -24,7 +37,8 @@ def actor_map(
 
     The pool grows to as many actors as the cluster can hold. Without GPUs, actors are confined to the nodes with the
     head's `PART` label, if it has one. Tasks and results are any picklable objects. An `IgptError` in a worker ends the
-    map and is raised here with its own type: it is returned as a result, because Ray's wrapping loses the type.
+    map and is raised here with its own type: it is returned as a result, because Ray's wrapping loses the type. Raises
+    `SourceError` if `MAX_DEATHS` processes died during one task.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -32,10 +46,13 @@ def actor_map(
     selector = {} if pool.gpus else _head_label()
     context.execution_options.label_selector = selector or None
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(tasks), pool.size or len(tasks)))
-    rows = [{"pickle": pickle.dumps(task)} for task in tasks]
+    rows = [{"index": i, "pickle": pickle.dumps(task)} for i, task in enumerate(tasks)]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    attempts = ray.remote(**options)(_Attempts).remote()
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
         _Actor,
-        fn_constructor_args=(worker, arguments),
+        fn_constructor_args=(worker, arguments, attempts),
         compute=actors,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
@@ -58,15 +75,62 @@ def _head_label() -> dict[str, str]:
     return {PART: labels[PART]} if PART in labels else {}
 
 
+class _Attempts:
+    """Counts the processes that died during each task."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, str] = {}
+        """Task -> node."""
+        self.deaths = Counter[int]()
+
+    def start(self, task: int, node: str) -> int:
+        """Record that `task` runs on `node`. Returns the number of processes that died during it on live nodes."""
+        if self.running.get(task) in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+            self.deaths[task] += 1
+        self.running[task] = node
+        return self.deaths[task]
+
+    def finish(self, task: int) -> None:
+        self.running.pop(task, None)
+
+
 class _Actor:
     """Creates the worker with the first task, so that errors of its constructor are returned like errors of tasks."""
 
-    def __init__(self, worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any]):
+    def __init__(
+        self, worker: Callable[..., Callable[[Any], Any]], arguments: dict[str, Any], attempts: ActorHandle[_Attempts]
+    ):
         self.worker = functools.cache(lambda: worker(**arguments))
+        self.attempts = attempts
+        self.node = ray.get_runtime_context().get_node_id()
 
-    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
+        index, task = int(row["index"]), pickle.loads(row["pickle"])
+        deaths = ray.get(self.attempts.start.remote(index, self.node))
         try:
-            result = self.worker()(pickle.loads(row["pickle"]))
+            result = self._result(task, deaths)
         except IgptError as error:
             result = error
+        self.attempts.finish.remote(index)
         return {"pickle": pickle.dumps(result)}
+
+    def _result(self, task: Any, deaths: int) -> Any:
+        if not deaths:
+            with decoding.time_limit():
+                return self.worker()(task)
+        if deaths >= MAX_DEATHS:
+            raise SourceError(
+                f"{deaths} worker processes died during {_name(task)}: see Ray's logs of the workers, and the memory of"
+                " the nodes"
+            )
+        log.warning("a worker process died during %s: its images are now decoded in isolation", _name(task))
+        with decoding.isolation():
+            return self.worker()(task)
+
+
+def _name(task: Any) -> str:
+    """The name of a task for messages: a shard's path, a unit's split and name, or the start of its description."""
+    unit = getattr(task, "unit", task)
+    if (path := getattr(unit, "path", None)) is not None:
+        return f"the shard {path}"
+    return f"the unit {unit.split}/{unit.name}" if hasattr(unit, "split") else f"the task {repr(unit)[:100]}"

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels, sources
+from igpt_ray.data.decoding import decode
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.sources import UnreadableImage, WorkUnit
 from igpt_ray.data.sources.units import TEST
@@ -123,7 +124,8 @@ class UnitReader:
 
     def tokens(self, data: bytes) -> Tokens:
         assert self.palette is not None
-        return self.palette.encode(pixels.centre_view(data, self.kind.n_px, self.kind.pipeline)).reshape(-1)
+        view = decode(pixels.centre_view, data, self.kind.n_px, self.kind.pipeline)
+        return self.palette.encode(view).reshape(-1)
 
 
 def unit_path(settings: ScoreConfig | CompleteConfig, unit: Shard | WorkUnit) -> str:

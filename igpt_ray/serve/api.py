@@ -8,8 +8,8 @@
     GET  /healthz          liveness;  GET /readyz  readiness of all models
     GET  /                 the page;  GET /docs and /openapi.json
 
-Images are decoded here; replicas receive tokens only. Bodies are JSON or multipart forms (`schemas.py`), which
-`middleware.py` checks first. The server never fetches a URL.
+Images are decoded in child processes (`decoder_pool.py`); replicas receive tokens only. Bodies are JSON or multipart
+forms (`schemas.py`), which `middleware.py` checks first. The server never fetches a URL.
 """
 
 import asyncio
@@ -37,7 +37,8 @@ from starlette.exceptions import HTTPException
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.generate import engine
-from igpt_ray.serve.middleware import PUBLIC, APIError, Keys, RequestGuard
+from igpt_ray.serve.decoder_pool import Overloaded
+from igpt_ray.serve.middleware import PUBLIC, APIError, Keys, RequestGuard, overloaded
 from igpt_ray.serve.schemas import (
     MAX_PICTURES,
     MAX_SAMPLES,
@@ -111,7 +112,7 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     app.add_middleware(RequestGuard, keys=keys, queue=queue)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    for error in (APIError, ImageError, SettingError, ValidationError, TimeoutError):
+    for error in (APIError, ImageError, Overloaded, SettingError, ValidationError, TimeoutError):
         app.add_exception_handler(error, lambda _, error: api_error_of(error).response)
     app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign]
     page = PAGE.read_text()
@@ -149,13 +150,12 @@ def _add_model_routes(app: FastAPI, served: dict[str, ServedModel]) -> None:
         one = _model_of(served, body)
         if body.n > one.slots:
             raise SettingError(f"n is {body.n}, expected at most {one.slots} on this server")
-        engine_request = await asyncio.to_thread(one.reader.request, body)
-        answer = Completion(one, body, engine_request)
-        if body.stream:
-            return StreamingResponse(
-                answer.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
-            )
-        async with asyncio.timeout(REQUEST_SECONDS):
+        deadline = asyncio.get_running_loop().time() + REQUEST_SECONDS
+        async with asyncio.timeout_at(deadline):
+            answer = Completion(one, body, await one.reader.request(body))
+            if body.stream:
+                events, headers = answer.events(deadline), {"cache-control": "no-store"}
+                return StreamingResponse(events, media_type="text/event-stream", headers=headers)
             async for _ in answer.rows():
                 pass
         return JSONResponse(answer.whole())
@@ -210,8 +210,8 @@ def _model_of(served: dict[str, ServedModel], body: BaseRequest) -> ServedModel:
 
 async def _call(one: ServedModel, body: BaseRequest, what: str, *words: Any) -> tuple[Tokens, Any]:
     """The images' tokens, and the model's answer."""
-    tokens = await asyncio.to_thread(one.reader.pictures, body)
     async with asyncio.timeout(REQUEST_SECONDS):
+        tokens = await one.reader.pictures(body)
         return tokens, await one.model.call(what, tokens, *words)
 
 
@@ -245,15 +245,15 @@ class Completion:
         finally:
             await generation.aclose()  # type: ignore[attr-defined]
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self, deadline: float) -> AsyncIterator[bytes]:
         """Server-sent events: `started` with the original, a `row` for each finished row, and `completed` with the
-        answer of a request without "stream"; or `error` as the last event."""
+        answer of a request without "stream"; or `error` as the last event, also at `deadline` of the event loop."""
         yield _event("started", {**self._head(), "n": self.body.n})
-        deadline, rows = time.monotonic() + REQUEST_SECONDS, self.rows()
+        rows, clock = self.rows(), asyncio.get_running_loop().time
         try:
             while True:
                 try:
-                    row, generated = await asyncio.wait_for(anext(rows), deadline - time.monotonic())
+                    row, generated = await asyncio.wait_for(anext(rows), deadline - clock())
                 except StopAsyncIteration:
                     break
                 data = [{"index": i, **self._encoded(strip)} for i, strip in enumerate(generated)]
@@ -356,10 +356,12 @@ def api_error_of(error: Exception) -> APIError:
         return APIError(422, "invalid_body", f"{where}: {first['msg']}" if where else first["msg"])
     if isinstance(error, ImageError):
         return APIError(400, "invalid_image", str(error))
+    if isinstance(error, Overloaded):
+        return overloaded(str(error))
     if isinstance(error, SettingError):
         return APIError(400, "invalid_setting", str(error))
     if isinstance(error, TimeoutError):
-        return APIError(504, "timeout", f"the model did not answer within {REQUEST_SECONDS} s")
+        return APIError(504, "timeout", f"the request took longer than {REQUEST_SECONDS} s")
     log.error("a request failed", exc_info=error)
     return APIError(500, "internal_error", "internal error; see the server's log")
 

@@ -32,6 +32,8 @@ class ServeConfig(Section):
     """Precision of the weights for completions. Scores, features and classes are float32, as in evaluation."""
     queue: Count = 256
     """Maximum number of requests that are queued or in progress; further requests get status 429."""
+    decoders: Count = 2
+    """Processes that decode the images of requests, each with at most 1 GiB of memory per image."""
     cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs per replica."""
     gpus: Annotated[float, Field(ge=0)] = 0

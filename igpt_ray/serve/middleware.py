@@ -124,7 +124,7 @@ class RequestGuard:
             yield
             return
         if self.busy >= self.queue:
-            raise _overloaded(f"{self.queue} requests are in progress")
+            raise overloaded(f"{self.queue} requests are in progress")
         self.busy += 1
         try:
             yield
@@ -150,7 +150,7 @@ class RequestGuard:
                     if size > MAX_BODY:
                         raise too_large
                     if self.held > MAX_HELD:
-                        raise _overloaded("the requests in progress are large")
+                        raise overloaded("the requests in progress are large")
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except BaseException as error:
@@ -189,7 +189,7 @@ class RequestGuard:
                 await answer
 
 
-def _overloaded(why: str) -> APIError:
+def overloaded(why: str) -> APIError:
     return APIError(429, "overloaded", f"{why}: try again", Retry_After=str(RETRY_AFTER_S))
 
 

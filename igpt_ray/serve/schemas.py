@@ -1,33 +1,32 @@
 """Request bodies, their conversion to tokens, and the encoding of images in answers.
 
 An image is an encoded file in base64, of which the evaluation view is tokenized, or a list of tokens. Limits are
-checked before the work that they limit: lengths before base64 is decoded, a file's header before its pixels.
+checked before the work that they limit: lengths before base64 is decoded, the headers of files before their pixels
+(`decoder_pool.py`).
 """
 
+import asyncio
 import base64
 import binascii
-import io
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from igpt_ray.data import image_files, pixels, png_chunks
+from igpt_ray.data import pixels
 from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import ImageError, SettingError
 from igpt_ray.evaluate.features import Pooling
 from igpt_ray.generate.engine import Request
+from igpt_ray.serve.decoder_pool import DecoderPool
 from igpt_ray.weights import ReleaseConfig
 
 MAX_BODY = 16 << 20
 """Largest request in bytes."""
 MAX_BASE64 = 14_000_000
 """Largest image in base64 characters, about 10 MB."""
-MAX_PIXELS, MAX_SIDE = 1 << 24, 1 << 14
-"""Largest image. The limits of data preparation are higher, because its input is not public."""
 MAX_SAMPLES = 16
 MAX_PICTURES = 64
 """Images per request."""
@@ -79,7 +78,7 @@ class CompletionRequest(BaseRequest):
     """Rows of pixels in the prompt, from the top. Default without `mask`: half of the image."""
     mask: Base64 | Annotated[list[list[Bit]], Field(max_length=256)] | None = None
     """Instead of `rows`: a PNG in base64, transparent at the pixels to generate, which is cropped and resized like the
-    image; or rows of 1 (prompt) and 0 (generate)."""
+    image (its colours have no meaning); or rows of 1 (prompt) and 0 (generate)."""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     """Number of completions."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -139,17 +138,21 @@ class ScoreRequest(BaseRequest):
 class Reader:
     """Converts requests to tokens and masks of a release, and tokens to images."""
 
-    def __init__(self, release: ReleaseConfig, palette: Palette):
+    def __init__(self, release: ReleaseConfig, palette: Palette, decoders: DecoderPool):
         self.release = release
         self.palette = palette
+        self.decoders = decoders
         self.n_px = release.model.n_px
         palette.encode(np.zeros((1, 3), np.uint8))  # builds the lookup table before the first request
 
-    def pictures(self, body: BaseRequest) -> Tokens:
+    async def pictures(self, body: BaseRequest) -> Tokens:
         """Tokens (N, T). Raises `ImageError` or `SettingError` for images that cannot be read."""
-        if body.image:
-            return np.stack([self._tokens_of(image) for image in body.image])
         T, V = self.release.model.n_positions, self.release.model.n_vocab
+        if body.image:
+            files = await asyncio.to_thread(lambda: [_bytes(image, "image") for image in body.image])
+            pipeline = self.release.kind.pipeline
+            views = await self.decoders.decode(files, pixels.centre_view, self.n_px, pipeline)
+            return (await asyncio.to_thread(self.palette.encode, views)).reshape(-1, T)
         for tokens in body.tokens:
             if len(tokens) != T or max(tokens) >= V:
                 raise SettingError(
@@ -157,24 +160,33 @@ class Reader:
                 )
         return np.array(body.tokens, np.uint16)
 
-    def request(self, body: CompletionRequest) -> Request:
+    async def request(self, body: CompletionRequest) -> Request:
         """The request to the engine."""
-        tokens = self.pictures(body)[0]
-        return Request(tokens, self.prompt_mask(body), body.seeds, body.temperature, body.top_k, body.top_p)
+        mask = await self.prompt_mask(body)
+        tokens = (await self.pictures(body))[0]
+        return Request(tokens, mask, body.seeds, body.temperature, body.top_k, body.top_p)
 
-    def prompt_mask(self, body: CompletionRequest) -> NDArray[np.bool_]:
-        """(T,) True for the pixels of the prompt."""
+    async def prompt_mask(self, body: CompletionRequest) -> NDArray[np.bool_]:
+        """(T,) True for the pixels of the prompt. Raises `SettingError` for a mask without pixels to generate."""
         n_px = self.n_px
+        if body.mask is None:
+            rows = n_px // 2 if body.rows is None else body.rows
+            if rows > n_px:
+                raise SettingError(f"rows is {rows}, expected at most {n_px}")
+            return np.arange(n_px * n_px) < rows * n_px
         if isinstance(body.mask, str):
-            return _opaque(_bytes(body.mask, "mask"), n_px).reshape(-1)
-        if body.mask is not None:
-            if len(body.mask) != n_px or any(len(row) != n_px for row in body.mask):
-                raise SettingError(f"mask: expected {n_px} rows of {n_px} numbers, 1 for the prompt, 0 to generate")
-            return np.array(body.mask, np.bool_).reshape(-1)
-        rows = n_px // 2 if body.rows is None else body.rows
-        if rows > n_px:
-            raise SettingError(f"rows is {rows}, expected at most {n_px}")
-        return np.arange(n_px * n_px) < rows * n_px
+            file = await asyncio.to_thread(_bytes, body.mask, "mask")
+            mask = await self.decoders.decode([file], pixels.mean_alpha, n_px) >= 128
+        elif len(body.mask) != n_px or any(len(row) != n_px for row in body.mask):
+            raise SettingError(f"mask: expected {n_px} rows of {n_px} numbers, 1 for the prompt, 0 to generate")
+        else:
+            mask = np.array(body.mask, np.bool_)
+        if mask.all():
+            raise SettingError(
+                "mask: nothing to generate: expected a PNG that is transparent at the pixels to generate (black and"
+                " white have no meaning), or rows with 0 at these pixels"
+            )
+        return mask.reshape(-1)
 
     def encoded(self, tokens: NDArray[np.integer], form: str) -> dict[str, Any]:
         """An image, or some rows of it, in the format of the answer."""
@@ -185,38 +197,9 @@ class Reader:
     def png(self, tokens: NDArray[np.integer]) -> bytes:
         return pixels.png(self.palette.decode(tokens).reshape(-1, self.n_px, 3))
 
-    def _tokens_of(self, image: str) -> Tokens:
-        """Tokens (T,) of the evaluation view of an encoded image."""
-        data = _bytes(image, "image")
-        _check_size(data)
-        return self.palette.encode(pixels.centre_view(data, self.n_px, self.release.kind.pipeline)).reshape(-1)
-
 
 def _bytes(text: str, what: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"{what} is not base64: {error}") from error
-
-
-def _check_size(data: bytes) -> None:
-    header = image_files.header_of(data)
-    if header.width * header.height > MAX_PIXELS or max(header.width, header.height) > MAX_SIDE:
-        raise ImageError(
-            f"the image has {header.width} x {header.height} pixels, expected at most {MAX_PIXELS} pixels and"
-            f" {MAX_SIDE} per side"
-        )
-
-
-def _opaque(data: bytes, n_px: int) -> NDArray[np.bool_]:
-    """(n_px, n_px) True where the mean alpha of a mask is at least one half."""
-    _check_size(data)
-    if not data.startswith(png_chunks.MAGIC):
-        raise ImageError("mask: expected a PNG, transparent at the pixels to generate")
-    image_files.decode(data)  # raises if the file is truncated or damaged
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-        alpha = picture.convert("RGBA").getchannel("A")
-    side = min(alpha.size)
-    left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
-    square = alpha.resize((n_px, n_px), Image.Resampling.BOX, (left, top, left + side, top + side))
-    return np.asarray(square) >= 128

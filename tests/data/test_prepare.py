@@ -136,6 +136,23 @@ def test_one_unreadable_image_is_allowed_in_a_small_set_unless_the_budget_is_zer
     assert prepare.prepare(settings, serial_map)["quarantined"] == 1
 
 
+def test_a_lossless_jpeg_among_forty_images_is_quarantined(prepared: str, digit_images: str, tmp_path: Path) -> None:
+    """A real one, 16 x 16 pixels of one grey: decoding it at a reduced scale can end the process."""
+    folder = tmp_path / "images" / "train" / "3"
+    folder.mkdir(parents=True)
+    for path in sorted(Path(digit_images, "train").rglob("*.png"))[:40]:
+        shutil.copy(path, folder)
+    frame, table = "ffc3 000b 08 0010 0010 01 01 11 00", f"ffc4 0014 00 01 {'00' * 15} 00"
+    scan = f"ffda 0008 01 01 00 01 00 00 {'00' * 32}"
+    (folder / "lossless.jpg").write_bytes(bytes.fromhex(f"ffd8 {frame} {table} {scan} ffd9"))
+    settings = settings_for(str(tmp_path / "images"), prepared, tmp_path / "tokens")
+    report = prepare.prepare(settings, serial_map)
+    assert (report["images"], report["quarantined"]) == (40, 1)
+    (listed,) = json.loads((tmp_path / "tokens/quarantine/train-00000-v0.json").read_text())
+    assert listed["key"] == "3/lossless.jpg"
+    assert "lossless" in listed["reason"]
+
+
 def test_a_link_in_a_tar_of_images_is_quarantined(prepared: str, digit_images: str, tmp_path: Path) -> None:
     """Units of archives travel to the workers as those of folders do, and what cannot be read is counted."""
     paths = sorted(Path(digit_images, "train").glob("*/*.png"))[:6]

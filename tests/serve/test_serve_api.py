@@ -1,5 +1,6 @@
 """The API over real HTTP with a replica in this process: responses and errors."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -26,6 +27,7 @@ from igpt_ray.evaluate.heads import load_head
 from igpt_ray.evaluate.likelihood import image_nats
 from igpt_ray.generate import completion
 from igpt_ray.serve import middleware, schemas
+from igpt_ray.serve.decoder_pool import DecoderPool
 from igpt_ray.serve.middleware import Keys
 from igpt_ray.serve.schemas import CompletionRequest, Reader
 
@@ -194,6 +196,22 @@ def test_a_fine_tuned_release_classifies_with_its_own_head(tmp_path: Path) -> No
     assert said["head"] == "fine-tuned"
     assert {one["class"] for one in said["data"][0]["classes"]} == {"cat", "dog"}
     assert sum(one["probability"] for one in said["data"][0]["classes"]) == pytest.approx(1)
+
+
+def test_a_mask_without_pixels_to_generate_is_an_error(place: Place) -> None:
+    """Black and white have no meaning: tools disagree on which of them is to be generated."""
+    black_and_white = np.zeros((40, 40, 3), np.uint8)
+    black_and_white[10:30, 10:30] = 255
+    grey = Image.fromarray(black_and_white).convert("L")
+    opaque = Image.fromarray(black_and_white).convert("RGBA")
+    for mask in (grey, grey.convert("1"), Image.fromarray(black_and_white), opaque, [[1] * 8] * 8):
+        if isinstance(mask, Image.Image):
+            out = io.BytesIO()
+            mask.save(out, "PNG")
+            mask = base64_of(out.getvalue())
+        answer = place.ask("/v1/completions", {"image": PICTURE, "mask": mask})
+        assert (answer.status, answer.code) == (400, "invalid_setting"), answer
+        assert "nothing to generate" in answer.body["error"]["message"]
 
 
 def test_only_listed_models_can_be_requested_and_each_has_its_own_results(place: Place) -> None:
@@ -484,12 +502,13 @@ def test_a_failed_engine_returns_500_and_fails_the_health_check(release: str, mo
 
 
 def test_seeds_masks_and_limits_are_as_documented(release: str) -> None:
-    about = weights.load_config(release)
-    reader = Reader(about, weights.load_release(release).palette)
+    decoders = DecoderPool(1)
+    reader = Reader(weights.load_config(release), weights.load_release(release).palette, decoders)
     asked = CompletionRequest(tokens=[[0] * 64], n=3, seed=2**64 - 1)
     assert asked.seeds == (2**64 - 1, 2**64, 2**64 + 1)
     assert CompletionRequest(tokens=[[0] * 64], n=2, seed=[9, 1]).seeds == (9, 1)
-    assert reader.prompt_mask(asked).sum() == 32
+    assert asyncio.run(reader.prompt_mask(asked)).sum() == 32
+    decoders.close()
     assert schemas.MAX_BASE64 < schemas.MAX_BODY
 
 

@@ -26,6 +26,7 @@ from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.serve.api import ServedModel, application
 from igpt_ray.serve.config import ServeConfig
+from igpt_ray.serve.decoder_pool import DecoderPool
 from igpt_ray.serve.middleware import Keys
 from igpt_ray.serve.schemas import Reader
 
@@ -105,12 +106,12 @@ def serving(
     model: type[Local] = Local,
 ) -> Iterator[Place]:
     fitted = {name: load_head(uri) for name, uri in (heads or {}).items()}
-    served, replicas = {}, []
+    served, replicas, decoders = {}, [], DecoderPool(2)
     for name, uri in releases.items():
         about = weights.load_config(uri)
         mine = {head: (heads or {})[head] for head in heads_of(about, fitted) if head in fitted}
         replicas.append(Replica(name, uri, mine, slots))
-        reader = Reader(about, Palette.load(f"{uri}/palette.npy"))
+        reader = Reader(about, Palette.load(f"{uri}/palette.npy"), decoders)
         served[name] = ServedModel(name, reader, heads_of(about, fitted), slots, model(replicas[-1]))
     port = free_port()
     options = uvicorn.Config(application(served, keys, queue), port=port, log_level="error", lifespan="off")
@@ -125,6 +126,7 @@ def serving(
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
+        decoders.close()
 
 
 def tiny_release(uri: str, seed: int = 0, n_px: int = 8, n_vocab: int = 16, **shape: Any) -> str:

@@ -25,6 +25,7 @@ from igpt_ray.flows.serve.replica import Replica, heads_of
 from igpt_ray.generate import engine
 from igpt_ray.serve.api import REQUEST_SECONDS, ServedModel, application
 from igpt_ray.serve.config import ServeConfig
+from igpt_ray.serve.decoder_pool import DecoderPool
 from igpt_ray.serve.middleware import APIError, Keys
 from igpt_ray.serve.schemas import Reader
 
@@ -44,10 +45,10 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Any:
         heads = {name: load_head(uri) for name, uri in self.settings.probes.items()}
-        served = {}
+        served, decoders = {}, DecoderPool(self.settings.decoders)
         for name, uri in self.settings.releases.items():
             release = weights.load_config(uri)
-            reader = Reader(release, Palette.load(storage.join(uri, "palette.npy")))
+            reader = Reader(release, Palette.load(storage.join(uri, "palette.npy")), decoders)
             replicas = Replicas(self.handles[name])
             served[name] = ServedModel(name, reader, heads_of(release, heads), self.settings.slots, replicas)
         return application(served, self.keys, self.settings.queue)
