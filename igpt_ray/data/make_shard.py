@@ -115,7 +115,7 @@ class MakeShard:
                 builders[split].quarantine(image.key, image.reason)
                 continue
             try:
-                view = configured_view(image.data, self.pixels, training, image.key, task.view)
+                view = configured_view(image.data, self.pixels, self.kind.pipeline, training, image.key, task.view)
             except ImageError as error:
                 builders[split].quarantine(image.key, str(error))
             else:
