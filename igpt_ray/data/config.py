@@ -32,7 +32,7 @@ class PixelsConfig(Section):
     view: ViewName = "imagenet"
     """How an image becomes n_px x n_px: imagenet, the paper's resize to 224 and crop, but images of n_px x n_px are
     used as they are; direct, the centre square resized once, for small images such as CIFAR's and STL-10's; or
-    imagenet-1, for releases and palettes of version 0.1, which also resizes images of n_px x n_px."""
+    imagenet-1, for older releases and palettes, which also resizes images of n_px x n_px."""
     crop: Literal["random", "centre"] = "random"
     """Views of the training images, the hold-out included: random crops, or the evaluation view. Other splits always
     use the centre crop. Images of the view direct, and of n_px x n_px, are shifted by up to n_px // 8 pixels and

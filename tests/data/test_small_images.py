@@ -167,7 +167,7 @@ def test_the_view_is_part_of_palette_and_store(source: str, tmp_path: Path) -> N
         )
 
 
-def test_a_store_of_version_0_1_is_verified_with_its_own_pipeline(source: str, tmp_path: Path) -> None:
+def test_an_older_store_is_verified_with_its_own_pipeline(source: str, tmp_path: Path) -> None:
     """Its settings name no view. Computed again with today's default, all of its tokens would seem wrong."""
     old = stored(source, tmp_path, "imagenet-1", "random")
     manifest = Path(old.tokens, "manifest.json")
