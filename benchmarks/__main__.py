@@ -2,6 +2,7 @@
 
 python -m benchmarks palette --images FOLDER
 python -m benchmarks data --images FOLDER
+python -m benchmarks identity --images cifar10 --tokens cifar10-tokens
 python -m benchmarks modern --tokens demo-out/data/tokens --out modern.json
 python -m benchmarks checkpoints
 python -m benchmarks overheads --tokens demo-out/data/tokens
@@ -18,6 +19,7 @@ import tyro
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.features import features
+from benchmarks.identity import identity
 from benchmarks.modern import modern
 from benchmarks.overheads import overheads
 from benchmarks.palette import palette
@@ -25,7 +27,7 @@ from benchmarks.probe import probe
 from benchmarks.serve import serve
 from benchmarks.train import train
 
-SUBJECTS = (palette, data, checkpoints, overheads, modern, train, probe, features, serve)
+SUBJECTS = (palette, data, identity, checkpoints, overheads, modern, train, probe, features, serve)
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":
