@@ -199,7 +199,7 @@ def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB
     for i, band in enumerate(rows):
         pixels = rgb[band.first : band.last, left:right].astype(np.float32).reshape(band.last - band.first, -1)
         np.matmul(band.matrix, pixels, out=squeezed[i * BAND : (i + 1) * BAND])
-    wide = np.ascontiguousarray(squeezed.T).astype(np.float64).reshape(right - left, 3 * n_px)
+    wide = squeezed.T.astype(np.float64, order="C").reshape(right - left, 3 * n_px)
     folded = np.empty((n_px, 3 * n_px))
     for i, band in enumerate(columns):
         np.matmul(band.matrix, wide[band.first - left : band.last - left], out=folded[i * BAND : (i + 1) * BAND])
@@ -220,20 +220,16 @@ def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bi
     so the length is n_in * k / 8 and not the number of pixels.
     """
     first, weights = _bicubic(n_in * eighths / 8, -(-n_in * eighths // 8), n_resized, offset)
-    box, sizes = _boxes(n_px)
-    low, high = int(first[0]), int(first[-1]) + weights.shape[1]
-    taps = first[:, None] - low + np.arange(weights.shape[1])  # (CROP, taps)
-    into = (box[:, None] * (high - low) + taps).ravel()
-    summed = np.bincount(into, weights.ravel(), n_px * (high - low)).reshape(n_px, high - low)
-    whole = np.rint(summed * (2.0**bits / sizes[:, None])).astype(np.float32 if bits == ROW_BITS else np.float64)
-    used = whole != 0
-    firsts, lasts = used.argmax(1), high - low - used[:, ::-1].argmax(1)
-    bands = []
-    for start in range(0, n_px, BAND):  # each band needs only a part of the image
-        band = slice(start, start + BAND)
-        left, right = int(firsts[band].min()), int(lasts[band].max())
-        bands.append(ResizeRows(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
-    return tuple(bands)
+    boxes = _boxes(n_px)
+    lefts, rights = first[boxes.starts], first[boxes.ends] + len(weights)  # each band needs only a part of the image
+    width = int((rights - lefts).max())
+    into = (boxes.box * width + first - lefts[boxes.band])[:, None] + np.arange(len(weights))
+    summed = np.bincount(into.ravel(), weights.T.ravel(), n_px * width).reshape(n_px, width)
+    whole = np.rint(summed * (2.0**bits / boxes.sizes)).astype(np.float32 if bits == ROW_BITS else np.float64)
+    return tuple(
+        ResizeRows(left, right, whole[i * BAND : (i + 1) * BAND, : right - left])
+        for i, (left, right) in enumerate(zip(lefts.tolist(), rights.tolist(), strict=True))
+    )
 
 
 _cached_side_of = lru_cache(maxsize=2048)(_side_of)
@@ -243,25 +239,40 @@ _cached_side_of = lru_cache(maxsize=2048)(_side_of)
 def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """PIL's bicubic resize with antialiasing from `length` (covered by n_in pixels) to n_out pixels.
 
-    For output pixels offset .. offset + CROP: the first input pixel (CROP,) and the weights from it on (CROP, taps).
+    For output pixels offset .. offset + CROP: the first input pixel (CROP,) and the weights from it on (taps, CROP).
     """
     scale = length / n_out
     widened = max(scale, 1.0)
     support = 2 * widened
-    centres = (offset + np.arange(CROP) + 0.5) * scale
+    centres = (offset + 0.5 + np.arange(CROP)) * scale
     n_taps = min(int(np.ceil(2 * support)), n_in)
-    first = np.clip((centres - support + 0.5).astype(np.int64), 0, n_in - n_taps)
-    x = np.abs((first - centres)[:, None] + (np.arange(n_taps) + 0.5)) / widened
+    first = np.minimum(np.maximum((centres - support + 0.5).astype(np.int64), 0), n_in - n_taps)
+    x = np.abs((first - centres) + (np.arange(n_taps) + 0.5)[:, None]) / widened
     u, v = np.maximum(2 - x, 0), np.maximum(1 - x, 0)
     weights = u * u * (u - 1) * 0.5 + v * v * (1 - 2 * v)  # Keys' kernel with a = -1/2: one cubic from 0 to 1, one to 2
-    return first, weights / weights.sum(1, keepdims=True)
+    return first, weights / weights.sum(0)
+
+
+class Boxes(NamedTuple):
+    """PIL's box resize from CROP to n_px pixels, and the bands of its output."""
+
+    box: NDArray[np.int64]
+    """(CROP,): the output pixel of each input pixel."""
+    sizes: NDArray[np.int64]
+    """(n_px, 1): the number of input pixels of each output pixel."""
+    band: NDArray[np.int64]
+    """(CROP,): the band of each input pixel."""
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    """(bands,): the first and the last input pixel of each band."""
 
 
 @lru_cache(maxsize=16)
-def _boxes(n_px: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """PIL's box resize from CROP to n_px pixels: the box of each input pixel, and the number of pixels per box."""
+def _boxes(n_px: int) -> Boxes:
     box = np.ceil((np.arange(CROP) + 0.5) * n_px / CROP).astype(np.int64) - 1  # a centre on an edge belongs to the left
-    return box, np.bincount(box, minlength=n_px)
+    starts = np.searchsorted(box, np.arange(0, n_px, BAND))
+    ends = np.append(starts[1:], CROP) - 1
+    return Boxes(box, np.bincount(box, minlength=n_px)[:, None], box // BAND, starts, ends)
 
 
 # ------------------------------------------------------------------------------------------------ back to files
