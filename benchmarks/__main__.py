@@ -3,6 +3,7 @@
 python -m benchmarks palette --images FOLDER
 python -m benchmarks data --images FOLDER
 python -m benchmarks corpus --images FOLDER FOLDER
+python -m benchmarks identity --images cifar10 --tokens cifar10-tokens
 python -m benchmarks modern --tokens demo-out/data/tokens --out modern.json
 python -m benchmarks checkpoints
 python -m benchmarks overheads --tokens demo-out/data/tokens
@@ -20,6 +21,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.corpus import corpus
 from benchmarks.data import data
 from benchmarks.features import features
+from benchmarks.identity import identity
 from benchmarks.modern import modern
 from benchmarks.overheads import overheads
 from benchmarks.palette import palette
@@ -27,7 +29,7 @@ from benchmarks.probe import probe
 from benchmarks.serve import serve
 from benchmarks.train import train
 
-SUBJECTS = (palette, data, corpus, checkpoints, overheads, modern, train, probe, features, serve)
+SUBJECTS = (palette, data, corpus, identity, checkpoints, overheads, modern, train, probe, features, serve)
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --images, not --settings.images
 
 if __name__ == "__main__":

@@ -259,9 +259,8 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
     def steps(root: str, n_px: int) -> Steps:
         palette = Palette.load(f"{root}/palette.npy")
         pixels = PixelsConfig.model_validate({"n_px": n_px, "pipeline": pipeline, "crop": crop})
-        token_format = TokenFormat(
-            n_px=n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=images.PIPELINES[pixels.pipeline]
-        )
+        pipeline_id = images.pipeline_id(pixels.pipeline, pixels.view)
+        token_format = TokenFormat(n_px=n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline_id)
         make = MakeShard(root, token_format, pixels, holdout=0.0, committed={})
 
         def delete_shard(unit: sources.WorkUnit) -> Task:

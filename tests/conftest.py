@@ -215,7 +215,7 @@ def palette() -> Palette:
 @pytest.fixture(scope="session")
 def kind(palette: Palette) -> TokenFormat:
     """What the tokens of `store` mean: 4 x 4 pixels of 16 colours."""
-    return TokenFormat(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-1")
+    return TokenFormat(n_px=4, n_vocab=len(palette), palette=palette.fingerprint, pipeline="reference-2")
 
 
 @pytest.fixture

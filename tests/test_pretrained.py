@@ -55,6 +55,16 @@ def test_an_image_is_the_same_tokens_in_every_form(
         loaded.tokens(np.zeros((2, 2)))  # type: ignore[arg-type]
 
 
+def test_a_release_of_the_direct_view_reads_images_with_it(
+    palette: Palette, kind: TokenFormat, picture: Image.Image, tmp_path: Path
+) -> None:
+    """The caller does not name the view."""
+    direct = kind.model_copy(update={"pipeline": "fast-direct-1"})
+    loaded = igpt_ray.load(release_at(str(tmp_path / "release"), palette, direct))
+    square = picture.crop((1, 0, 10, 9)).resize((4, 4), Image.Resampling.BOX)
+    assert (loaded.tokens(picture)[0] == palette.encode(np.asarray(square)).reshape(-1)).all()
+
+
 def test_completions_keep_what_is_given_and_depend_on_the_seed_alone(
     loaded: igpt_ray.Pretrained, picture: Image.Image
 ) -> None:

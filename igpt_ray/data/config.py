@@ -33,16 +33,24 @@ def _columns(words: tuple[str, ...]) -> tuple[str, ...]:
 Columns = Annotated[tuple[str, ...], AfterValidator(_columns)]
 """Names of Parquet columns, such as image=img and label=fine_label."""
 
+PipelineName = Literal["fast", "reference"]
+ViewName = Literal["imagenet", "direct", "imagenet-1"]
+
 
 class PixelsConfig(Section):
     """How images become pixels. Palette and token store must use the same settings."""
 
     n_px: Annotated[int, Field(gt=0, le=224)] = 32
     """Pixels a side."""
+    view: ViewName = "imagenet"
+    """How an image becomes n_px x n_px: imagenet, the paper's resize to 224 and crop, but images of n_px x n_px are
+    used as they are; direct, the centre square resized once, for small images such as CIFAR's and STL-10's; or
+    imagenet-1, for older releases and palettes, which also resizes images of n_px x n_px."""
     crop: Literal["random", "centre"] = "random"
-    """Views of the training images, the hold-out included: the paper's random crops, or the evaluation view. Other
-    splits always use the centre crop."""
-    pipeline: Literal["fast", "reference"] = "fast"
+    """Views of the training images, the hold-out included: random crops, or the evaluation view. Other splits always
+    use the centre crop. Images of the view direct, and of n_px x n_px, are shifted by up to n_px // 8 pixels and
+    mirrored."""
+    pipeline: PipelineName = "fast"
     """How images are decoded and resized: fast, in one step on a JPEG decoded at reduced scale; or reference, the
     paper's steps with PIL, three times slower."""
 

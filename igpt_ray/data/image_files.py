@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from igpt_ray.data import jpeg_segments, png_chunks
 from igpt_ray.errors import ImageError
@@ -115,8 +115,8 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
     return rgb
 
 
-def _opened(data: bytes, header: Header) -> Image.Image:
-    picture = Image.open(io.BytesIO(data), formats=[header.format])
+def _opened(data: bytes, header: Header) -> ImageFile.ImageFile:
+    picture = cast(ImageFile.ImageFile, Image.open(io.BytesIO(data), formats=[header.format]))
     if picture.size != (header.width, header.height):
         raise ImageError(f"damaged {header.format}: its sizes {header.width, header.height} and {picture.size} differ")
     return picture

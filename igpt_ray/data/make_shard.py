@@ -117,7 +117,9 @@ class MakeShard:
                 builders[split].quarantine(image.key, image.reason)
                 continue
             try:
-                view = decode(configured_view, image.data, self.pixels, training, image.key, task.view)
+                view = decode(
+                    configured_view, image.data, self.pixels, self.kind.pipeline, training, image.key, task.view
+                )
             except ImageError as error:
                 builders[split].quarantine(image.key, str(error))
             else:

@@ -52,7 +52,7 @@ def fit_palette(settings: PaletteConfig, mapper: Mapper) -> dict[str, Any]:
         "palette": settings.out,
         "fingerprint": palette.fingerprint,
         "k": settings.k,
-        "pipeline": images.PIPELINES[settings.pixels.pipeline],
+        "pipeline": images.pipeline_id(settings.pixels.pipeline, settings.pixels.view),
         "images": n_sampled,
         "unreadable": n_unreadable,
         **quality(palette, histogram),
@@ -78,6 +78,7 @@ class CountColours:
 
     def __init__(self, pixels: PixelsConfig, fraction: float, seed: int):
         self.pixels = pixels
+        self.pipeline = images.pipeline_id(pixels.pipeline, pixels.view)
         self.key_filter = functools.partial(sources.sampled, fraction=fraction, seed=seed)
 
     def __call__(self, unit: WorkUnit) -> ColourCounts:
@@ -88,7 +89,9 @@ class CountColours:
                 continue
             try:
                 training = unit.split == TRAIN
-                views.append(decode(images.configured_view, image.data, self.pixels, training, image.key, 0))
+                views.append(
+                    decode(images.configured_view, image.data, self.pixels, self.pipeline, training, image.key, 0)
+                )
             except ImageError:
                 n_unreadable += 1  # preparation records the key and the reason; here the image is only skipped
         packed = pack(np.stack(views)) if views else np.empty(0, np.uint32)

@@ -1,37 +1,46 @@
 """Pixel pipelines: encoded image -> RGB -> the view that is tokenized; and RGB -> PNG.
 
 A pixel pipeline has a name and a version, because the choice of decoder, filter and crop changes a third of all tokens.
-Palettes, shards and releases record it, and a mismatch is an error. All pipelines use the same crops and accept the
-same files.
+Palettes, shards and releases record it, and a mismatch is an error. All pipelines accept the same files.
 
-`reference-1` is the paper's chain (section 3.1) with PIL: full decode; shorter side to 224, bicubic; centre crop
-224; box filter down to n_px. The random view: shorter side to a random length in [256, 384], random 224 crop, box.
-The paper does not state the last filter; box is the common choice of ports.
+The view `imagenet` is the paper's (section 3.1). Centre: shorter side to 224, bicubic; centre crop 224; box filter down
+to n_px. Random: shorter side to a random length in [256, 384], random 224 crop, box. The paper does not state the last
+filter; box is the common choice of ports. An image of exactly n_px x n_px gets the view `direct` instead, because
+enlarging it to 224 and reducing it again changes 28 % of CIFAR's tokens. `imagenet-1`, of older stores, has no such
+exception.
 
-`fast-1` computes the same in one step on a smaller image. libjpeg-turbo decodes a JPEG directly at 1/2, 1/4 or 1/8 of
-its size, provided that `DETAIL` decoded pixels remain per output pixel; PIL decodes other formats at full size. The two
-resizes and the crop are linear and separable, so they are one small matrix for the rows and one for the columns.
-Rounding happens once, at the end, while the reference rounds after every pass.
+The view `direct` is for images that are small by nature, as the paper uses CIFAR and STL-10. Centre: the centre square,
+box filter to n_px; an image of n_px x n_px is not changed. Random: the centre view, padded by reflection with n_px // 8
+pixels (4 at 32), a random n_px crop, and a mirror image with probability 1/2 (section 3.1).
+
+`reference` computes both with PIL. `fast` decodes JPEGs with simplejpeg and computes `imagenet` in one step on a
+smaller image. libjpeg-turbo decodes a JPEG directly at 1/2, 1/4 or 1/8 of its size, provided that `DETAIL` decoded
+pixels remain per output pixel; PIL decodes other formats at full size. The two resizes and the crop are linear and
+separable, so they are one small matrix for the rows and one for the columns. Rounding happens once, at the end, while
+the reference rounds after every pass.
 """
 
 import hashlib
 import io
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt_ray.data.config import PixelsConfig
+from igpt_ray.data.config import PipelineName, PixelsConfig, ViewName
 from igpt_ray.data.image_files import MAX_PIXELS, RGB, Header, decode, header_of, scaled_jpeg
 from igpt_ray.errors import ImageError
 
-REFERENCE = "reference-1"
-FAST = "fast-1"
-PIPELINES = {"fast": FAST, "reference": REFERENCE}
-"""The current version of each pipeline, by its name in the settings."""
+VERSIONS: dict[ViewName, str] = {"imagenet": "2", "direct": "direct-1", "imagenet-1": "1"}
+PIPELINES: dict[str, tuple[PipelineName, ViewName]] = {
+    f"{name}-{version}": (name, view) for name in ("fast", "reference") for view, version in VERSIONS.items()
+}
+"""Identifier -> the settings that select it."""
+FAST = "fast-2"
+REFERENCE = "reference-2"
 
 CROP = 224
 SHORTER_SIDE = (256, 384)
@@ -53,41 +62,84 @@ class CropBox(NamedTuple):
 # ------------------------------------------------------------------------------------------------ views
 
 
+Draws = tuple[int, int, int]
+"""Three random integers below 2^64 that determine a random view."""
+
+
+def pipeline_id(pipeline: PipelineName, view: ViewName) -> str:
+    """The identifier that palettes, stores and releases record, such as `fast-2`."""
+    return f"{pipeline}-{VERSIONS[view]}"
+
+
+def settings_hint(pipeline: str) -> str:
+    """What to set so that `pipeline` is used."""
+    if pipeline not in PIPELINES:
+        return f"this version has {', '.join(PIPELINES)}"
+    return "set --pixels.pipeline {} --pixels.view {}".format(*PIPELINES[pipeline])
+
+
 def centre_view(data: bytes, n_px: int, pipeline: str = FAST) -> RGB:
-    """The paper's evaluation view of an encoded image: (n_px, n_px, 3)."""
-    return _view(data, n_px, pipeline, _centre)
+    """The evaluation view of an encoded image: (n_px, n_px, 3)."""
+    return _view(data, n_px, pipeline, None)
 
 
 def random_view(data: bytes, n_px: int, key: str, view: int, pipeline: str = FAST) -> RGB:
-    """The paper's training view, a function of (key, view), so that a repeat gives the same pixels."""
-    return _view(data, n_px, pipeline, partial(_random, key, view))
+    """The training view, a function of (key, view), so that a repeat gives the same pixels."""
+    digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()  # a library's generator may change between versions
+    first, second, third = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
+    return _view(data, n_px, pipeline, (first, second, third))
 
 
-def configured_view(data: bytes, settings: PixelsConfig, training: bool, key: str, view: int) -> RGB:
-    """The random view for training images with `crop="random"`, the centre view otherwise."""
-    pipeline = PIPELINES[settings.pipeline]
+def configured_view(data: bytes, settings: PixelsConfig, pipeline: str, training: bool, key: str, view: int) -> RGB:
+    """The random view for training images with `crop="random"`, the centre view otherwise.
+
+    `pipeline` is the identifier in a store, which may be older than the one that `settings` select today.
+    """
     if training and settings.crop == "random":
         return random_view(data, settings.n_px, key, view, pipeline)
     return centre_view(data, settings.n_px, pipeline)
 
 
-def _view(data: bytes, n_px: int, pipeline: str, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
-    if pipeline == FAST:
-        return _fast(data, n_px, crop_box_of)
-    if pipeline == REFERENCE:
-        return _reference(data, n_px, crop_box_of)
-    raise ImageError(f"unknown pixel pipeline {pipeline!r}: this version has {FAST} and {REFERENCE}")
+def _view(data: bytes, n_px: int, pipeline: str, draws: Draws | None) -> RGB:
+    if pipeline not in PIPELINES:
+        raise ImageError(f"unknown pixel pipeline {pipeline!r}: {settings_hint(pipeline)}")
+    name, view = PIPELINES[pipeline]
+    header = header_of(data)
+    if view == "direct" or (view == "imagenet" and header.width == header.height == n_px):
+        return _direct(data, header, n_px, name, draws)
+    crop_box = _crop_box(header.width, header.height, draws)
+    if name == "reference":
+        return _reference(data, n_px, crop_box)
+    return _fast(data, header, n_px, crop_box, _side_of if draws else _cached_side_of)
 
 
-def _centre(width: int, height: int) -> CropBox:
-    width, height = _resized(width, height, CROP)
-    return CropBox(width, height, (width - CROP) // 2, (height - CROP) // 2)
+def _direct(data: bytes, header: Header, n_px: int, name: PipelineName, draws: Draws | None) -> RGB:
+    rgb = scaled_jpeg(data, header, 8) if name == "fast" and _is_rgb_jpeg(header) else decode(data)
+    side = min(header.width, header.height)
+    left, top = (header.width - side) // 2, (header.height - side) // 2
+    box = (left, top, left + side, top + side)
+    view = np.asarray(Image.fromarray(rgb).resize((n_px, n_px), Image.Resampling.BOX, box))
+    if draws is None:
+        return view
+    pad = n_px // 8
+    top, left = (draw % (2 * pad + 1) for draw in draws[:2])
+    crop = np.pad(view, ((pad, pad), (pad, pad), (0, 0)), "reflect")[top : top + n_px, left : left + n_px]
+    return np.ascontiguousarray(crop[:, :: -1 if draws[2] % 2 else 1])
 
 
-def _random(key: str, view: int, width: int, height: int) -> CropBox:
-    """A random crop from a hash. A library's random generator may change between versions."""
-    digest = hashlib.sha256(f"{key}\0{view}".encode()).digest()
-    length, left, top = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16))
+def _is_rgb_jpeg(header: Header) -> bool:
+    return header.format == "JPEG" and header.colours == "RGB"
+
+
+# ------------------------------------------------------------------------------------------------ imagenet
+
+
+def _crop_box(width: int, height: int, draws: Draws | None) -> CropBox:
+    """The centre crop, or the crop that `draws` determine."""
+    if draws is None:
+        width, height = _resized(width, height, CROP)
+        return CropBox(width, height, (width - CROP) // 2, (height - CROP) // 2)
+    length, left, top = draws
     width, height = _resized(width, height, SHORTER_SIDE[0] + length % (SHORTER_SIDE[1] - SHORTER_SIDE[0] + 1))
     return CropBox(width, height, left % (width - CROP + 1), top % (height - CROP + 1))
 
@@ -98,12 +150,8 @@ def _resized(width: int, height: int, length: int) -> tuple[int, int]:
     return max(length, round(width * scale)), max(length, round(height * scale))
 
 
-# ------------------------------------------------------------------------------------------------ reference-1
-
-
-def _reference(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
+def _reference(data: bytes, n_px: int, crop_box: CropBox) -> RGB:
     picture = Image.fromarray(decode(data))
-    crop_box = crop_box_of(*picture.size)
     if crop_box.width * crop_box.height <= MAX_PIXELS:
         resized = picture.resize((crop_box.width, crop_box.height), Image.Resampling.BICUBIC)
         cut = resized.crop((crop_box.left, crop_box.top, crop_box.left + CROP, crop_box.top + CROP))
@@ -115,7 +163,7 @@ def _reference(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox
     return np.asarray(cut.resize((n_px, n_px), Image.Resampling.BOX))
 
 
-# ------------------------------------------------------------------------------------------------ fast-1
+# ------------------------------------------------------------------------------------------------ imagenet, fast
 
 # Matrices hold integers, in units of 2**-ROW_BITS and 2**-COLUMN_BITS, so that every partial sum of either product is
 # an integer that its float type holds exactly: 8 bits of pixel, 15 of weight, and one because the absolute values of
@@ -135,19 +183,16 @@ class ResizeRows(NamedTuple):
 
     first: int
     last: int
-    matrix: NDArray[np.floating]  # (BAND or fewer, last - first), integers
+    matrix: NDArray[Any]  # (BAND or fewer, last - first), integers
 
 
 ResizeMatrix = tuple[ResizeRows, ...]
 
 
-def _fast(data: bytes, n_px: int, crop_box_of: Callable[[int, int], CropBox]) -> RGB:
-    header = header_of(data)
-    crop_box = crop_box_of(header.width, header.height)
-    scalable = header.format == "JPEG" and header.colours == "RGB"
+def _fast(data: bytes, header: Header, n_px: int, crop_box: CropBox, side_of: Callable[..., ResizeMatrix]) -> RGB:
+    scalable = _is_rgb_jpeg(header)
     eighths = _eighths(header, crop_box, n_px) if scalable else 8
     rgb = scaled_jpeg(data, header, eighths) if scalable else decode(data)
-    side_of = _cached_side_of if crop_box_of is _centre else _side_of
     rows = side_of(header.height, crop_box.height, crop_box.top, eighths, n_px, ROW_BITS)
     return _fold(rgb, rows, side_of(header.width, crop_box.width, crop_box.left, eighths, n_px, COLUMN_BITS), n_px)
 
@@ -164,7 +209,7 @@ def _fold(rgb: RGB, rows: ResizeMatrix, columns: ResizeMatrix, n_px: int) -> RGB
             pixels = rgb[band.first : band.last, start:stop].astype(np.float32).reshape(height, -1)
             out = squeezed[i * BAND : (i + 1) * BAND, 3 * (start - left) : 3 * (stop - left)]
             np.matmul(band.matrix, pixels, out=out)
-    wide = np.ascontiguousarray(squeezed.T).astype(np.float64).reshape(right - left, 3 * n_px)
+    wide = squeezed.T.astype(np.float64, order="C").reshape(right - left, 3 * n_px)
     folded = np.empty((n_px, 3 * n_px))
     for i, band in enumerate(columns):
         np.matmul(band.matrix, wide[band.first - left : band.last - left], out=folded[i * BAND : (i + 1) * BAND])
@@ -185,20 +230,16 @@ def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bi
     so the length is n_in * k / 8 and not the number of pixels.
     """
     first, weights = _bicubic(n_in * eighths / 8, -(-n_in * eighths // 8), n_resized, offset)
-    box, sizes = _boxes(n_px)
-    low, high = int(first[0]), int(first[-1]) + weights.shape[1]
-    taps = first[:, None] - low + np.arange(weights.shape[1])  # (CROP, taps)
-    into = (box[:, None] * (high - low) + taps).ravel()
-    summed = np.bincount(into, weights.ravel(), n_px * (high - low)).reshape(n_px, high - low)
-    whole = np.rint(summed * (2.0**bits / sizes[:, None])).astype(np.float32 if bits == ROW_BITS else np.float64)
-    used = whole != 0
-    firsts, lasts = used.argmax(1), high - low - used[:, ::-1].argmax(1)
-    bands = []
-    for start in range(0, n_px, BAND):  # each band needs only a part of the image
-        band = slice(start, start + BAND)
-        left, right = int(firsts[band].min()), int(lasts[band].max())
-        bands.append(ResizeRows(low + left, low + right, np.ascontiguousarray(whole[band, left:right])))
-    return tuple(bands)
+    boxes = _boxes(n_px)
+    lefts, rights = first[boxes.starts], first[boxes.ends] + len(weights)  # each band needs only a part of the image
+    width = int((rights - lefts).max())
+    into = (boxes.box * width + first - lefts[boxes.band])[:, None] + np.arange(len(weights))
+    summed = np.bincount(into.ravel(), weights.T.ravel(), n_px * width).reshape(n_px, width)
+    whole = np.rint(summed * (2.0**bits / boxes.sizes)).astype(np.float32 if bits == ROW_BITS else np.float64)
+    return tuple(
+        ResizeRows(left, right, whole[i * BAND : (i + 1) * BAND, : right - left])
+        for i, (left, right) in enumerate(zip(lefts.tolist(), rights.tolist(), strict=True))
+    )
 
 
 _cached_side_of = lru_cache(maxsize=2048)(_side_of)
@@ -208,25 +249,40 @@ _cached_side_of = lru_cache(maxsize=2048)(_side_of)
 def _bicubic(length: float, n_in: int, n_out: int, offset: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """PIL's bicubic resize with antialiasing from `length` (covered by n_in pixels) to n_out pixels.
 
-    For output pixels offset .. offset + CROP: the first input pixel (CROP,) and the weights from it on (CROP, taps).
+    For output pixels offset .. offset + CROP: the first input pixel (CROP,) and the weights from it on (taps, CROP).
     """
     scale = length / n_out
     widened = max(scale, 1.0)
     support = 2 * widened
-    centres = (offset + np.arange(CROP) + 0.5) * scale
+    centres = (offset + 0.5 + np.arange(CROP)) * scale
     n_taps = min(int(np.ceil(2 * support)), n_in)
-    first = np.clip((centres - support + 0.5).astype(np.int64), 0, n_in - n_taps)
-    x = np.abs((first - centres)[:, None] + (np.arange(n_taps) + 0.5)) / widened
+    first = np.minimum(np.maximum((centres - support + 0.5).astype(np.int64), 0), n_in - n_taps)
+    x = np.abs((first - centres) + (np.arange(n_taps) + 0.5)[:, None]) / widened
     u, v = np.maximum(2 - x, 0), np.maximum(1 - x, 0)
     weights = u * u * (u - 1) * 0.5 + v * v * (1 - 2 * v)  # Keys' kernel with a = -1/2: one cubic from 0 to 1, one to 2
-    return first, weights / weights.sum(1, keepdims=True)
+    return first, weights / weights.sum(0)
+
+
+class Boxes(NamedTuple):
+    """PIL's box resize from CROP to n_px pixels, and the bands of its output."""
+
+    box: NDArray[np.int64]
+    """(CROP,): the output pixel of each input pixel."""
+    sizes: NDArray[np.int64]
+    """(n_px, 1): the number of input pixels of each output pixel."""
+    band: NDArray[np.int64]
+    """(CROP,): the band of each input pixel."""
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    """(bands,): the first and the last input pixel of each band."""
 
 
 @lru_cache(maxsize=16)
-def _boxes(n_px: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """PIL's box resize from CROP to n_px pixels: the box of each input pixel, and the number of pixels per box."""
+def _boxes(n_px: int) -> Boxes:
     box = np.ceil((np.arange(CROP) + 0.5) * n_px / CROP).astype(np.int64) - 1  # a centre on an edge belongs to the left
-    return box, np.bincount(box, minlength=n_px)
+    starts = np.searchsorted(box, np.arange(0, n_px, BAND))
+    ends = np.append(starts[1:], CROP) - 1
+    return Boxes(box, np.bincount(box, minlength=n_px)[:, None], box // BAND, starts, ends)
 
 
 def mean_alpha(data: bytes, n_px: int) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     palette was fitted with another pixel pipeline, and `SourceError` if more images than the budget are unreadable.
     """
     started = time.perf_counter()
-    pipeline = images.PIPELINES[settings.pixels.pipeline]
+    pipeline = images.pipeline_id(settings.pixels.pipeline, settings.pixels.view)
     palette = _load_palette(settings.palette, pipeline)
     kind = TokenFormat(n_px=settings.pixels.n_px, n_vocab=len(palette), palette=palette.fingerprint, pipeline=pipeline)
     plan = sources.plan(settings.source, settings.shard_images, settings.layout, settings.columns)
@@ -154,7 +154,10 @@ def _load_palette(uri: str, pipeline: str) -> Palette:
     except NotFound:
         return palette  # a palette from elsewhere has no sidecar
     if fitted_on != pipeline:
-        raise PaletteError(f"{uri} was fitted on pixels of {fitted_on!r}, not {pipeline!r}: see --pixels.pipeline")
+        raise PaletteError(
+            f"{uri} was fitted on pixels of {fitted_on!r}, not {pipeline!r}: {images.settings_hint(fitted_on)}, or fit"
+            " another palette"
+        )
     return palette
 
 

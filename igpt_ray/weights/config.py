@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from igpt_ray.data.config import PaletteUri
+from igpt_ray.data.config import PaletteUri, PipelineName, ViewName
 from igpt_ray.settings import Section, Uri
 
 
@@ -17,5 +17,7 @@ class ConvertConfig(Section):
     """Format to write."""
     palette: PaletteUri | None = None
     """URI of the palette (.npy), or the word openai; None: the source's palette (OpenAI's checkpoints have none)."""
-    pipeline: Literal["fast", "reference"] = "reference"
+    pipeline: PipelineName = "reference"
     """Pixel pipeline that the release will use. The original pipeline of foreign weights is unpublished."""
+    view: ViewName = "imagenet"
+    """View that the release will use, as --pixels.view of prepare."""

@@ -98,7 +98,7 @@ def _release(settings: ConvertConfig, source: Source, palette: Palette | None) -
         n_px=m.n_px,
         n_vocab=m.n_vocab,
         palette=palette.fingerprint,
-        pipeline=pixels.PIPELINES[settings.pipeline],
+        pipeline=pixels.pipeline_id(settings.pipeline, settings.view),
     )
     config = release.ReleaseConfig(
         format=release.FORMAT,

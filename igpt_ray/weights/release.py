@@ -17,6 +17,7 @@ from torch import Tensor
 
 from igpt_ray import artifact, storage
 from igpt_ray.data.palette import Palette
+from igpt_ray.data.pixels import settings_hint
 from igpt_ray.data.token_format import Strict, TokenFormat
 from igpt_ray.errors import CheckpointError
 from igpt_ray.model.config import ModelConfig
@@ -50,9 +51,10 @@ def check_kind(trained: TokenFormat, kind: TokenFormat, where: str, who: str = "
     for field in TokenFormat.model_fields:
         ours, theirs = getattr(trained, field), getattr(kind, field)
         if ours != theirs:
+            hint = f" ({settings_hint(trained.pipeline)})" if field == "pipeline" else ""
             raise CheckpointError(
                 f"{who} was trained with {field} {ours}, but {where} has {theirs}:"
-                " use or prepare a token store of the same format"
+                f" use or prepare a token store of the same format{hint}"
             )
 
 

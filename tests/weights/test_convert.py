@@ -51,7 +51,7 @@ def test_a_release_from_openais_checkpoint_records_its_origin(palette: Palette, 
     loaded = weights.load_release(str(tmp_path / "r"))
     for a, b in zip(loaded.model.parameters(), weights.load_openai(OPENAI).parameters(), strict=True):
         assert (a == b).all()
-    assert loaded.config.kind.pipeline == "fast-1"
+    assert loaded.config.kind.pipeline == "fast-2"
     card = (tmp_path / "r" / "README.md").read_text()
     assert f"| converted from | {OPENAI} (openai) |" in card
     assert "unknown; the one below was set at the conversion" in card
