@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import simplejpeg
@@ -107,7 +107,7 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
     """Decode with PIL. `raw_modes` replaces the layouts of samples that PIL derives from the header."""
     with _opened(data, header) as picture:
         if raw_modes:
-            picture.tile = [tile._replace(args=raw_modes[tile.args]) for tile in picture.tile]
+            picture.tile = [tile._replace(args=raw_modes[str(tile.args)]) for tile in picture.tile]
         picture.load()
         rgb = np.empty((header.height, header.width, 3), np.uint8)
         for rows in _strips(header):

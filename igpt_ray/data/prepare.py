@@ -53,15 +53,7 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
     claim = preparation.preparation_of(settings, kind, plan)
     preparation.create_or_check(settings.tokens, claim)
     palette.save(storage.join(settings.tokens, "palette.npy"))
-    shards: list[Shard] = []
-    quarantined: list[tuple[str, Quarantined]] = []
-    progress = Progress("prepare", sum(task.unit.images for task in tasks), "images")  # estimated for archives
-    for result in mapper(tasks, MakeShard, arguments, settings.pool):
-        for shard, unreadable in result.shards:
-            shards.append(shard)
-            quarantined += [(shard.split, image) for image in unreadable]
-        progress.add(result.n_planned, f"{len(quarantined)} quarantined", result.reused)
-    shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
+    shards, quarantined = _make_shards(tasks, arguments, settings, mapper)
     n_images = sum(shard.rows for shard in shards)
     passed_over = _check_counts(plan, shards)
     if over_budget := _over_budget(quarantined, n_images + len(quarantined), settings):
@@ -90,6 +82,22 @@ def prepare(settings: PrepareConfig, mapper: Mapper) -> dict[str, Any]:
         "mb_per_second": round(source_bytes / seconds / 1e6, 1),
         "seconds": round(seconds, 2),
     }
+
+
+def _make_shards(
+    tasks: list[Task], arguments: dict[str, Any], settings: PrepareConfig, mapper: Mapper
+) -> tuple[list[Shard], list[tuple[str, Quarantined]]]:
+    """The shards of all tasks in the order of the manifest, and the unreadable images with their splits."""
+    shards: list[Shard] = []
+    quarantined: list[tuple[str, Quarantined]] = []
+    progress = Progress("prepare", sum(task.unit.images for task in tasks), "images")  # estimated for archives
+    for result in mapper(tasks, MakeShard, arguments, settings.pool):
+        for shard, unreadable in result.shards:
+            shards.append(shard)
+            quarantined += [(shard.split, image) for image in unreadable]
+        progress.add(result.n_planned, f"{len(quarantined)} quarantined", result.reused)
+    shards.sort(key=lambda shard: (shard.split, shard.view, shard.path))
+    return shards, quarantined
 
 
 EXAMPLES = 3
