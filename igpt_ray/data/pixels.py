@@ -235,7 +235,8 @@ def _side_of(n_in: int, n_resized: int, offset: int, eighths: int, n_px: int, bi
     width = int((rights - lefts).max())
     into = (boxes.box * width + first - lefts[boxes.band])[:, None] + np.arange(len(weights))
     summed = np.bincount(into.ravel(), weights.T.ravel(), n_px * width).reshape(n_px, width)
-    whole = np.rint(summed * (2.0**bits / boxes.sizes)).astype(np.float32 if bits == ROW_BITS else np.float64)
+    dtype = np.float32 if bits == ROW_BITS else np.float64
+    whole: NDArray[np.floating] = np.rint(summed * (2.0**bits / boxes.sizes)).astype(dtype)
     return tuple(
         ResizeRows(left, right, whole[i * BAND : (i + 1) * BAND, : right - left])
         for i, (left, right) in enumerate(zip(lefts.tolist(), rights.tolist(), strict=True))

@@ -128,7 +128,7 @@ def test_an_unusable_classifier_is_an_error(tmp_path: Path, kind: TokenFormat, p
     uri = released(tmp_path / "plain", kind, palette)
     with pytest.raises(CheckpointError, match="has no class head: expected a fine-tuned release"):
         bias.load_classifier(uri, kind, "cpu", 8)
-    with pytest.raises(CheckpointError, match="trained with pipeline reference-1, but the release that is audited"):
+    with pytest.raises(CheckpointError, match="trained with pipeline reference-2, but the release that is audited"):
         bias.load_classifier(uri, kind.model_copy(update={"pipeline": "fast-1"}), "cpu", 8)
     probe = tmp_path / "probe"
     storage.write(str(probe / "probe.json"), json.dumps({"release": uri}).encode())

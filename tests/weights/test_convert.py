@@ -46,12 +46,12 @@ def test_a_round_trip_through_transformers_preserves_weights_and_palette(release
 def test_a_release_from_openais_checkpoint_records_its_origin(palette: Palette, tmp_path: Path) -> None:
     """The model card must not present converted weights as ours, nor an assumed pipeline as known."""
     palette.save(str(tmp_path / "p.npy"))
-    report = run(OPENAI, tmp_path / "r", palette=str(tmp_path / "p.npy"), pipeline="fast")
+    report = run(OPENAI, tmp_path / "r", palette=str(tmp_path / "p.npy"), pipeline="fast", view="direct")
     assert (report.format, report.objective, report.n_layer) == ("openai", "masked", 2)
     loaded = weights.load_release(str(tmp_path / "r"))
     for a, b in zip(loaded.model.parameters(), weights.load_openai(OPENAI).parameters(), strict=True):
         assert (a == b).all()
-    assert loaded.config.kind.pipeline == "fast-2"
+    assert loaded.config.kind.pipeline == "fast-direct-1"
     card = (tmp_path / "r" / "README.md").read_text()
     assert f"| converted from | {OPENAI} (openai) |" in card
     assert "unknown; the one below was set at the conversion" in card

@@ -104,6 +104,8 @@ def test_tokens_of_another_format_are_an_error(release: str, kind: TokenFormat) 
         (field,) = change
         with pytest.raises(CheckpointError, match=rf"trained with {field} .*the store has {change[field]}"):
             weights.check_kind(described.kind, kind.model_copy(update=change), "the store")
+    with pytest.raises(CheckpointError, match=r"set --pixels\.pipeline reference --pixels\.view imagenet"):
+        weights.check_kind(described.kind, kind.model_copy(update={"pipeline": "reference-direct-1"}), "the store")
 
 
 # ------------------------------------------------------------------------------------------------ what is damaged
