@@ -264,6 +264,7 @@ def shards_by(pipeline: str, crop: str) -> Callable[[str, int], Steps]:
         make = MakeShard(root, token_format, pixels, holdout=0.0, committed={})
 
         def delete_shard(unit: sources.WorkUnit) -> Task:
+            next(sources.read(unit))  # loads the S3 client, which takes as long as reading a thousand images
             task = Task(unit, 0)
             storage.delete(storage.join(root, path_of(unit.split, task)))
             return task

@@ -275,7 +275,7 @@ def amazons_certificate(folder: Path) -> Path:
 
 @pytest.fixture
 def amazon(aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[OtherRegion]]:
-    """The class of a server that stands for Amazon, in an environment with region us-east-1 and no endpoint."""
+    """The handler class of a server in place of Amazon; the environment has region us-east-1 and no endpoint."""
     monkeypatch.setattr(object_clients, "RETRIES", 2)
     monkeypatch.setattr(object_clients, "BACKOFF", 0.01)
     handler = type("Handler", (OtherRegion,), {"objects": {}, "headers_seen": []})

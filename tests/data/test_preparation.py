@@ -61,7 +61,7 @@ def race(*all_settings: PrepareConfig) -> list[str]:
 
 @pytest.mark.parametrize("place", ["local", "moto"], indirect=True)
 def test_of_two_racing_preparations_with_different_settings_one_is_refused(settings: PrepareConfig, place: str) -> None:
-    """The manifest of one, and shards of the other: both write the same paths."""
+    """Both write the same paths, so that one could commit a manifest whose shards the other has overwritten."""
     one = settings.model_copy(update={"tokens": storage.join(place, "tokens")})
     other = one.model_copy(update={"pixels": PixelsConfig(n_px=8, crop="centre")})
     outcomes = race(one, other)
@@ -155,7 +155,7 @@ def test_a_store_without_a_claim_is_opened_and_completed(settings: PrepareConfig
 
 
 def test_a_source_over_the_budget_may_be_repaired(settings: PrepareConfig, digit_images: str, tmp_path: Path) -> None:
-    """The error asks to remove the unreadable files, which changes the listing: the claim must not refuse that."""
+    """Removing the unreadable files, as the error advises, changes the listing; the claim must not refuse that."""
     shutil.copytree(digit_images, tmp_path / "images")
     bad = tmp_path / "images/train/3/bad.png"
     bad.write_bytes(b"not an image")

@@ -60,7 +60,7 @@ def tar_with_a_link(folder: Path, digit_images: str) -> str:
 
 
 def test_an_image_that_cannot_be_read_is_an_error_or_a_row(digit_images: str, tmp_path: Path) -> None:
-    """Never a row less without a word."""
+    """No image is dropped silently."""
     source = tar_with_a_link(tmp_path / "images", digit_images)
     with pytest.raises(SourceError, match=r"link\.png.*on_error='column'"):
         data.read_images(source).take_all()
