@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from igpt_ray.data import jpeg_segments, png_chunks
 from igpt_ray.errors import ImageError
@@ -107,7 +107,7 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
     """Decode with PIL. `raw_modes` replaces the layouts of samples that PIL derives from the header."""
     with _opened(data, header) as picture:
         if raw_modes:
-            picture.tile = [tile._replace(args=raw_modes[tile.args]) for tile in picture.tile]
+            picture.tile = [tile._replace(args=raw_modes[str(tile.args)]) for tile in picture.tile]
         picture.load()
         rgb = np.empty((header.height, header.width, 3), np.uint8)
         for rows in _strips(header):
@@ -115,7 +115,7 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
     return rgb
 
 
-def _opened(data: bytes, header: Header) -> Image.Image:
+def _opened(data: bytes, header: Header) -> ImageFile.ImageFile:
     picture = Image.open(io.BytesIO(data), formats=[header.format])
     if picture.size != (header.width, header.height):
         raise ImageError(f"damaged {header.format}: its sizes {header.width, header.height} and {picture.size} differ")
@@ -256,4 +256,4 @@ def _webp_header(data: bytes) -> Header:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    return Header("WEBP", width, height, n_bytes=width * height * 20 + 2 * len(data))
+    return Header("WEBP", width, height, n_bytes=width * height * 20 + 3 * len(data))

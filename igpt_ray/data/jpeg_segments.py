@@ -11,6 +11,8 @@ from igpt_ray.errors import ImageError
 
 MAX_SCANS = 256
 """Most scans of a JPEG; encoders write about ten."""
+MAX_SCANNED = 1 << 32
+"""Most pixels times scans: a few seconds of an attack with empty scans, or 64 scans of 67 megapixels."""
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 """Frame markers of baseline, extended sequential and progressive JPEGs, the last two of them with arithmetic coding."""
 SEQUENTIAL = {0xC0, 0xC1, 0xC9}
@@ -49,8 +51,9 @@ def frame_of(data: bytes) -> Frame:
             if frame.sequential and data[at + 2 : at + 3] == bytes([frame.components]):
                 return frame._replace(stored=0)
             # A few kilobytes can hold thousands of empty scans, each of which costs a pass over the image.
-            if n_scans > MAX_SCANS:
-                raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+            limit = min(MAX_SCANS, MAX_SCANNED // max(1, frame.width * frame.height))
+            if n_scans > limit:
+                raise ImageError(f"a JPEG of more than {limit} scans")
     if not frame or not n_scans:
         raise ImageError("damaged JPEG: its frame or its first scan is missing")
     return frame

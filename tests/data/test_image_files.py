@@ -305,6 +305,8 @@ def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
     data = encoded(smooth, "JPEG", progressive=True)
     last_scan = data[data.rindex(b"\xff\xda") : -2]
     both_refuse(data[:-2] + last_scan * 300 + b"\xff\xd9", "scans")
+    large = data.replace(struct.pack(">HH", 240, 320), struct.pack(">HH", 8000, 8000))
+    both_refuse(large[:-2] + last_scan * 100 + b"\xff\xd9", "more than 67 scans")
 
 
 @pytest.mark.parametrize("stray", [b"", b"\0\0", b"\xff\0", b"\xff\xff"])
