@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -116,7 +116,7 @@ def _pil(data: bytes, header: Header, raw_modes: dict[str, str] | None = None) -
 
 
 def _opened(data: bytes, header: Header) -> ImageFile.ImageFile:
-    picture = cast(ImageFile.ImageFile, Image.open(io.BytesIO(data), formats=[header.format]))
+    picture = Image.open(io.BytesIO(data), formats=[header.format])
     if picture.size != (header.width, header.height):
         raise ImageError(f"damaged {header.format}: its sizes {header.width, header.height} and {picture.size} differ")
     return picture
@@ -256,4 +256,4 @@ def _webp_header(data: bytes) -> Header:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    return Header("WEBP", width, height, n_bytes=width * height * 20 + 2 * len(data))
+    return Header("WEBP", width, height, n_bytes=width * height * 20 + 3 * len(data))

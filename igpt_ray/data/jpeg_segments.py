@@ -11,6 +11,10 @@ from igpt_ray.errors import ImageError
 
 MAX_SCANS = 256
 """Most scans of a JPEG; encoders write about ten."""
+MAX_SCANNED = 1 << 32
+"""Most pixels times scans: a few seconds of an attack with empty scans, or 64 scans of 67 megapixels."""
+MAX_SEGMENTS = 1 << 16
+"""Most segments of a JPEG: each takes memory, while an empty one has four bytes."""
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 """Frame markers of baseline, extended sequential and progressive JPEGs, the last two of them with arithmetic coding."""
 SEQUENTIAL = {0xC0, 0xC1, 0xC9}
@@ -49,8 +53,9 @@ def frame_of(data: bytes) -> Frame:
             if frame.sequential and data[at + 2 : at + 3] == bytes([frame.components]):
                 return frame._replace(stored=0)
             # A few kilobytes can hold thousands of empty scans, each of which costs a pass over the image.
-            if n_scans > MAX_SCANS:
-                raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+            limit = min(MAX_SCANS, MAX_SCANNED // max(1, frame.width * frame.height))
+            if n_scans > limit:
+                raise ImageError(f"a JPEG of more than {limit} scans")
     if not frame or not n_scans:
         raise ImageError("damaged JPEG: its frame or its first scan is missing")
     return frame
@@ -68,8 +73,10 @@ def _parsed_frame(data: bytes, marker: int, at: int) -> Frame:
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield (marker, offset of the segment's length) up to the end of the image; other bytes in between are skipped."""
-    at = 2
+    at, n = 2, 0
     while (found := MARKER.search(data, at)) and found[1] != b"\xd9":
+        if (n := n + 1) > MAX_SEGMENTS:
+            raise ImageError(f"a JPEG of more than {MAX_SEGMENTS} segments")
         yield found[1][0], found.end()
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 

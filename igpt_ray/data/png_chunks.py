@@ -12,6 +12,8 @@ from igpt_ray.errors import ImageError
 MAGIC = b"\x89PNG\r\n\x1a\n"
 KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """The chunks that determine pixels. Others (text, EXIF, profiles) are removed, so that damage in them is ignored."""
+MAX_CHUNKS = 1 << 18
+"""Most chunks of a PNG: each takes memory, while an empty one has twelve bytes. Encoders write at most one per row."""
 GREY, RGB, PALETTE = 0, 2, 3
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
 """Channels per colour type: grey, RGB, palette, grey and alpha, RGB and alpha."""
@@ -65,8 +67,10 @@ def checked(data: bytes) -> tuple[bytes, tuple[int, ...]]:
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Yield (name, whole chunk), up to and including IEND."""
-    view, at, name = memoryview(data), len(MAGIC), b""
+    view, at, name, n = memoryview(data), len(MAGIC), b"", 0
     while name != b"IEND":
+        if (n := n + 1) > MAX_CHUNKS:
+            raise ImageError(f"a PNG of more than {MAX_CHUNKS} chunks")
         name = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if end > len(data):

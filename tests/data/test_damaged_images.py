@@ -33,4 +33,4 @@ def test_damaged_images_are_read_or_refused_for_a_stable_reason(tmp_path: Path, 
     assert not [reason for reason in found if ADDRESS.search(reason) or "\n" in reason or len(reason) > 200]
     assert 0.05 < found.count("read") / n < 0.9  # the changes neither destroy all images nor miss them all
     for format in ("JPEG", "PNG", "WEBP"):
-        assert len({reason for reason in found if f"damaged {format}" in reason}) > 5
+        assert len({reason for reason in found if f"damaged {format}" in reason}) > 3

@@ -305,6 +305,16 @@ def test_a_jpeg_of_too_many_scans_is_an_error(smooth: RGB) -> None:
     data = encoded(smooth, "JPEG", progressive=True)
     last_scan = data[data.rindex(b"\xff\xda") : -2]
     both_refuse(data[:-2] + last_scan * 300 + b"\xff\xd9", "scans")
+    large = data.replace(struct.pack(">HH", 240, 320), struct.pack(">HH", 8000, 8000))
+    both_refuse(large[:-2] + last_scan * 100 + b"\xff\xd9", "more than 67 scans")
+
+
+def test_files_of_too_many_parts_are_errors(smooth: RGB) -> None:
+    """A hundred megabytes of empty parts would take two gigabytes."""
+    jpeg, png = encoded(smooth, "JPEG"), encoded(smooth, "PNG")
+    both_refuse(jpeg[:2] + b"\xff\xe1\0\2" * 70_000 + jpeg[2:], "more than 65536 segments")
+    both_refuse(png[:33] + chunk(b"IDAT", b"") * 270_000 + png[33:], "more than 262144 chunks")
+    np.testing.assert_array_equal(image_files.decode(png[:33] + chunk(b"IDAT", b"") * 70_000 + png[33:]), smooth)
 
 
 @pytest.mark.parametrize("stray", [b"", b"\0\0", b"\xff\0", b"\xff\xff"])
