@@ -11,7 +11,6 @@ computed again in isolation (`flows/actor_map.py`). The server isolates every im
 """
 
 import io
-import logging
 import os
 import pickle
 import resource
@@ -32,8 +31,6 @@ from numpy.typing import NDArray
 from igpt_ray.data import image_files
 from igpt_ray.data import pixels as pixels  # the child process must import it before its first fork
 from igpt_ray.errors import ImageError
-
-log = logging.getLogger(__name__)
 
 SECONDS = 60.0
 """Time limit of an image."""
