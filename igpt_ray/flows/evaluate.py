@@ -103,12 +103,8 @@ def evaluate(settings: EvaluateConfig) -> EvaluateResult:
     evaluation = _evaluation(settings, store)
     nats: dict[str, Any] = Likelihood.of(evaluation.nats, 1 if masked else store.kind.n_positions).report()
     if masked:
-        nats = {
-            "nats_per_masked_token": nats["nats_per_token"],
-            "standard_error": nats["standard_error"],
-            "masks": losses.MASKS,
-            "images": nats["images"],
-        }
+        own = {"nats_per_masked_token": nats["nats_per_token"], "masks": losses.MASKS}
+        nats = own | {name: nats[name] for name in ("standard_error", "images")}
     report = EvaluateResult(release=settings.release, split=settings.split, **nats)
     if sums := evaluation.classification:
         report.classification = Classification(images=sums.images, **sums.report())

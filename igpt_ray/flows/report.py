@@ -190,24 +190,19 @@ def _completions(settings: ReportConfig, parts: Parts) -> dict[str, list[Picture
 
 
 def _ranked(store: TokenStore, split: str, likelihood: Report) -> dict[str, list[Picture]]:
-    """The images at either end of the ranking."""
+    """The images at either end of the ranking, in the colours of the palette."""
     ends = {end: ranked[:RANKED] for end, ranked in likelihood["ranking"].items()}
-    pngs = _pngs(store, split, {image["key"] for ranked in ends.values() for image in ranked})
-    return {
-        end: [Picture(pngs[image["key"]], f"{image['nats_per_token']:.3f} {image['key']}") for image in ranked]
-        for end, ranked in ends.items()
-    }
-
-
-def _pngs(store: TokenStore, split: str, keys: set[str]) -> dict[str, bytes]:
-    """Key -> the image in the colours of the palette."""
+    keys = {image["key"] for ranked in ends.values() for image in ranked}
     n_px, colours, pngs = store.kind.n_px, store.palette(), dict[str, bytes]()
     for table in store.read_split(split):
         tokens = tokens_of(table)
         for row, key in enumerate(table["key"].to_pylist()):
             if key in keys:
                 pngs[key] = pixels.png(colours.decode(tokens[row]).reshape(n_px, n_px, 3))
-    return pngs
+    return {
+        end: [Picture(pngs[image["key"]], f"{image['nats_per_token']:.3f} {image['key']}") for image in ranked]
+        for end, ranked in ends.items()
+    }
 
 
 def _shared(settings: BaseModel, *names: str) -> dict[str, Any]:

@@ -6,10 +6,11 @@ resumed run continues in the same place, and repeated steps are logged once.
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any
 
 from igpt_ray.errors import SettingError
 from igpt_ray.train.config import PretrainConfig
@@ -20,55 +21,48 @@ log = logging.getLogger(__name__)
 PROJECT = "igpt_ray"
 
 
-class Tracker(Protocol):
-    def __init__(self, cfg: PretrainConfig): ...
+class Tracker(ABC):
+    """Calls a service in a thread, so that it does not delay steps. An error disables it with a warning."""
 
-    def log(self, line: Line) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class BackgroundTracker:
-    """Calls a tracker in a thread, so that it does not delay steps. An error disables it with a warning."""
-
-    def __init__(self, kind: type[Tracker], cfg: PretrainConfig):
-        self.thread = ThreadPoolExecutor(1)
-        self.failed = False
-
-        def start() -> None:
-            self.tracker = kind(cfg)
-
-        self._submit(start)
+    def __init__(self, cfg: PretrainConfig):
+        self.thread, self.failed = ThreadPoolExecutor(1), False
+        self.thread.submit(self._run, self._start, cfg)
 
     def log(self, line: Line) -> None:
-        self._submit(lambda: self.tracker.log(line))
+        self.thread.submit(self._run, self._log, line)
 
     def finish(self) -> None:
-        """Wait until the tracker has all lines."""
-        self._submit(lambda: self.tracker.finish())
+        """Wait until the service has all lines."""
+        self.thread.submit(self._run, self._finish)
         self.thread.shutdown()
 
-    def _submit(self, call: Callable[[], None]) -> None:
-        self.thread.submit(self._run, call)
-
-    def _run(self, call: Callable[[], None]) -> None:
+    def _run(self, call: Callable[..., None], *arguments: Any) -> None:
         if self.failed:
             return
         try:
-            call()
+            call(*arguments)
         except Exception as error:
             self.failed = True
             log.warning("the tracker failed and is disabled, training continues: %s", " ".join(str(error).split()))
 
+    @abstractmethod
+    def _start(self, cfg: PretrainConfig) -> None: ...
 
-def tracker_of(cfg: PretrainConfig) -> BackgroundTracker | None:
+    @abstractmethod
+    def _log(self, line: Line) -> None: ...
+
+    @abstractmethod
+    def _finish(self) -> None: ...
+
+
+def tracker_of(cfg: PretrainConfig) -> Tracker | None:
     """The tracker that `cfg.run.track` names, or None. Raises `SettingError` if its package is not installed."""
     if cfg.run.track is None:
         return None
     if find_spec(cfg.run.track) is None:
         raise SettingError(f"--run.track {cfg.run.track} needs the extra [track]: pip install 'igpt_ray[track]'")
     kinds: dict[str, type[Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
-    return BackgroundTracker(kinds[cfg.run.track], cfg)
+    return kinds[cfg.run.track](cfg)
 
 
 def identity(cfg: PretrainConfig) -> str:
@@ -76,10 +70,10 @@ def identity(cfg: PretrainConfig) -> str:
     return f"{cfg.run.name}-{hashlib.sha256(cfg.run.uri.encode()).hexdigest()[:8]}"
 
 
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases. Its server ignores steps that it already has."""
 
-    def __init__(self, cfg: PretrainConfig):
+    def _start(self, cfg: PretrainConfig) -> None:
         import wandb
 
         self.run = wandb.init(
@@ -91,17 +85,17 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def log(self, line: Line) -> None:
+    def _log(self, line: Line) -> None:
         self.run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         self.run.finish()
 
 
-class Mlflow:
+class Mlflow(Tracker):
     """MLflow. It stores repeated steps, so steps up to the last one in its history are skipped."""
 
-    def __init__(self, cfg: PretrainConfig):
+    def _start(self, cfg: PretrainConfig) -> None:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
@@ -121,7 +115,7 @@ class Mlflow:
         history = self.client.get_metric_history(self.run_id, "nats_per_token")
         self.step = max((metric.step for metric in history), default=0)
 
-    def log(self, line: Line) -> None:
+    def _log(self, line: Line) -> None:
         from mlflow.entities import Metric
 
         if line["step"] > self.step:
@@ -129,5 +123,5 @@ class Mlflow:
             metrics = [Metric(k, v, milliseconds, line["step"]) for k, v in line.items() if k not in ("step", "time")]
             self.client.log_batch(self.run_id, metrics=metrics)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         self.client.set_terminated(self.run_id)
