@@ -33,7 +33,7 @@ COMMANDS = {
         "--source s3://bucket/imagenet --out s3://bucket/palette.npy",
     ),
     "prepare": Command(
-        "turn images into a committed token store",
+        "turn images into a token store",
         "igpt_ray.flows.prepare:prepare",
         "igpt_ray.data.config:PrepareConfig",
         "--source s3://bucket/imagenet --palette openai --tokens s3://bucket/tokens",
@@ -133,10 +133,10 @@ COMMANDS = {
 def main() -> None:
     """The console script `igpt`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         summaries = "\n".join(f"  {command:10} {parts.summary}" for command, parts in COMMANDS.items())
         usage = "usage: igpt COMMAND [--setting VALUE ...]\n\nImage GPT on Ray, from images to an HTTP endpoint."
-        options = "settings of a command, with units: igpt COMMAND --help; version: igpt --version"
+        options = "settings and an example of a command: igpt COMMAND --help; version: igpt --version"
         sys.stdout.write(f"{usage}\n\n{summaries}\n\n{options}\n")  # one write, so that `| head` does not raise
     elif name == "--version":
         from igpt_ray import __version__
@@ -145,8 +145,9 @@ def main() -> None:
     elif name in COMMANDS:
         run(name, sys.argv[2:], f"igpt {name}")
     else:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0)[0]
-        print(f"error: no command {name!r}, did you mean {nearest}? See igpt --help", file=sys.stderr)
+        nearest = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f", did you mean {nearest[0]}?" if nearest else "."
+        print(f"error: no command {name!r}{hint} igpt --help lists the commands", file=sys.stderr)
         sys.exit(2)
 
 
@@ -159,8 +160,8 @@ def run(name: str, words: list[str] | None = None, prog: str | None = None) -> N
     with exits_on_interrupt():
         settings = parse(name, sys.argv[1:] if words is None else words, prog or f"python jobs/{name}.py")
         job = import_module("igpt_ray.flows.job")
-        cluster = command.cluster and not (name == "serve" and settings.check)
-        job.finish(_load(command.flow), settings, cluster)
+        local = (name == "serve" and settings.check) or (name == "prepare" and settings.dry_run)
+        job.finish(_load(command.flow), settings, command.cluster and not local)
 
 
 def parse(name: str, words: list[str], prog: str) -> Any:

@@ -38,7 +38,7 @@ ViewName = Literal["imagenet", "direct", "imagenet-1"]
 
 
 class PixelsConfig(Section):
-    """How images become pixels. Palette and token store must use the same settings."""
+    """How images become pixels. Palette and token store must have the same pipeline and view."""
 
     n_px: Annotated[int, Field(gt=0, le=224)] = 32
     """Pixels a side."""

@@ -85,7 +85,7 @@ def preset_from_words(words: list[str], settings: type[P], prog: str | None = No
             print(f"  {name:20} {clause}")
         print(f"\nsettings of a preset: {prog} tiny --help")
         sys.exit(0)
-    nearest = difflib.get_close_matches(first, PRESETS, 1, cutoff=0)
-    hint = "." if first.startswith("-") else f", did you mean {nearest[0]}?"
+    nearest = difflib.get_close_matches(first, PRESETS, 1)
+    hint = f", did you mean {nearest[0]}?" if nearest else "."
     print(f"error: expected a preset ({', '.join(PRESETS)}), got {first!r}{hint} See {prog} --help", file=sys.stderr)
     sys.exit(2)

@@ -98,8 +98,8 @@ def test_a_split_alone_has_its_own_classes(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ([], "holds no files: expected images"),
-        (["README.md", "a/labels.csv"], "holds no images, but files of other kinds: .csv, .md"),
+        ([], "does not exist or holds no files"),
+        (["README.md", "a/labels.csv"], "holds no JPEG, PNG or WebP, but files of other kinds: .csv, .md"),
         (["a/1", "loose.png"], "at different depths, 'loose.png' and 'a/1': add --layout folders if"),
         (["train/a/1", "train/loose.png"], "at different depths, 'loose.png' and 'a/1'"),
         (["train/a/1", "loose.png"], "loose.png is next to the split folders train"),

@@ -96,7 +96,7 @@ def plan(
     """
     listing = list_files(source)
     if not listing.files:
-        raise SourceError(f"{source} holds no files: expected images, archives or Parquet files, see docs/data.md")
+        raise SourceError(f"{source} does not exist or holds no files: expected images, archives or Parquet files")
     layout = layout or detect_layout(listing)
     if columns and layout != "parquet":
         raise SourceError(f"--columns names columns of Parquet files, but {source} has the layout {layout}")
@@ -104,12 +104,13 @@ def plan(
         made = plan_parquet(listing, images_per_unit, dict(word.split("=", 1) for word in columns))
     else:
         made = PLANNERS[layout](listing, images_per_unit)
-    if made.passed_over:
-        counts = ", ".join(f"{n} {kind}" for kind, n in made.passed_over.most_common(8))
-        log.info("%s: %d files are passed over, which are no images: %s", source, made.passed_over.total(), counts)
-    if formats := unsupported(made.passed_over):
+    formats = unsupported(made.passed_over)
+    if others := made.passed_over - formats:
+        counts = ", ".join(f"{n} {kind}" for kind, n in others.most_common(8))
+        log.info("%s: %d files are passed over, because they are no images: %s", source, others.total(), counts)
+    if formats:
         counts = ", ".join(f"{n} {kind}" for kind, n in formats.items())
-        log.warning("%s: images of formats that are not read are passed over (%s): convert them", source, counts)
+        log.warning("%s: %s are passed over, formats that are not read: convert them to JPEG or PNG", source, counts)
     return replace(made, layout=layout)
 
 
@@ -172,7 +173,7 @@ def detect_layout(listing: Listing) -> Layout:
         if container:
             raise SourceError(f"{listing.uri(container)} is {CONTAINERS[kind_of(container)]}")
         kinds_held = ", ".join(sorted({kind_of(name) for name in names})[:8])
-        raise SourceError(f"{listing.source} holds no images, but files of other kinds: {kinds_held}")
+        raise SourceError(f"{listing.source} holds no JPEG, PNG or WebP, but files of other kinds: {kinds_held}")
     return detect_folders(listing)
 
 

@@ -292,7 +292,10 @@ def detect_folders(listing: Listing) -> Layout:
         shallow, deep = (
             next(path for path in labelled if path.count("/") == depth) for depth in (depths[0], depths[-1])
         )
-        raise SourceError(f"{listing.source} holds images at different depths, {shallow!r} and {deep!r}: {choice}")
+        raise SourceError(
+            f"{listing.source} holds images at different depths, {shallow!r} and {deep!r}: {choice}; or point --source"
+            " at one of its folders"
+        )
     if depths[0] > 1:
         inner: dict[str, set[str]] = defaultdict(set)
         for path in labelled:
@@ -364,9 +367,9 @@ def _by_split(listing: Listing, tops: dict[str, str]) -> dict[str, tuple[str, Im
     return files
 
 
-def unsupported(passed_over: Counter[str]) -> dict[str, int]:
-    """Those of the files that were passed over that are images of formats that are not read."""
-    return {kind: n for kind, n in passed_over.items() if kind in UNSUPPORTED_IMAGES}
+def unsupported(passed_over: Counter[str]) -> Counter[str]:
+    """The images of formats that are not read, among the files that were passed over."""
+    return Counter({kind: n for kind, n in passed_over.items() if kind in UNSUPPORTED_IMAGES})
 
 
 def _expected(listing: Listing) -> str:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from igpt_ray import storage
 from igpt_ray.errors import SourceError
 
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNSUPPORTED_IMAGES = (
+    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"),
     *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".tga", ".exr", ".eps"),
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
 )
