@@ -147,6 +147,14 @@ def test_errors_behind_ray_s_proxy_are_json(client: Client) -> None:
     assert client.ask("/v1/score", {"image": PICTURE}).status == 200
 
 
+def test_an_image_that_ends_its_decoder_is_an_error_and_the_next_request_is_answered(client: Client) -> None:
+    """Its fault is real: see `tests/support/sitecustomize.py`."""
+    answer = client.ask("/v1/score", {"image": base64_of(picture() + b"TEST-CRASH")})
+    assert (answer.status, answer.code) == (400, "invalid_image")
+    assert answer.body["error"]["message"] == "the decoder crashes"
+    assert client.ask("/v1/score", {"image": base64_of(picture())}).status == 200
+
+
 def test_metrics_are_exported_where_prometheus_scrapes(client: Client) -> None:
     import urllib.request
 
