@@ -72,7 +72,7 @@ def test_a_preparation_on_a_full_disk_is_an_error_and_a_repeat_completes(
     undisturbed = settings.model_copy(update={"tokens": str(tmp_path / "undisturbed")})
     prepare(undisturbed, serial_map)
 
-    ballast = leave(disk, 120 << 10)
+    ballast = leave(disk, 124 << 10)
     with pytest.raises(StorageError, match=r"tokens/train/0000\d-v0\.parquet: its disk is full: \d+ bytes are free"):
         prepare(settings, serial_map)
     written = {path: path.stat().st_mtime_ns for path in (disk / "tokens").rglob("*.parquet")}
