@@ -224,7 +224,8 @@ def _unusual_jpeg(data: bytes, header: Header) -> RGB:
 def _png_header(data: bytes) -> Header:
     width, height = png_chunks.size_of(data)
     per_pixel = 11 if data[24:26] == b"\x10\2" else 7  # PIL's image and the result; twice the former if transparent
-    return Header("PNG", width, height, n_bytes=width * height * per_pixel + 2 * len(data))
+    n_bytes = width * (height * per_pixel + 32) + 2 * len(data)  # PIL and _on_white have temporary copies of a row
+    return Header("PNG", width, height, n_bytes=n_bytes)
 
 
 def _png(data: bytes, header: Header) -> RGB:

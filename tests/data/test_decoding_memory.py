@@ -40,6 +40,7 @@ def _png(width: int, height: int, depth: int, colours: int, channels: int, more:
 CASES: dict[str, Callable[[], bytes]] = {
     "png-rgba": lambda: _png(8192, 8192, 8, 6, 4),
     "png-rgb-16-transparent": lambda: _png(8192, 5900, 16, 2, 3, chunk(b"tRNS", bytes([1, 2, 3, 4, 5, 6]))),
+    "png-one-row": lambda: _png(13_000_000, 1, 16, 6, 4),
     "jpeg": lambda: simplejpeg.encode_jpeg(_grey(8192, 8192)),
     "jpeg-progressive": lambda: encoded(_grey(8192, 6800), "JPEG", progressive=True, subsampling=0),
     "jpeg-cmyk": lambda: simplejpeg.encode_jpeg(_grey(8192, 7300, 4), colorspace="CMYK"),
