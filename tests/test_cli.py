@@ -49,6 +49,20 @@ def test_the_documented_fields_of_a_command_are_those_that_its_flow_returns() ->
     assert documented == {name: kind for name, kind in returned.items() if issubclass(get_origin(kind) or kind, Result)}
 
 
+def test_a_field_that_does_not_apply_is_absent_from_the_json_line() -> None:
+    """Null would be a value: an evaluation without a price, a release without a palette."""
+
+    class Evaluated(Result):
+        images: int
+        price: float | None
+        accuracy: float | None = None
+
+    result = Evaluated(images=3, price=None)
+    assert result.line() == {"images": 3, "price": None}
+    result.accuracy = 0.5
+    assert result.line() == {"images": 3, "price": None, "accuracy": 0.5}
+
+
 def igpt(*words: str, after: str = "") -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.argv = ['igpt', *{list(words)!r}]\nfrom igpt_ray.cli import main\n"
     code += f"try:\n    main()\nfinally:\n    pass\n{after}" if after else "main()\n"

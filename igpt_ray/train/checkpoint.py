@@ -136,8 +136,8 @@ class Saver:
         uri = uri_of(self.run, step)
         with tempfile.TemporaryDirectory() as folder:
             dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
-            paths = sorted(Path(folder).iterdir())
-            return list(chain.from_iterable(_on_all_ranks(lambda: [_upload(path, uri) for path in paths], self.group)))
+            uploads = _on_all_ranks(lambda: [_upload(p, uri) for p in sorted(Path(folder).iterdir())], self.group)
+        return list(chain.from_iterable(uploads))
 
     def _commit(self, step: int, files: list[File], trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         def commit() -> None:

@@ -214,3 +214,4 @@ def test_the_job_prints_a_table_and_one_json_line() -> None:
     *table, last = said.splitlines()
     assert any(line.startswith("memory per worker") for line in table)
     assert json.loads(last)["workers"] == 8
+    assert json.loads(last).keys() == {*estimate.Estimate.model_fields, "seconds"}
