@@ -77,25 +77,26 @@ def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> TrainRe
     _warn_if_short(settings.workers)
     status = run_status.create()
     bar = run_status.Bar(settings.run.name, settings.optim.steps, status)
-    failures, report = 0, dict[str, Any](left=0)
-    while "left" in report:
+    failures, report = 0, dict[str, Any](stopped_at=0)
+    while "stopped_at" in report:
         before = checkpoint.committed_steps(settings.run.uri)
         try:
             trainer = _trainer(settings, _available_workers(settings.workers), status, bar.shown)
             result, interrupt = run_interruptible(trainer.fit, partial(run_status.request_stop, status), bar.update)
             report = result.return_value
-            if interrupt is not None and "left" in report:
-                saved = f"step {report['left']} is saved, the same command resumes the run"
+            if interrupt is not None and "stopped_at" in report:
+                saved = f"step {report['stopped_at']} is saved, the same command resumes the run"
                 raise type(interrupt)(saved) from None
         except (ray.train.TrainingFailedError, RayActorError) as error:  # lost workers or controller
             if known := user_error(error):
                 raise known from error
-            failures = 1 if checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:] else failures + 1
+            progressed = checkpoint.committed_steps(settings.run.uri)[-1:] > before[-1:]
+            failures = 1 if progressed else failures + 1
             if failures > settings.workers.max_failures:
                 raise
             log.warning("lost workers or controller, resuming from the last checkpoint: %s", error)
-            # Orphans would block new workers until the job ends. Ray Train's own cleanup does not know a group while
-            # its workers start, and may be lost as well.
+            # Leftover placement groups would block new workers until the job ends. Ray Train does not track a group
+            # until its workers have started, and the controller that removes them may have died.
             remove_placement_groups_of("TrainController")
     bar.close()
     return TrainResult(**report)

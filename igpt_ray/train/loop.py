@@ -32,8 +32,8 @@ from igpt_ray.train.memory import micro_batch_that_fits
 
 log = logging.getLogger(__name__)
 
-NAMED = 8
-"""Number of images that an error names."""
+MAX_IMAGES_IN_ERROR = 8
+"""Most images that an error names."""
 
 
 def train(
@@ -44,9 +44,9 @@ def train(
 ) -> dict[str, Any]:
     """Train to the last step and write the release. Returns the last metrics and the release's URI, on every rank.
 
-    When `should_stop` is True on any rank, all ranks save after the current step and return `{"left": step}`. Rank 0
-    calls `on_metrics` with each line of metrics. Raises `TrainingError` if the loss or the gradient is not finite,
-    before weights or optimiser change.
+    When `should_stop` is True on any rank, all ranks save after the current step and return `{"stopped_at": step}`.
+    Rank 0 calls `on_metrics` with each line of metrics. Raises `TrainingError` if the loss or the gradient is not
+    finite, before weights or optimiser change.
     """
     run, n_steps = cfg.run, cfg.optim.steps
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -93,7 +93,7 @@ def train(
         *step_sums, step_norm, stop_requests = _reduce_step(sums, grad_norm, should_stop())
         if not math.isfinite(step_sums[0] + step_norm):
             saver.wait()
-            raise TrainingError(_which_images(cfg, store, step, micro_batches, sums, step_norm))
+            raise TrainingError(_non_finite_message(cfg, store, step, micro_batches, sums, step_norm))
         lr = optim.lr_at(step, cfg.optim)
         optim.set_lr(optimizer, lr)
         optimizer.step()
@@ -137,7 +137,7 @@ def train(
         tracker.finish()
     if step < n_steps and not stopping.should_stop:
         saver.wait()
-        return {"left": step}
+        return {"stopped_at": step}
     saver.finish()
     if stopping.best is None:  # without early stopping, the last step is released
         _release(cfg, store, model, step, lines)
@@ -169,7 +169,7 @@ def _reduce_step(sums: list[Tensor], grad_norm: Tensor, stop_requests: bool) -> 
     return totals
 
 
-def _which_images(
+def _non_finite_message(
     cfg: PretrainConfig, store: TokenStore, step: int, micro_batches: list[MicroBatch], sums: list[Tensor], norm: float
 ) -> str:
     """Error message, the same on every rank, that names the images of the micro-batches whose loss is not finite, or
@@ -186,9 +186,9 @@ def _which_images(
         epochs, rows = global_batch(cfg.seed, step, cfg.optim.batch_size, store.manifest.rows(cfg.data.split))
     text = [""]
     if dist.get_rank() == 0:
-        keys = keys_of(store, cfg.data.split, rows[:NAMED])
+        keys = keys_of(store, cfg.data.split, rows[:MAX_IMAGES_IN_ERROR])
         named = ", ".join(f"{key} (row {row})" for key, row in zip(keys, rows, strict=False))
-        text = [named + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")]
+        text = [named + (f" and {len(rows) - MAX_IMAGES_IN_ERROR} more" if len(rows) > MAX_IMAGES_IN_ERROR else "")]
     dist.broadcast_object_list(text)
     first = step * cfg.optim.batch_size
     return (

@@ -158,7 +158,7 @@ def test_a_stop_request_saves_the_current_step_and_the_resumed_run_has_the_same_
     cfg = settings_for(store, tmp_path)
     for reached in (5, 11):
         told = itertools.count(0 if reached == 5 else 5)
-        assert loop.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"left": reached}
+        assert loop.train(cfg, CPU, lambda told=told, end=reached: next(told) == end - 1) == {"stopped_at": reached}
         assert checkpoint.committed_steps(cfg.run.uri)[-1] == reached
     report = loop.train(cfg, CPU, lambda: True)
     assert report["step"] == STEPS
