@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt_ray import rng, storage, weights
+from igpt_ray import storage, weights
 from igpt_ray.data import pixels
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import CheckpointError, ImageError, SettingError
@@ -71,7 +71,7 @@ class Pretrained:
         """Complete the image: `n` samples of n_px x n_px pixels.
 
         The prompt is the top `rows` rows (default: half of them), or the pixels where `mask`, (n_px, n_px), is True.
-        The samples are a function of the seed. Raises `SettingError` if rows or mask are invalid or both are set, and
+        Sample i uses `seed + i`, as the server does, and is a function of it. Raises `SettingError` if rows or mask are invalid or both are set, and
         `CheckpointError` for a release of the masked objective.
         """
         weights.check_next(self.config, "this release")
@@ -85,7 +85,7 @@ class Pretrained:
         flat = np.arange(self.n_px**2) < rows * self.n_px if mask is None else mask.reshape(-1)
         prompt_mask = torch.from_numpy(flat.astype(np.bool_))[None]
         start = torch.from_numpy(self.tokens(image).astype(np.int64)).to(self.model.wpe.device)
-        seeds = [rng.seed_of(seed, sample) for sample in range(n)]
+        seeds = [seed + i for i in range(n)]
         samples = completion.complete(self.model, start, n, seeds, temperature, top_k, top_p, prompt_mask)
         return [self.image(tokens) for tokens in samples.cpu().numpy()]
 

@@ -74,6 +74,7 @@ def test_completions_keep_what_is_given_and_depend_on_the_seed_alone(
     assert first[0].size == (loaded.n_px, loaded.n_px)
     assert all((np.asarray(image)[:2] == original[:2]).all() for image in first)
     assert len({image.tobytes() for image in first}) > 1
+    assert loaded.complete(picture, n=1, seed=6)[0].tobytes() == first[1].tobytes()
     mask = np.zeros((4, 4), bool)
     mask[:, 1] = True
     for image in loaded.complete(picture, mask=mask):
