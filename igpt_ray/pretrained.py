@@ -71,8 +71,8 @@ class Pretrained:
         """Complete the image: `n` samples of n_px x n_px pixels.
 
         The prompt is the top `rows` rows (default: half of them), or the pixels where `mask`, (n_px, n_px), is True.
-        Sample i uses `seed + i`, as the server does, and is a function of it. Raises `SettingError` if rows or mask are invalid or both are set, and
-        `CheckpointError` for a release of the masked objective.
+        Sample i uses `seed + i`, as the server does, and is a function of it. Raises `SettingError` if rows or mask are
+        invalid or both are set, and `CheckpointError` for a release of the masked objective.
         """
         weights.check_next(self.config, "this release")
         if rows is not None and mask is not None:
