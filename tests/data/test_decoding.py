@@ -34,7 +34,7 @@ def jpeg() -> bytes:
 
 
 @pytest.mark.parametrize("data", [PNG, jpeg()], ids=["png", "jpeg"])
-@pytest.mark.parametrize("pipeline", pixels.PIPELINES.values())
+@pytest.mark.parametrize("pipeline", list(pixels.PIPELINES))
 def test_isolation_does_not_change_a_pixel(process: DecoderProcess, data: bytes, pipeline: str) -> None:
     isolated = process.call(pixels.random_view, data, 32, "key", 1, pipeline)
     np.testing.assert_array_equal(isolated, pixels.random_view(data, 32, "key", 1, pipeline))

@@ -159,7 +159,7 @@ def test_a_source_over_the_budget_may_be_repaired(settings: PrepareConfig, digit
     shutil.copytree(digit_images, tmp_path / "images")
     bad = tmp_path / "images/train/3/bad.png"
     bad.write_bytes(b"not an image")
-    settings = settings.model_copy(update={"source": str(tmp_path / "images")})
+    settings = settings.model_copy(update={"source": str(tmp_path / "images"), "budget": 0.0})
     with pytest.raises(SourceError, match="more than the budget"):
         prepare.prepare(settings, serial_map)
     bad.unlink()

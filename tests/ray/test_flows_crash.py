@@ -16,7 +16,7 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import SourceError
 from igpt_ray.evaluate.config import ScoreConfig
-from igpt_ray.flows import batch, prepare, verify
+from igpt_ray.flows import batch, prepare
 from igpt_ray.flows.actor_map import MAX_DEATHS, actor_map
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.settings import PoolConfig
@@ -81,7 +81,7 @@ def test_palette_and_verification_survive_such_images(prepared: str, digit_image
     assert report["unreadable"] == len(bad)
     assert len(Palette.load(palette)) == 16
     prepared_from(tmp_path / "images", prepared, tmp_path / "tokens")
-    assert verify.verify(VerifyConfig(tokens=str(tmp_path / "tokens"), remake=3))["remade"] == 3
+    assert prepare.verify(VerifyConfig(tokens=str(tmp_path / "tokens"), remake=3))["remade"] == 3
 
 
 def test_scores_and_completions_record_such_images_as_unreadable(
