@@ -331,11 +331,7 @@ def test_a_damaged_manifest_is_an_error_and_a_repeat_rewrites_it(extract: Extrac
     folder = Path(extract().features)
     manifest = folder / "train/manifest.json"
     manifest.write_text(manifest.read_text().replace('"rows": 7', '"rows": 6'))
-<<<<<<< HEAD
-    with pytest.raises(FeatureError, match=r"damaged or of another version.*delete it"):
-=======
     with pytest.raises(FeatureError, match="damaged or of another version: delete it and repeat"):
->>>>>>> subtract
         FeatureStore(str(folder)).layer("train", 0)
     assert extract().units_made == 0
     assert FeatureStore(str(folder)).layer("train", 0)[0].shape == (12, 32)
