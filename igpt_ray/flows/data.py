@@ -1,7 +1,7 @@
 """Images of a source and tokens of a store as Ray datasets, for pipelines outside this project."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -27,31 +27,41 @@ ERROR = pa.field("error", pa.string())
 
 
 def read_images(
-    uri: str, layout: Layout | None = None, on_error: OnError = "raise", images_per_task: int = 1000
+    uri: str,
+    layout: Layout | None = None,
+    on_error: OnError = "raise",
+    images_per_task: int = 1000,
+    columns: Sequence[str] = (),
 ) -> ray.data.Dataset:
     """The images of a source in any layout, as a dataset with the columns key, label, split and bytes.
 
     `bytes` is the encoded image as stored; it is not decoded. `label` is an index into `ImageDatasource.classes`, or -1
-    for test images without a label. A member of an archive that cannot be read as an image file (a link, a sparse file,
-    more than 128 MiB) ends the dataset with a `SourceError` that names it. With `on_error="column"` it is a row whose
-    `bytes` is null, and whose reason is in a fifth column `error`. No image is left out.
+    for an image without a label. `columns` are those of `igpt prepare --columns`. A member of an archive that cannot be
+    read as an image file (a link, a sparse file, more than 128 MiB) ends the dataset with a `SourceError` that names
+    it. With `on_error="column"` it is a row whose `bytes` is null, and whose reason is in a fifth column `error`. No
+    image is left out.
 
     A read task is a work unit of `igpt prepare`: `images_per_task` single files, or one archive. Raises `SourceError`
     if the source is empty, or does not have the given or detected layout.
     """
-    return ray.data.read_datasource(ImageDatasource(uri, layout, on_error, images_per_task))
+    return ray.data.read_datasource(ImageDatasource(uri, layout, on_error, images_per_task, columns))
 
 
 class ImageDatasource(Datasource):  # type: ignore[misc]  # Ray has no types
     """The plan of a source for `ray.data.read_datasource`; see `read_images`."""
 
     def __init__(
-        self, uri: str, layout: Layout | None = None, on_error: OnError = "raise", images_per_task: int = 1000
+        self,
+        uri: str,
+        layout: Layout | None = None,
+        on_error: OnError = "raise",
+        images_per_task: int = 1000,
+        columns: Sequence[str] = (),
     ):
         super().__init__()
         if on_error not in ("raise", "column"):
             raise SourceError(f"on_error is {on_error!r}: expected 'raise' or 'column'")
-        plan = sources.plan(storage.absolute(uri), images_per_task, layout)
+        plan = sources.plan(storage.absolute(uri), images_per_task, layout, columns)
         self.classes = plan.classes
         """Class names in the order of the labels."""
         self._units = plan.units
