@@ -34,11 +34,12 @@ from igpt_ray.data.sources.folders import (
     unsupported,
 )
 from igpt_ray.data.sources.imagenet import class_of_tar, plan_class_tars, plan_tars
-from igpt_ray.data.sources.listing import CONTAINERS, TARS, Listing, is_image, kind_of, list_files
+from igpt_ray.data.sources.listing import CONTAINERS, TARS, File, Listing, is_image, kind_of, list_files
 from igpt_ray.data.sources.parquet import plan_parquet
 from igpt_ray.data.sources.ranges import archive_window
 from igpt_ray.data.sources.tars import members
 from igpt_ray.data.sources.units import (
+    MAX_CLASSES,
     SPLITS,
     TRAIN,
     WNID,
@@ -147,18 +148,14 @@ def detect_layout(listing: Listing) -> Layout:
 
     Raises `SourceError` if several layouts are possible, or none.
     """
-    names = [path.lower() for path, _ in listing.files]
-    if any(name.startswith(("ilsvrc/", "loc_")) for name in names):
+    names = [path for path, _ in listing.files]
+    if any(name.lower().startswith(("ilsvrc/", "loc_")) for name in names):
         return "kaggle"
     if is_cifar(listing):
         return "cifar"
-    tars, tables = listing.entries(TARS), listing.entries(".parquet")
+    tars, tables = listing.named(TARS), listing.named(".parquet")
     images = sum(map(is_image, names))
-    if (
-        tars
-        and tables
-        and {listing.path(t).partition(".")[0] for t in tables} <= {listing.path(t).partition(".")[0] for t in tars}
-    ):
+    if tars and tables and {t.path.partition(".")[0] for t in tables} <= {t.path.partition(".")[0] for t in tars}:
         tables = []  # img2dataset writes a table of metadata next to each tar
     kinds = {"tar": bool(tars), "Parquet": bool(tables), "image": images > 0}
     if sum(kinds.values()) > 1:
@@ -177,15 +174,15 @@ def detect_layout(listing: Listing) -> Layout:
     return detect_folders(listing)
 
 
-def _of_tars(listing: Listing, tars: list[storage.Entry]) -> Layout:
-    if any(storage.name(entry.uri).startswith("ILSVRC2012_img_") for entry in tars):
+def _of_tars(listing: Listing, tars: list[File]) -> Layout:
+    if any(storage.name(path).startswith("ILSVRC2012_img_") for path, _ in tars):
         return "tars"
-    with archive_window(*tars[0]) as window:
+    with archive_window(listing.uri(tars[0].path), tars[0].size) as window:
         first = [member.name.lower() for member in itertools.islice(members(window), 8)]
     first = [name for name in first if not storage.name(name).startswith("._")]
     if any(name.endswith(".tar") for name in first):
         return "tars"
-    classes = [class_of_tar(listing.path(entry)) for entry in tars]
+    classes = [class_of_tar(path) for path, _ in tars[:MAX_CLASSES]]
     if all(WNID.match(f"{name}_1") for name in classes):
         return "class-tars"
     if not any(name.endswith((".cls", ".json", ".txt")) for name in first) and not any(

@@ -68,8 +68,12 @@ class Listing(NamedTuple):
         return storage.relative_to(self.root, entry.uri)
 
     def entries(self, suffixes: str | tuple[str, ...]) -> list[storage.Entry]:
-        """The files whose lower-case path ends in one of `suffixes`."""
-        return [storage.Entry(self.uri(f.path), f.size) for f in self.files if f.path.lower().endswith(suffixes)]
+        """The files whose lower-case path ends in one of `suffixes`, with their URIs."""
+        return [storage.Entry(self.uri(file.path), file.size) for file in self.named(suffixes)]
+
+    def named(self, suffixes: str | tuple[str, ...]) -> list[File]:
+        """The files whose lower-case path ends in one of `suffixes`. Adds no memory per file."""
+        return [file for file in self.files if file.path.lower().endswith(suffixes)]
 
     def below(self, folder: str) -> "Listing":
         """The files below one folder of this listing."""

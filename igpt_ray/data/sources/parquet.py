@@ -141,10 +141,11 @@ def plan_parquet(listing: Listing, images_per_unit: int, names: Mapping[str, str
 
     Raises `SourceError` if a file is damaged or has other columns, or if the classes are unknown.
     """
-    files = listing.entries(".parquet")
+    files = listing.named(".parquet")
     if not files:
         raise SourceError(f"{listing.source} holds no Parquet files")
-    opened = files if len(files) <= MAX_OPENED else files[:1]
+    head = [storage.Entry(listing.uri(path), size) for path, size in files[: MAX_OPENED + 1]]
+    opened = head if len(files) <= MAX_OPENED else head[:1]
     with ThreadPoolExecutor(THREADS) as pool:
         indexes = list(pool.map(partial(_index, names=names), opened))
     if len({(index.classes, index.columns) for index in indexes}) > 1:
@@ -154,19 +155,16 @@ def plan_parquet(listing: Listing, images_per_unit: int, names: Mapping[str, str
     if columns.label is None:
         log.warning("%s has no label column: images are read without labels, see --columns", listing.source)
     elif not classes:
-        classes, by_name = _survey(listing, files, columns)
+        classes, by_name = _survey(listing, head, columns)
     drafts: Iterable[DraftUnit]
     rows = partial(Rows, listing.root, columns=columns, n_classes=len(classes), names=classes if by_name else None)
     if len(opened) == len(files):
         drafts = chain.from_iterable(
-            _runs(listing, entry, index.rows, rows, images_per_unit)
-            for entry, index in zip(files, indexes, strict=True)
+            _runs(listing, entry, index.rows, rows, images_per_unit) for entry, index in zip(head, indexes, strict=True)
         )
     else:
         bytes_per_image = files[0].size / max(1, sum(indexes[0].rows))
-        drafts = whole_files(
-            listing.root, files, bytes_per_image, lambda path, size, split: rows(path=path, size=size, split=split)
-        )
+        drafts = whole_files(files, bytes_per_image, lambda path, size, split: rows(path=path, size=size, split=split))
     others = count_others(listing.files, lambda path: path.lower().endswith(".parquet") or path == "classes.txt")
     return Plan(classes, numbered(drafts), others)
 

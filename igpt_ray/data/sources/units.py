@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from igpt_ray import storage
 from igpt_ray.data.config import Layout
-from igpt_ray.data.sources.listing import escaped
+from igpt_ray.data.sources.listing import File, escaped
 from igpt_ray.errors import NotFound, SourceError
 
 SPLITS = ("train", "val", "test")
@@ -129,11 +129,10 @@ def numbered(drafts: Iterable[DraftUnit]) -> tuple[WorkUnit, ...]:
 
 
 def whole_files(
-    root: str, entries: Iterable[storage.Entry], bytes_per_image: float, content: Callable[[str, int, str], Content]
+    files: Iterable[File], bytes_per_image: float, content: Callable[[str, int, str], Content]
 ) -> Iterator[DraftUnit]:
     """Each file is one unit, `content(path, size, split)`. Its number of images is estimated from its size."""
-    for uri, size in entries:
-        path = storage.relative_to(root, uri)
+    for path, size in files:
         split = split_of(path)
         yield DraftUnit(split, max(1, round(size / bytes_per_image)), content(path, size, split))
 

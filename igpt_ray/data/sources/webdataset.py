@@ -125,18 +125,19 @@ class Sample:
 
 def plan_webdataset(listing: Listing, images_per_unit: int) -> Plan:
     """Raises `SourceError` if there are no shards, or the classes are unknown. A unit is a shard of any size."""
-    shards = listing.entries(TARS)
+    shards = listing.named(TARS)
     if not shards:
         raise SourceError(f"{listing.source} holds no tar shards")
-    first = _peek(shards[0])
-    classes = stated_classes(listing.root) or (_survey(listing.source, shards) if first.labelled else ())
+    head = [storage.Entry(listing.uri(path), size) for path, size in shards[: MAX_SURVEYED + 1]]
+    first = _peek(head[0])
+    classes = stated_classes(listing.root) or (_survey(listing.source, head) if first.labelled else ())
     names = classes if first.named else None
 
     def shard(path: str, size: int, split: str) -> TarShard:
         return TarShard(listing.root, path, size, split, len(classes), names)
 
     others = count_others(listing.files, lambda path: path.lower().endswith(TARS) or path == "classes.txt")
-    return Plan(classes, numbered(whole_files(listing.root, shards, first.bytes_per_image, shard)), others)
+    return Plan(classes, numbered(whole_files(shards, first.bytes_per_image, shard)), others)
 
 
 class ShardHead(NamedTuple):
