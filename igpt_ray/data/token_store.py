@@ -154,13 +154,18 @@ class TokenStore:
 
     def read(self, shard: Shard) -> pa.Table:
         """The rows of a shard. Raises `TokenStoreError` if its size or sha256 differs from the manifest's."""
-        uri = storage.join(self.root, shard.path)
-        return parse(artifact.read(uri, shard.bytes, shard.sha256, TokenStoreError, "jobs/prepare.py"))
+        return read_shard(self.root, shard)
 
     def read_split(self, split: str) -> Iterator[pa.Table]:
         """The shards of a split, one table at a time."""
         for shard in self.manifest.select(split):
             yield self.read(shard)
+
+
+def read_shard(root: str, shard: Shard) -> pa.Table:
+    """The rows of a shard of the store at `root`, as `TokenStore.read`, without the manifest."""
+    uri = storage.join(root, shard.path)
+    return parse(artifact.read(uri, shard.bytes, shard.sha256, TokenStoreError, "jobs/prepare.py"))
 
 
 def encode(keys: list[str], labels: list[int], tokens: Tokens, kind: TokenFormat, unit: dict[str, Any]) -> bytes:

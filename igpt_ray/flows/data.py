@@ -9,7 +9,7 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from igpt_ray import artifact, storage
+from igpt_ray import storage
 from igpt_ray.data import sources, token_store
 from igpt_ray.data.sources import Image, Layout, WorkUnit
 from igpt_ray.data.sources.folders import Files
@@ -160,5 +160,4 @@ class TokenDatasource(Datasource):  # type: ignore[misc]
 
 
 def _token_blocks(root: str, shard: Shard) -> Iterator[pa.Table]:
-    uri = storage.join(root, shard.path)
-    yield token_store.parse(artifact.read(uri, shard.bytes, shard.sha256, TokenStoreError, "jobs/prepare.py"))
+    yield token_store.read_shard(root, shard)
