@@ -88,7 +88,7 @@ def test_sgd_on_streamed_features_is_close_to_l_bfgs(both: dict[str, Any], tmp_p
     by_sgd = probe_layers(
         ProbeConfig(**both, out=str(tmp_path), layers=(1,), method="sgd", sgd=SgdConfig(steps=2000, lrs=(1, 0.1, 0.01)))
     )
-    assert by_sgd["validation"] >= by_lbfgs["validation"] - 0.1  # 24 images
+    assert by_sgd.validation >= by_lbfgs.validation - 0.1  # 24 images
 
 
 def test_invalid_probes_are_refused_before_features_are_computed(both: dict[str, Any], tmp_path: Path) -> None:

@@ -69,9 +69,7 @@ def test_invalid_uris_are_errors_of_one_line(
     assert "create it" in said
     (tmp_path / "empty").mkdir()
     for nothing in (on_rclone, str(tmp_path / "empty"), str(tmp_path / "absent")):
-        assert "holds no files: expected images in class folders" in error_line(
-            capsys, prepare.fit_palette, palette(nothing)
-        )
+        assert "does not exist or holds no files" in error_line(capsys, prepare.fit_palette, palette(nothing))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     object_clients.clear_cache()
     said = error_line(capsys, prepare.fit_palette, palette(on_rclone))
@@ -107,8 +105,8 @@ def test_a_bug_keeps_its_traceback(cluster: str) -> None:
 
 
 def test_a_job_ends_with_one_json_line(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
-    job.finish(lambda _: {"answer": 42}, PoolConfig())
-    assert json.loads(capsys.readouterr().out) == {"answer": 42}
+    job.finish(lambda _: {"answer": 42, "seconds": 1.5}, PoolConfig())
+    assert json.loads(capsys.readouterr().out) == {"answer": 42, "seconds": 1.5}
 
 
 def test_errors_can_be_pickled() -> None:
