@@ -293,6 +293,8 @@ COLOURED_DIGITS = 120
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """The dashboard's address of a Ray cluster of three nodes with two CPUs each, which this process has joined."""
+    # Ray deletes an uploaded working directory after this time, although a later job may rely on the same upload.
+    os.environ["RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S"] = "7200"
     import ray
     from ray.cluster_utils import Cluster
 
