@@ -31,7 +31,7 @@ def eat_memory() -> None:
 
 
 def be_slow() -> None:
-    time.sleep(0.4)
+    time.sleep(1)
 
 
 FAULTS = {b"TEST-CRASH": crash, b"TEST-HANG": hang, b"TEST-MEMORY": eat_memory, b"TEST-SLOW": be_slow}
