@@ -279,7 +279,7 @@ def test_class_tars_are_classes(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"\(cat, dog\): add --layout class-tars"):
         sources.plan(str(tmp_path / "b"), 9)
     read = everything(sources.plan(str(tmp_path / "b"), 9, "class-tars"))
-    assert [label for *_, label in read] == [0, 1]
+    assert read == [("train", "cat/1.jpg", 0), ("train", "dog/1.jpg", 1)]
 
 
 def test_classes_txt_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -315,6 +315,13 @@ def test_usual_columns_are_recognised_and_others_are_named(
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
     plan = sources.plan(str(tmp_path), 9, columns=options)
     assert [label for *_, label in everything(plan)] == expected
+
+
+def test_another_choice_of_columns_is_another_unit(tmp_path: Path) -> None:
+    """Otherwise a repeated preparation would reuse shards with the labels of the other column."""
+    pq.write_table(pa.table({"image": [b"x"] * 2, "fine_label": [0, 1], "coarse": [1, 0]}), tmp_path / "0.parquet")
+    plans = [sources.plan(str(tmp_path), 9, columns=columns) for columns in ((), ("label=coarse",))]
+    assert plans[0].units[0].digest != plans[1].units[0].digest
 
 
 def test_unknown_and_ambiguous_columns_are_errors(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class WholeClassTar:
 
     def read(self, key_filter: KeyFilter | None) -> Reading:
         with archive_window(self.uri, self.size) as window:
-            return (yield from _images(window, members(window), lambda name: self.label, key_filter))
+            label_of, folder = (lambda name: self.label), class_of_tar(self.uri)
+            return (yield from _images(window, members(window), label_of, key_filter, folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,14 +258,16 @@ def _images(
     entries: Iterator[Member | RejectedMember],
     label_of: Callable[[str], int | None],
     key_filter: KeyFilter | None,
+    folder: str = "",
 ) -> Reading:
+    """The images of `entries`. `folder` distinguishes the keys of equal names in several archives."""
     n = 0
     for member in entries:
         n += 1
         if isinstance(member, RejectedMember):
             yield UnreadableImage(member.name, member.reason)
             continue
-        key, label = key_of(member.name), label_of(member.name)
+        key, label = key_of(f"{folder}/{member.name}" if folder else member.name), label_of(member.name)
         if label is None:
             raise SourceError(f"{window.uri} has changed since it was planned: the plan does not list {member.name!r}")
         if key_filter is not None and not key_filter(key):

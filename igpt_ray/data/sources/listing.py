@@ -126,18 +126,18 @@ def _split_pattern(source: str) -> tuple[str, str]:
 
 def expand_braces(pattern: str) -> Iterator[str]:
     """`a-{00..02}` -> a-00, a-01, a-02; `{b,c}/d` -> b/d, c/d. Ranges keep the width of their first number."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
         yield pattern
         return
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if numbers:
         first, last, width = int(numbers[1]), int(numbers[2]), len(numbers[1])
         words: Iterable[str] = (f"{i:0{width}d}" for i in range(first, last + 1))
     else:
-        words = found[1].split(",")
+        words = match[1].split(",")
     for word in words:
-        yield from expand_braces(pattern[: found.start()] + word + pattern[found.end() :])
+        yield from expand_braces(pattern[: match.start()] + word + pattern[match.end() :])
 
 
 def _matches(path: str, patterns: list[list[str]]) -> bool:

@@ -90,7 +90,9 @@ class Rows:
     last: int | None = None
 
     def identity(self) -> object:
-        return self.path, self.size, self.n_classes, self.first, self.last
+        usual = self.names is None and (self.columns.image, self.columns.label) == ("image", "label")
+        chosen = () if usual else (self.columns.image, self.columns.label, self.names)
+        return self.path, self.size, self.n_classes, self.first, self.last, *chosen
 
     def read(self, key_filter: KeyFilter | None) -> Reading:
         uri, columns = storage.join(self.root, self.path), self.columns
@@ -99,14 +101,14 @@ class Rows:
             groups = range(self.first, file.num_row_groups if self.last is None else self.last)
             for group in groups:
                 _check_expansion(file.metadata.row_group(group), columns.image, uri)
-            row = start = sum(file.metadata.row_group(i).num_rows for i in range(self.first))
-            wanted = [columns.image] + ([columns.label] if columns.label else [])
-            for batch in ahead(file.iter_batches(BATCH, groups, wanted, use_threads=False)):
+            row = sum(file.metadata.row_group(i).num_rows for i in range(self.first))
+            selected = [columns.image] + ([columns.label] if columns.label else [])
+            for batch in ahead(file.iter_batches(BATCH, groups, selected, use_threads=False)):
                 labels = batch[columns.label] if columns.label else [pa.scalar(None)] * len(batch)
                 for image, label in zip(batch[columns.image], labels, strict=True):
                     yield from self._image(f"{self.path}/{row}", image, label.as_py(), index, key_filter)
                     row += 1
-            return sum(file.metadata.row_group(i).num_rows for i in groups) if row > start else 0
+            return sum(file.metadata.row_group(i).num_rows for i in groups)
 
     def _image(
         self, row: str, image: Any, label: Any, index: dict[str, int], key_filter: KeyFilter | None
