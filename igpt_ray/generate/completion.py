@@ -11,6 +11,7 @@ from igpt_ray.data.palette import Palette
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate.engine import Engine, Request
+from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.image_gpt import ImageGPT
 
 TILE = 96
@@ -40,7 +41,9 @@ def complete(
         raise SettingError(f"the prompt has {S} pixels, expected at most the {T} of an image")
     pixels = F.pad(tokens.cpu(), (0, T - S)).numpy()
     forced = ((torch.arange(T) < S).expand(B, T) if prompt_mask is None else prompt_mask.cpu()).numpy()
-    engine = Engine(model, min(len(seeds), SLOTS), "float32" if model.wpe.dtype == torch.float32 else "bfloat16")
+    precision: Precision = "float32" if model.wpe.dtype == torch.float32 else "bfloat16"
+    # On CUDA, torch.compile would take longer than the completions.
+    engine = Engine(model, min(len(seeds), SLOTS), precision, compiled=False)
     generations = []
     for sample in range(0, B * n, n):
         for start in range(sample, sample + n, engine.slots):

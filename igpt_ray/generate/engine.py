@@ -1,4 +1,4 @@
-"""Continuous batching: image completions generated together, one position per step.
+"""Continuous batching: image completions generated together, one position per step; on CUDA up to a row per step.
 
 Requests are added and removed between steps. The prompt before the first free pixel is processed in one pass for all
 samples of a request; prompt pixels after it are forced when their position is reached. A sample depends only on its
@@ -6,6 +6,7 @@ request and its seed: `kv_cache.py` makes the arithmetic independent of the batc
 numbers.
 """
 
+import itertools
 import sys
 import threading
 from collections import deque
@@ -21,6 +22,7 @@ from igpt_ray import rng
 from igpt_ray.data.token_format import Tokens
 from igpt_ray.errors import SettingError
 from igpt_ray.generate import sampler
+from igpt_ray.generate.device_loop import DeviceLoop
 from igpt_ray.generate.kv_cache import KVCache
 from igpt_ray.generate.quantize import Precision
 from igpt_ray.model.image_gpt import ImageGPT
@@ -70,13 +72,27 @@ class Sample(NamedTuple):
 class Engine:
     """Generates up to `slots` samples at a time. Any thread may call `submit` and `cancel`; one thread calls `step`."""
 
-    def __init__(self, model: ImageGPT, slots: int, precision: Precision = "float32"):
-        """Raises `SettingError` for a model with the masked objective."""
+    def __init__(
+        self,
+        model: ImageGPT,
+        slots: int,
+        precision: Precision = "float32",
+        device_loop: bool | None = None,
+        compiled: bool | None = None,
+        fused: bool = True,
+    ):
+        """`device_loop`: advance up to a row per step, with one wait for the device; None for only on CUDA.
+        `compiled`: see `DeviceLoop`; `fused`: see `KVCache`. Both concern CUDA alone.
+
+        Raises `SettingError` for a model with the masked objective.
+        """
         self.slots = slots
         self.generated = 0
         """Pixels generated since the start, over all samples."""
         self._shape = model.config
-        self._network = KVCache(model, slots, precision)
+        self._network = KVCache(model, slots, precision, fused)
+        on_device = model.wpe.is_cuda if device_loop is None else device_loop
+        self._device_loop = DeviceLoop(self._network, compiled) if on_device else None
         self._lock = threading.Lock()
         self._waiting: deque[Generation] = deque()
         self._samples_of_slots: list[Sample | None] = [None] * slots
@@ -110,18 +126,24 @@ class Engine:
                 self._waiting.remove(generation)
 
     def step(self) -> list[Generation]:
-        """Admit queued requests, then advance every active slot by one position. Returns the finished generations."""
+        """Admit queued requests, then advance every active slot. Returns the finished generations.
+
+        A step is one position; in the device loop it ends at the first end of a row or of a generation.
+        """
         with self._lock:
             self._release()
             admitted = self._admit()
-        for generation in admitted:
-            self._begin(generation)
+        if admitted:
+            self._begin(admitted)
         active = self._active()
         if not active:
             return []
-        self._sample(list(active), list(active.values()))
+        slots, samples = list(active), list(active.values())
+        steps = 1 if self._device_loop is None else self._positions_to_next_end(samples)
+        colours = self._sample(slots, samples) if self._device_loop is None else self._run(slots, samples, steps)
+        self._store(samples, colours)
         with self._lock:
-            finished = self._advance()
+            finished = self._advance(steps)
             self._release()
         return finished
 
@@ -172,14 +194,30 @@ class Engine:
                 self._samples_of_slots[free.pop(0)] = Sample(generation, number, stream)
         return admitted
 
-    def _begin(self, generation: Generation) -> None:
-        """Process the prompt before the first free pixel."""
-        if generation.position:
-            slots = [slot for slot, sample in self._active().items() if sample.generation is generation]
-            self._network.prefill(slots, torch.from_numpy(generation.tokens[0, : generation.position].astype(np.int64)))
+    def _begin(self, admitted: list[Generation]) -> None:
+        """Process the prompts before the first free pixels; prompts of equal length together."""
+        active = {slot: sample for slot, sample in self._active().items() if sample.generation in admitted}
+        for length, group in itertools.groupby(sorted(admitted, key=_position), key=_position):
+            if length:
+                generations = list(group)
+                slots = [[slot for slot, sample in active.items() if sample.generation is g] for g in generations]
+                prompts = np.stack([generation.tokens[0, :length] for generation in generations]).astype(np.int64)
+                self._network.prefill_all(slots, torch.from_numpy(prompts))
+        if self._device_loop is not None:
+            samples = active.values()
+            requests = [sample.generation.request for sample in samples]
+            self._device_loop.load(
+                list(active),
+                torch.from_numpy(np.stack([s.generation.tokens[s.number] for s in samples]).astype(np.int64)),
+                torch.from_numpy(np.stack([request.prompt_mask for request in requests])),
+                torch.stack([sample.uniforms for sample in samples]),
+                [request.temperature for request in requests],
+                [min(request.top_k, self._shape.n_vocab) for request in requests],
+                [request.top_p for request in requests],
+            )
 
-    def _sample(self, slots: list[int], samples: list[Sample]) -> None:
-        """Sample each slot's pixel. At a prompt pixel only the keys and values are stored."""
+    def _sample(self, slots: list[int], samples: list[Sample]) -> NDArray[np.integer]:
+        """A colour for each slot (slots, 1). At a prompt pixel only the keys and values are stored."""
         positions = [sample.generation.position for sample in samples]
         previous_tokens = [
             int(s.generation.tokens[s.number, max(t, 1) - 1]) for s, t in zip(samples, positions, strict=True)
@@ -192,20 +230,46 @@ class Engine:
             torch.tensor([request.temperature for request in requests], dtype=torch.float64),
             torch.tensor([min(request.top_k, self._shape.n_vocab) for request in requests]),
             torch.tensor([request.top_p for request in requests], dtype=torch.float64),
-        ).tolist()
-        for sample, t, colour in zip(samples, positions, colours, strict=True):
-            if not sample.generation.request.prompt_mask[t]:
-                sample.generation.tokens[sample.number, t] = colour
-                self.generated += 1
+        )
+        return colours[:, None].cpu().numpy()
 
-    def _advance(self) -> list[Generation]:
-        """Advance every generation by one position; returns those that are finished."""
+    def _positions_to_next_end(self, samples: list[Sample]) -> int:
+        """Positions until a sample reaches the end of a row, whose tokens can then be read, or of its generation."""
+        n_px = self._shape.n_px
+        return min(min(n_px - g.position % n_px, g.end - g.position) for g in (s.generation for s in samples))
+
+    def _run(self, slots: list[int], samples: list[Sample], steps: int) -> NDArray[np.integer]:
+        """Colours for the next `steps` positions of each slot, (slots, steps)."""
+        assert self._device_loop is not None
+        positions = [sample.generation.position for sample in samples]
+        requests = [sample.generation.request for sample in samples]
+        filtered = any(request.top_k > 0 or request.top_p < 1 for request in requests)
+        tokens = self._device_loop.run(slots, positions, steps, filtered).numpy()
+        return np.stack([tokens[slot, t : t + steps] for slot, t in zip(slots, positions, strict=True)])
+
+    def _store(self, samples: list[Sample], colours: NDArray[np.integer]) -> None:
+        """Store each sample's next colours, (samples, steps), at its free pixels."""
+        for sample, new in zip(samples, colours, strict=True):
+            generation, here = (
+                sample.generation,
+                slice(sample.generation.position, sample.generation.position + len(new)),
+            )
+            free = ~generation.request.prompt_mask[here]
+            generation.tokens[sample.number, here][free] = new[free]
+            self.generated += int(free.sum())
+
+    def _advance(self, steps: int) -> list[Generation]:
+        """Advance every generation by `steps` positions; returns those that are finished."""
         finished = []
         for generation in dict.fromkeys(sample.generation for sample in self._active().values()):
-            generation.position += 1
+            generation.position += steps
             if generation.position == generation.end:
                 generation.position = len(generation.request.prompt_mask)
                 if not generation.cancelled:
                     generation.finished = True
                     finished.append(generation)
         return finished
+
+
+def _position(generation: Generation) -> int:
+    return generation.position

@@ -46,7 +46,10 @@ class Packed(nn.Module):
 
 
 class Int8(nn.Module):
-    """A linear layer with int8 weights and one bfloat16 scale per output. Inputs are bfloat16."""
+    """A linear layer with int8 weights and one bfloat16 scale per output. Inputs are bfloat16.
+
+    On CUDA the weights are converted to bfloat16 in each call: torch 2.11's kernel returns float32, and is slower.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -56,7 +59,7 @@ class Int8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > PACKED_ROWS:  # bfloat16 represents the integers up to 127 exactly
+        if len(rows) > PACKED_ROWS or x.is_cuda:  # bfloat16 represents the integers up to 127 exactly
             y = F.linear(rows, self.weight.to(torch.bfloat16)) * self.scale
         else:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)

@@ -22,16 +22,24 @@ def sample_inverse_cdf(
     smallest set of most likely tokens with at least this probability. Ties with the last kept token are kept as well.
     Each of the three is a number or a tensor (B,).
     """
-    V = logits.shape[-1]
     k, mass = torch.as_tensor(top_k), torch.as_tensor(top_p, dtype=torch.float64)
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).expand(len(logits))
+    filtered = bool((k > 0).any() or (mass < 1).any())
+    return sample(logits, u, temperatures, (k.to(logits.device), mass.to(logits.device)) if filtered else None)
+
+
+def sample(logits: Tensor, u: Tensor, temperatures: Tensor, kept: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`sample_inverse_cdf` with all settings on the device of the logits: no operation waits for the host.
+
+    `temperatures` (B,) are float64, and `kept` is top_k and top_p, or None where no sample uses them.
+    """
     below = logits.double() - logits.amax(-1, keepdim=True)  # at most 0, so that a small temperature cannot overflow
     p = (below / torch.where(temperatures > 0, temperatures, 1)[:, None]).softmax(-1)  # (B, V)
-    if (k > 0).any() or (mass < 1).any():
-        p = p * (p >= _least_kept(p, k.to(p.device), mass.to(p.device)))
+    if kept is not None:
+        p = p * (p >= _least_kept(p, *kept))
     cumulative = p.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
-    sampled = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(V - 1)
+    sampled = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
     return torch.where(temperatures > 0, sampled, logits.argmax(-1))
 
 

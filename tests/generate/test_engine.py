@@ -59,11 +59,19 @@ happenings = st.lists(st.one_of(requests, st.integers(1, 6), st.just("cancel")),
 
 
 @settings(max_examples=60, deadline=None)
-@given(slots=st.integers(4, 9), happenings=happenings, choice=st.randoms(use_true_random=False))
-def test_a_sample_does_not_depend_on_other_requests(slots: int, happenings: list[Any], choice: Any) -> None:
+@given(
+    slots=st.integers(4, 9),
+    happenings=happenings,
+    choice=st.randoms(use_true_random=False),
+    device_loop=st.booleans(),
+)
+def test_a_sample_does_not_depend_on_other_requests(
+    slots: int, happenings: list[Any], choice: Any, device_loop: bool
+) -> None:
     """Requests, steps and cancellations are in random order. A slot must not keep earlier state or be lost, and kernels
-    must not sum in another order for another number of rows."""
-    engine, tickets = Engine(MODEL, slots), list[Generation]()
+    must not sum in another order for another number of rows. The device loop, here without CUDA, gives the same
+    samples."""
+    engine, tickets = Engine(MODEL, slots, device_loop=device_loop), list[Generation]()
     finished = []
     for what in happenings:
         if isinstance(what, Request):
@@ -99,14 +107,38 @@ def test_a_sample_is_the_same_alone_and_among_31_others(precision: Precision) ->
             assert (one.tokens[0] == ticket.tokens[row]).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the recorded device loop is not tested")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"qk_norm": True, "rotary": True}, {"n_embd": 192, "n_head": 2}])
+def test_the_recorded_device_loop_gives_the_cpu_s_samples(
+    shape: dict[str, Any], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are at different positions, some are idle, and a slot is used again. Triton's kernels may overlap."""
+    monkeypatch.setattr(pytest.importorskip("igpt_ray.generate.triton_kernels"), "OVERLAP_LAUNCHES", overlap)
+    std = 0.1 if shape else 0.4
+    asked = [
+        Request(PICTURES[0], np.arange(16) < 5, (1, 2)),
+        Request(PICTURES[1], np.arange(16) % 3 == 0, (3,), top_k=3),
+        Request(PICTURES[2], np.zeros(16, bool), (4,), temperature=0),
+        Request(PICTURES[3], TOP_ROWS, (5, 6), temperature=0.5, top_p=0.8),
+    ]
+    engines = Engine(random_model(std=std, **shape), 5), Engine(random_model(std=std, **shape).cuda(), 5)
+    generations = [[engine.submit(request) for request in asked] for engine in engines]
+    for engine in engines:
+        drained(engine)
+    for expected, found in zip(*generations, strict=True):
+        assert (found.tokens == expected.tokens).all()
+
+
 # ------------------------------------------------------------------------------------------------ on the way
 
 
-def test_progress_can_be_read_between_steps() -> None:
+def test_progress_can_be_read_between_steps(device: torch.device) -> None:
     """Pixels before `position` do not change, prompt pixels are set from the start, and a sample ends with its last
     generated pixel."""
     mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], bool)
-    engine = Engine(MODEL, 2)
+    engine = Engine(random_model(std=0.4, device=device), 2, device_loop=False)
     ticket = engine.submit(Request(PICTURES[0], mask, (1, 2)))
     assert ticket.position == 2
     assert (ticket.tokens[:, mask] == PICTURES[0][mask]).all()
@@ -118,6 +150,31 @@ def test_progress_can_be_read_between_steps() -> None:
     for position, tokens in seen:
         assert (tokens[:, :position] == ticket.tokens[:, :position]).all()
     assert engine.generated == 8
+
+
+def test_a_step_of_the_device_loop_ends_with_a_row_or_a_generation() -> None:
+    """A row can be sent when it is complete, and a request can be admitted when another has finished."""
+    engine = Engine(MODEL, 3, device_loop=True)
+    mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1], bool)
+    first = engine.submit(Request(PICTURES[0], mask, (1, 2)))
+    assert first.position == 2
+    positions = []
+    while not first.finished:
+        engine.step()
+        positions.append(first.position)
+        assert (first.tokens[:, mask] == PICTURES[0][mask]).all()
+    assert positions == [4, 8, 16]
+    assert engine.generated == 2 * 5
+    second = engine.submit(Request(PICTURES[1], np.arange(16) < 6, (3,), top_k=3))
+    engine.step()
+    third = engine.submit(Request(PICTURES[2], np.arange(16) < 3, (4,), top_p=0.5))
+    seen = []
+    while not (second.finished and third.finished):
+        engine.step()
+        seen.append((second.position, third.position))
+    assert seen == [(9, 4), (12, 7), (13, 8), (16, 11), (16, 12), (16, 16)]
+    for generation in (first, second, third):
+        assert (generation.tokens == alone(generation.request)).all()
 
 
 def test_a_request_without_pixels_to_generate_finishes_at_once() -> None:
@@ -141,9 +198,9 @@ def test_a_request_of_many_samples_is_not_overtaken() -> None:
     assert drained(engine) == [first, many, late]
 
 
-def test_the_slots_of_a_cancelled_request_are_free_in_the_next_step() -> None:
+def test_the_slots_of_a_cancelled_request_are_free_in_the_next_step(device: torch.device) -> None:
     """Otherwise a disconnected client would occupy its slots to the end, or get new ones."""
-    engine = Engine(MODEL, 2)
+    engine = Engine(random_model(std=0.4, device=device), 2, device_loop=False)
     gone, waiting, served = (engine.submit(Request(PICTURES[i], TOP_ROWS, (1, 2))) for i in range(3))
     engine.step()
     engine.cancel(gone)
@@ -224,12 +281,13 @@ def test_a_malformed_request_is_an_error_at_submission(change: dict[str, Any], m
     assert drained(engine) == [ticket]
 
 
-def test_extreme_settings_are_served() -> None:
+def test_extreme_settings_are_served(device: torch.device) -> None:
     """Logits must not overflow to NaN; top_k may exceed the number of colours."""
-    engine = Engine(MODEL, 4)
+    model = random_model(std=0.4, device=device)
+    engine = Engine(model, 4)
     tickets = [engine.submit(Request(PICTURES[0], TOP_ROWS, (1,), heat)) for heat in (5e-324, 1e-6, 1e6, 1e308)]
     drained(engine)
-    coldest = alone(Request(PICTURES[0], TOP_ROWS, (1,), 0))
+    coldest = alone(Request(PICTURES[0], TOP_ROWS, (1,), 0), model)
     assert (tickets[0].tokens == coldest).all()
     assert (tickets[1].tokens == coldest).all()
     assert all(ticket.tokens.max() < 16 for ticket in tickets)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model, random_tokens
+from numpy.typing import NDArray
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -14,9 +15,9 @@ from igpt_ray.model.image_gpt import ImageGPT
 
 
 @pytest.fixture(scope="module")
-def model() -> ImageGPT:
+def model(device: torch.device) -> ImageGPT:
     """Sharp enough for samples to depend on the prompt, and soft enough for them to differ."""
-    return random_model(std=0.4)
+    return random_model(std=0.4, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_sample_does_not_depend_on_its_batch(model: ImageGPT, given: Tensor) -
 
 def test_a_sample_continues_from_its_own_prefix(model: ImageGPT) -> None:
     """Random numbers belong to positions: a longer prompt does not change later ones."""
-    whole = completion.complete(model, torch.empty(1, 0, dtype=torch.long), 1, [3])
+    whole = completion.complete(model, torch.empty(1, 0, dtype=torch.long, device=model.wpe.device), 1, [3])
     for rows in (1, 5, 15, 16):
         assert torch.equal(completion.complete(model, whole[:, :rows], 1, [3]), whole)
 
@@ -78,6 +79,7 @@ def test_prompt_pixels_at_any_position_are_unchanged_and_attended_to(model: Imag
     """Also prompt pixels after the first generated one. The reference has no cache."""
     x = random_tokens(model, 3)
     given = torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < torch.tensor([[0.2], [0.5], [0.8]])
+    given = given.to(x.device)
     expected = torch.where(given, x, 0)
     for t in range(16):
         expected[:, t] = torch.where(given[:, t], x[:, t], model(expected)[:, t].argmax(-1))
@@ -118,65 +120,76 @@ def test_a_masked_network_is_an_error() -> None:
 # ------------------------------------------------------------------------------------------------ one pixel
 
 
-def test_frequencies_follow_the_softmax() -> None:
+def counts_of(colours: Tensor, n: int) -> NDArray[np.int64]:
+    """Number of times that each of n colours was sampled."""
+    return torch.bincount(colours, minlength=n).cpu().numpy()
+
+
+def test_frequencies_follow_the_softmax(device: torch.device) -> None:
     """The cumulative sum is not shifted by a colour, and precise enough for rare colours."""
     n = 200_000
-    logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 2
-    u = rng.uniforms([77], n)[0]
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(4)).to(device) * 2
+    u = rng.uniforms([77], n)[0].to(device)
     for temperature in (1.0, 0.7, 2.0):
-        p = torch.softmax(logits.double() / temperature, 0).numpy()
-        counts = torch.bincount(sampler.sample_inverse_cdf(logits.expand(n, -1), u, temperature), minlength=16).numpy()
+        p = torch.softmax(logits.double() / temperature, 0).cpu().numpy()
+        counts = counts_of(sampler.sample_inverse_cdf(logits.expand(n, -1), u, temperature), 16)
         assert chisquare(counts, n * p).pvalue > 1e-3
         assert chisquare(counts, n * np.roll(p, 1)).pvalue < 1e-9
 
 
-def test_top_k_selects_the_k_likeliest_and_preserves_their_ratios() -> None:
+def test_top_k_selects_the_k_likeliest_and_preserves_their_ratios(device: torch.device) -> None:
     """The probabilities still sum to one."""
     n = 100_000
-    logits = torch.randn(16, generator=torch.Generator().manual_seed(5))
-    u = rng.uniforms([78], n)[0]
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(5)).to(device)
+    u = rng.uniforms([78], n)[0].to(device)
     best = logits.topk(4).indices.sort().values
-    counts = torch.bincount(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=4), minlength=16).numpy()
+    counts = counts_of(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=4), 16)
     assert set(np.flatnonzero(counts)) == set(best.tolist())
-    p = torch.softmax(logits[best].double(), 0).numpy()
-    assert chisquare(counts[best.numpy()], n * p).pvalue > 1e-3
+    p = torch.softmax(logits[best].double(), 0).cpu().numpy()
+    assert chisquare(counts[best.cpu().numpy()], n * p).pvalue > 1e-3
     everything = sampler.sample_inverse_cdf(logits.expand(n, -1), u)
     for k in (0, 16, 100):
         assert torch.equal(sampler.sample_inverse_cdf(logits.expand(n, -1), u, top_k=k), everything)
 
 
-def test_top_k_includes_ties_with_the_last() -> None:
+def test_top_k_includes_ties_with_the_last(device: torch.device) -> None:
     """Otherwise the selection would depend on the sorting of a library."""
-    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).expand(1000, -1)
-    seen = sampler.sample_inverse_cdf(logits, rng.uniforms([79], 1000)[0], top_k=2).unique()
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]], device=device).expand(1000, -1)
+    seen = sampler.sample_inverse_cdf(logits, rng.uniforms([79], 1000)[0].to(device), top_k=2).unique()
     assert seen.tolist() == [1, 2, 3, 4]
 
 
-def test_top_p_selects_the_smallest_set_that_reaches_p() -> None:
+def test_top_p_selects_the_smallest_set_that_reaches_p(device: torch.device) -> None:
     """It includes the colour that crosses p, and none after it."""
-    p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64)
-    u = rng.uniforms([80], 20_000)[0]
-    for top_p, left in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
-        counts = torch.bincount(
-            sampler.sample_inverse_cdf(p.log().expand(len(u), -1), u, top_p=top_p), minlength=4
-        ).numpy()
+    p = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64, device=device)
+    u = rng.uniforms([80], 20_000)[0].to(device)
+    for top_p, left in (
+        (0.4, [1]),
+        (0.5 - 1e-9, [1]),
+        (0.51, [1, 3]),
+        (0.79, [1, 3]),
+        (0.9, [1, 2, 3]),
+        (0.96, [0, 1, 2, 3]),
+    ):
+        counts = counts_of(sampler.sample_inverse_cdf(p.log().expand(len(u), -1), u, top_p=top_p), 4)
         assert np.flatnonzero(counts).tolist() == left
-        share = p[left].numpy() / p[left].sum().item()
+        share = p[left].cpu().numpy() / p[left].sum().item()
         assert len(left) == 1 or chisquare(counts[left], len(u) * share).pvalue > 1e-3
 
 
-def test_top_p_applies_to_the_selection_of_top_k() -> None:
+def test_top_p_applies_to_the_selection_of_top_k(device: torch.device) -> None:
     """As in transformers: of 0.5 and 0.3 the first has 0.625."""
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log().expand(1000, -1)
-    u = rng.uniforms([81], 1000)[0]
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64, device=device).log().expand(1000, -1)
+    u = rng.uniforms([81], 1000)[0].to(device)
     assert sampler.sample_inverse_cdf(logits, u, top_k=2, top_p=0.62).unique().tolist() == [1]
     assert sampler.sample_inverse_cdf(logits, u, top_k=2, top_p=0.63).unique().tolist() == [1, 3]
 
 
-def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
+def test_rows_may_each_have_their_own_temperature_and_filters(device: torch.device) -> None:
     """The settings of a row do not change other rows by a bit."""
     g = torch.Generator().manual_seed(6)
     logits, u = 3 * torch.randn(60, 64, generator=g), torch.rand(60, generator=g, dtype=torch.float64)
+    logits, u = logits.to(device), u.to(device)
     temperature = torch.tensor([0, 1, 0.5, 2.0, 1e-6, 1], dtype=torch.float64).repeat(10)
     top_k = torch.tensor([0, 0, 3, 100, 1]).repeat(12)
     top_p = torch.tensor([1, 0.9, 0.3, 1], dtype=torch.float64).repeat(15)
@@ -187,15 +200,14 @@ def test_rows_may_each_have_their_own_temperature_and_filters() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_give_possible_colours(u: float) -> None:
+def test_the_ends_of_the_unit_interval_give_possible_colours(device: torch.device, u: float) -> None:
     """u = 0 must not give a colour of probability zero, nor u just below 1 one after the last."""
-    logits = torch.full((1, 8), -1e9)
+    logits = torch.full((1, 8), -1e9, device=device)
     logits[0, 3], logits[0, 5] = 1.0, 2.0
     expected = 3 if u == 0 else 5
     for top_k in (0, 2):
-        assert (
-            sampler.sample_inverse_cdf(logits, torch.tensor([u], dtype=torch.float64), top_k=top_k).item() == expected
-        )
+        random = torch.tensor([u], dtype=torch.float64, device=device)
+        assert sampler.sample_inverse_cdf(logits, random, top_k=top_k).item() == expected
 
 
 def test_each_seed_has_a_stream_of_its_own() -> None:
