@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt_ray.model.config import ModelConfig
+from igpt_ray.model.quick_gelu import quick_gelu
 
 NORM_EPS = 1e-5
 CPU_FLOAT32_ELEMENTS = 8192
@@ -187,16 +188,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """`rope`: rotary embedding. `attend` replaces the attention, for example by one with a KV cache."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, N, T, D)
+        qkv = self.c_attn(x).chunk(3, dim=2)  # whose backward pass is one copy, into the layout that c_attn needs
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in qkv)  # each (B, N, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        y = attend(q, k, v) if attend else sdpa(q, k, v, causal=self.causal)  # (B, N, T, D)
+        y = attend(q, k, v) if attend is not None else sdpa(q, k, v, causal=self.causal)  # (B, N, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Scaled dot-product attention of (B, N, T, D).
+
+    On CUDA, torch chooses among its kernels: cuDNN before flash on Hopper and Blackwell (torch 2.11 to 2.13 with cuDNN
+    above 9.15), flash otherwise. `torch.backends.cuda.enable_cudnn_sdp(False)` excludes cuDNN.
 
     On a CPU, short bfloat16 sequences are computed in float32, see CPU_FLOAT32_ELEMENTS. Causal queries are then split
     into CPU_QUERY_BLOCKS blocks, each with the keys up to its end, because the kernel also computes masked products.
@@ -233,5 +238,4 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))
+        return self.c_proj(quick_gelu(self.c_fc(x)))

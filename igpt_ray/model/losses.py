@@ -71,15 +71,8 @@ def classification(logits: Tensor, labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ sums of a batch
 
 
-def loss_sums(model: ImageGPT, tokens: Tensor, labels: Tensor | None, visible_mask: Tensor | None) -> Tensor:
-    """Sums over the batch of the quantities that `sum_names` names: (1,), or (3,) with labels."""
-    if labels is None:
-        return generative(model, tokens, visible_mask)[None]
-    return loss_parts(model, tokens, labels, visible_mask).sum(1)
-
-
 def sum_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of the means that the sums of `loss_sums` become; the first is the loss."""
+    """Names of the means that the sums of `MicroBatch.loss_sums` become; the first is the loss."""
     return ("loss", "nats_per_token", "accuracy") if config.n_class else ("nats_per_token",)
 
 

@@ -12,9 +12,9 @@ from igpt_ray.model import losses as objectives
 from igpt_ray.model.image_gpt import ImageGPT
 
 
-def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:
+def test_nats_are_the_negative_logarithms_of_the_softmax(device: torch.device) -> None:
     """Natural logarithms, no early mean, and the probability of the right pixel."""
-    model = random_model()
+    model = random_model(device=device)
     x = random_tokens(model, 3)
     logits = model(x)
     nats = objectives.next_pixel(logits, x)
@@ -24,17 +24,17 @@ def test_nats_are_the_negative_logarithms_of_the_softmax() -> None:
         assert math.isclose(nats[b, t].item(), -math.log(p), rel_tol=1e-5)
 
 
-def test_nats_are_float32_also_from_bfloat16_logits() -> None:
+def test_nats_are_float32_also_from_bfloat16_logits(device: torch.device) -> None:
     """The mantissa of bfloat16 has less precision than comparisons of losses need."""
-    logits, x = torch.randn(2, 5, 64), torch.randint(64, (2, 5))
+    logits, x = torch.randn(2, 5, 64, device=device), torch.randint(64, (2, 5), device=device)
     nats = objectives.next_pixel(logits.bfloat16(), x)
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, objectives.next_pixel(logits.bfloat16().float(), x))
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
+def test_micro_batches_add_up_to_the_batch(device: torch.device) -> None:
     """A mean of means would depend on the division if the last micro-batch is smaller."""
-    model = random_model().requires_grad_(True)
+    model = random_model(device=device).requires_grad_(True)
     x = random_tokens(model, 5)
     gradients = []
     for cut in ([5], [2, 2, 1]):
@@ -50,7 +50,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 def numpy_masked_loss(model: ImageGPT, x: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The masked network and its objective from the published description, one image at a time: (B,) nats."""
-    w = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    w = {name: value.double().cpu().numpy() for name, value in model.state_dict().items()}
     N, C = model.config.n_head, model.config.n_embd
     D = C // N
 
@@ -77,16 +77,16 @@ def numpy_masked_loss(model: ImageGPT, x: NDArray[np.int64], keep: NDArray[np.bo
     return np.array(losses)
 
 
-def test_the_masked_objective_equals_a_numpy_implementation() -> None:
+def test_the_masked_objective_equals_a_numpy_implementation(device: torch.device) -> None:
     """Attention is not causal, and the mean is over the masked positions of each image."""
-    model = random_model(std=0.15, objective="masked")
+    model = random_model(std=0.15, objective="masked", device=device)
     x = random_tokens(model, 5)
-    keep = objectives.sample_masks([0, 1, 2, 3, 4], 16)
+    keep = objectives.sample_masks([0, 1, 2, 3, 4], 16).to(device)
     keep[0], keep[1] = False, True  # all masked, and one masked
     keep[1, 7] = False
-    expected = numpy_masked_loss(model, x.numpy(), keep.numpy())
+    expected = numpy_masked_loss(model, x.cpu().numpy(), keep.cpu().numpy())
     per_image = objectives.masked_pixel(model(x, keep), x, keep)
-    np.testing.assert_allclose(per_image.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(per_image.cpu().numpy(), expected, rtol=1e-5)
     assert objectives.generative(model, x, keep).item() == pytest.approx(expected.sum(), rel=1e-5)
     pooled = objectives.next_pixel(model(x, keep), x)[~keep].mean()
     assert abs(pooled - expected.mean()) > 1e-3  # the mean of means is another number
@@ -117,10 +117,10 @@ def test_every_image_has_a_masked_position() -> None:
     assert single == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 2000) ** 0.5)
 
 
-def test_masked_micro_batches_add_up_to_the_batch() -> None:
+def test_masked_micro_batches_add_up_to_the_batch(device: torch.device) -> None:
     """The sum over images is divided by their number once."""
-    model = random_model(std=0.15, objective="masked")
-    x, keep = random_tokens(model, 5), objectives.sample_masks([0, 1, 2, 3, 4], 16)
+    model = random_model(std=0.15, objective="masked", device=device)
+    x, keep = random_tokens(model, 5), objectives.sample_masks([0, 1, 2, 3, 4], 16).to(device)
     whole = objectives.generative(model, x, keep)
     parts = [objectives.generative(model, a, b) for a, b in zip(x.split([2, 3]), keep.split([2, 3]), strict=True)]
     torch.testing.assert_close(parts[0] + parts[1], whole)
@@ -130,11 +130,11 @@ def test_masked_micro_batches_add_up_to_the_batch() -> None:
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_the_joint_loss_is_generative_plus_classification(objective: str) -> None:
+def test_the_joint_loss_is_generative_plus_classification(device: torch.device, objective: str) -> None:
     """The weights are 1:1, and the generative part is a mean over an image's pixels."""
-    model = random_model(std=0.15, objective=objective, n_class=3)
-    x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2])
-    keep = objectives.sample_masks([0, 1, 2, 3], 16) if objective == "masked" else None
+    model = random_model(std=0.15, objective=objective, n_class=3, device=device)
+    x, labels = random_tokens(model, 4), torch.tensor([0, 2, 1, 2], device=device)
+    keep = objectives.sample_masks([0, 1, 2, 3], 16).to(device) if objective == "masked" else None
     loss = objectives.loss_parts(model, x, labels, keep)[0]
     per_image = objectives.generative(model, x, keep) / (x.numel() if keep is None else len(x))
     p = torch.softmax(model.forward_with_classifier(x, keep)[1].double(), 1)[range(4), labels]
@@ -142,8 +142,8 @@ def test_the_joint_loss_is_generative_plus_classification(objective: str) -> Non
     assert loss.mean().item() == pytest.approx(per_image.item() - p.log().mean().item(), rel=1e-5)
 
 
-def test_the_first_joint_loss_is_the_logarithms_of_the_colours_and_the_classes() -> None:
-    model = ImageGPT(random_model(n_class=10).config)
+def test_the_first_joint_loss_is_the_logarithms_of_the_colours_and_the_classes(device: torch.device) -> None:
+    model = ImageGPT(random_model(n_class=10).config).to(device)
     x = random_tokens(model, 2)
-    loss = objectives.loss_parts(model, x, torch.tensor([3, 4]))[0]
+    loss = objectives.loss_parts(model, x, torch.tensor([3, 4], device=device))[0]
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(16) + math.log(10)))
