@@ -276,12 +276,38 @@ def manifest_of(kind: TokenFormat, listed: list[Shard]) -> Manifest:
     )
 
 
+# ------------------------------------------------------------------------------------------------ devices
+
+WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, WITHOUT_CUDA])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the first CUDA device where there is one, with exact float32 products (no TF32)."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("highest")
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
 @pytest.fixture(scope="session")
-def process_group() -> Iterator[None]:
-    """torch.distributed over gloo with this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def _groups() -> Iterator[None]:
+    """The process group of the last test is destroyed at the end."""
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def process_group(_groups: None, request: pytest.FixtureRequest) -> None:
+    """torch.distributed with this process alone: over NCCL for a test on a CUDA device, as in a real run, else gloo."""
+    on_cuda = "device" in request.fixturenames and "cuda" in str(request.getfixturevalue("device"))
+    backend = "nccl" if on_cuda else "gloo"
+    if dist.is_initialized() and dist.get_backend() != backend:
+        dist.destroy_process_group()
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 # ------------------------------------------------------------------------------------------------ Ray
@@ -353,20 +379,24 @@ def prepared(digit_images: str, tmp_path_factory: pytest.TempPathFactory) -> str
     return root
 
 
-def random_model(seed: int = 0, std: float = 0.3, **shape: Any) -> ImageGPT:
-    """A small network in evaluation mode whose every weight is random: gains, start vector and head too."""
+def random_model(seed: int = 0, std: float = 0.3, device: torch.device | str = "cpu", **shape: Any) -> ImageGPT:
+    """A small network in evaluation mode whose every weight is random: gains, start vector and head too.
+
+    The weights are the same on every device.
+    """
     settings = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_px": 4, "n_vocab": 16} | shape
     model = ImageGPT(ModelConfig(**settings)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.normal_(0, std, generator=generator)
-    return model
+    return model.to(device)
 
 
 def random_tokens(model: ImageGPT, n: int, seed: int = 0) -> Tensor:
-    """(n, T) int64."""
+    """(n, T) int64 on the model's device, the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.n_vocab, (n, model.config.n_positions), generator=generator)
+    tokens = torch.randint(model.config.n_vocab, (n, model.config.n_positions), generator=generator)
+    return tokens.to(model.wpe.device)
 
 
 class Bomb:

@@ -73,7 +73,7 @@ class PaletteConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sample and of the clustering."""
     gpu: bool = False
-    """Cluster on the GPUs of the machine that runs the job; needs the extra [gpu]."""
+    """Cluster on a GPU of the machine that runs the job; needs the extra [gpu]."""
     pixels: PixelsConfig = PixelsConfig()
     pool: PoolConfig = PoolConfig()
 

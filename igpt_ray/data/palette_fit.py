@@ -52,6 +52,7 @@ def fit_palette(settings: PaletteConfig, mapper: Mapper) -> dict[str, Any]:
         "palette": settings.out,
         "fingerprint": palette.fingerprint,
         "k": settings.k,
+        "device": "gpu" if settings.gpu else "cpu",
         "pipeline": images.pipeline_id(settings.pixels.pipeline, settings.pixels.view),
         "images": n_sampled,
         "unreadable": n_unreadable,

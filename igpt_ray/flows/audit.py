@@ -22,7 +22,7 @@ from igpt_ray.evaluate.bias import Stimuli
 from igpt_ray.evaluate.config import AuditConfig
 from igpt_ray.evaluate.features import Features
 from igpt_ray.flows.actor_map import actor_map
-from igpt_ray.flows.evaluate import device
+from igpt_ray.flows.device import assigned_device
 from igpt_ray.generate import completion
 from igpt_ray.provenance import provenance
 from igpt_ray.settings import Result
@@ -146,7 +146,7 @@ class Embed:
     """URIs of images -> features (images, layers, C), averaged over the masks of a masked network."""
 
     def __init__(self, release: str, layers: list[int], batch_size: int):
-        self.release = weights.load_release(release, device())
+        self.release = weights.load_release(release, assigned_device())
         self.layers = layers
         self.batch_size = batch_size
 
@@ -204,9 +204,9 @@ class CompleteAndClassify:
     def __init__(self, settings: AuditConfig, prompt_length: int):
         self.settings = settings
         self.prompt_length = prompt_length
-        self.release = weights.load_release(settings.release, device())
+        self.release = weights.load_release(settings.release, assigned_device())
         kind = self.release.config.kind
-        self.classifier = bias.load_classifier(settings.classifier, kind, device(), settings.batch_size)
+        self.classifier = bias.load_classifier(settings.classifier, kind, assigned_device(), settings.batch_size)
 
     def __call__(self, task: tuple[str, str, str]) -> tuple[Tokens, np.ndarray]:
         _, key, uri = task

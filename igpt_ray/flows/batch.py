@@ -45,7 +45,7 @@ from igpt_ray.flows.batch_units import (
     plan_batch,
     unit_path,
 )
-from igpt_ray.flows.evaluate import device
+from igpt_ray.flows.device import assigned_device
 from igpt_ray.generate import completion
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.generate.engine import Engine, Request
@@ -95,7 +95,7 @@ class ScoreUnit:
     def __init__(self, settings: ScoreConfig, request: BatchPlan, key: str):
         self.settings, self.request = settings, request
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
-        self.model = None if self.client else weights.load_release(settings.release, device()).model
+        self.model = None if self.client else weights.load_release(settings.release, assigned_device()).model
         self.reader = UnitReader(settings, request.kind, self.client)
 
     def __call__(self, unit: Shard | WorkUnit) -> pa.Table:
@@ -193,7 +193,7 @@ class CompleteUnit:
         self.client = Client(settings.endpoint, key, settings.model) if settings.endpoint else None
         self.reader = UnitReader(settings, request.kind, self.client)
         if self.client is None:
-            self.engine = Engine(weights.load_release(settings.release, device()).model, settings.slots)
+            self.engine = Engine(weights.load_release(settings.release, assigned_device()).model, settings.slots)
 
     def __call__(self, unit: Shard | WorkUnit | Few) -> Any:
         if isinstance(unit, Few):

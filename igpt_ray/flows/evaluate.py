@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 
 from igpt_ray import storage, weights
 from igpt_ray.data import pixels
@@ -25,6 +24,7 @@ from igpt_ray.evaluate.likelihood import (
 )
 from igpt_ray.evaluate.linear_probe import ClassificationReport, ClassificationSums, evaluate_logits
 from igpt_ray.flows.actor_map import actor_map
+from igpt_ray.flows.device import assigned_device
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
@@ -41,10 +41,6 @@ def open_store(release: str, tokens: str, *splits: str) -> TokenStore:
     for split in splits:
         store.manifest.select(split)
     return store
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ likelihood
@@ -151,7 +147,7 @@ class ShardNats:
     """Shard -> nats of its images (per masked token for a masked network), and classes by a fine-tuned network."""
 
     def __init__(self, release: str, tokens: str, batch_size: int):
-        loaded = weights.load_release(release, device())
+        loaded = weights.load_release(release, assigned_device())
         self.model = loaded.model
         self.store = TokenStore.open(tokens)
         self.batch_size = batch_size

@@ -8,7 +8,8 @@ from igpt_ray.evaluate import features
 from igpt_ray.evaluate.config import FeaturesConfig
 from igpt_ray.evaluate.features import FeatureSpec, FeatureUnit, Manifest
 from igpt_ray.flows.actor_map import actor_map
-from igpt_ray.flows.evaluate import device, open_store
+from igpt_ray.flows.device import assigned_device
+from igpt_ray.flows.evaluate import open_store
 from igpt_ray.model import losses
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
@@ -85,7 +86,7 @@ class MakeUnit:
         self.spec = spec
         self.store = TokenStore.open(settings.tokens)
         self.model = features.network(
-            settings.release, device(), settings.untrained, settings.precision, settings.compile
+            settings.release, assigned_device(), settings.untrained, settings.precision, settings.compile
         )
 
     def __call__(self, shard: Shard) -> FeatureUnit:

@@ -140,6 +140,6 @@ def user_error(error: BaseException | None) -> IgptError | None:
         if isinstance(e, IgptError) and not hasattr(e, "cause"):  # Ray's wrapper inherits from its cause
             return e
         seen.add(id(e))
-        pending += [e.__cause__, e.__context__, getattr(e, "cause", None)]
+        pending += [e.__cause__, e.__context__, getattr(e, "cause", None), getattr(e, "controller_failure", None)]
         pending += list(getattr(e, "worker_failures", {}).values())
     return None

@@ -23,7 +23,8 @@ from igpt_ray.evaluate.config import FeaturesConfig, FeatureSection, ProbeConfig
 from igpt_ray.evaluate.features import Features, FeatureStore, Labels
 from igpt_ray.evaluate.linear_probe import Choice, ClassificationReport, Labelled, Method
 from igpt_ray.flows.actor_map import actor_map
-from igpt_ray.flows.evaluate import device, open_store
+from igpt_ray.flows.device import assigned_device
+from igpt_ray.flows.evaluate import open_store
 from igpt_ray.flows.features import extract
 from igpt_ray.progress import Progress
 from igpt_ray.provenance import provenance
@@ -187,7 +188,7 @@ class Prober:
         self.settings = settings
         self.roots = roots
         self.store = TokenStore.open(settings.tokens)
-        self.method = Method(settings.method, settings.sgd, settings.seed, device())
+        self.method = Method(settings.method, settings.sgd, settings.seed, assigned_device())
 
     def __call__(self, task: Task) -> Any:
         classes, seed = self.store.manifest.classes, self.settings.seed

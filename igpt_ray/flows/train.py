@@ -28,6 +28,7 @@ from ray.util.placement_group import PlacementGroup
 
 from igpt_ray import storage
 from igpt_ray.data.token_store import TokenStore
+from igpt_ray.device import device_of
 from igpt_ray.errors import CheckpointError, SettingError
 from igpt_ray.flows import run_status
 from igpt_ray.flows.job import log_to_stderr, user_error
@@ -71,6 +72,8 @@ def pretrain(settings: PretrainConfig) -> TrainResult:
 
 def fit(settings: PretrainConfig, store: TokenStore, **identity: Any) -> TrainResult:
     """Train a run whose settings `check` has validated. `identity` is compared at resume, as the settings are."""
+    settings = settings.resolved(on_gpu=settings.workers.gpus > 0, started=_workers_at_start(settings.run.uri))
+    _warn_if_slow(settings.workers)
     _write_or_check_config(settings, store, identity)
     if isinstance(settings.run.resume, int):
         checkpoint.rewind(settings.run.uri, settings.run.resume)
@@ -109,7 +112,7 @@ def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchT
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json"), "status": status, "bar": bar},
-        torch_config=TorchConfig(timeout_s=w.collective_timeout_s),
+        torch_config=_TorchConfig(timeout_s=w.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=n, use_gpu=w.gpus > 0, resources_per_worker=_resources(w)),
         # A unique name in a temporary folder, because nothing is reported to Ray Train.
         run_config=ray.train.RunConfig(
@@ -118,6 +121,18 @@ def _trainer(settings: PretrainConfig, n: int, status: Any, bar: bool) -> TorchT
             failure_config=ray.train.FailureConfig(controller_failure_limit=limit),
         ),
     )
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's, after a check that torch can use the requested GPUs. NCCL's own error would not name the reason."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(device_of, worker_group.get_resources_per_worker().get("GPU", 0))
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):  # type: ignore[misc]
+    backend_cls = _Backend
 
 
 def _resources(workers: WorkersConfig) -> dict[str, float]:
@@ -170,6 +185,14 @@ def _warn_if_short(workers: WorkersConfig) -> None:
             )
 
 
+def _warn_if_slow(workers: WorkersConfig) -> None:
+    if workers.gpus and (workers.precision, workers.float32_matmul) == ("float32", "highest"):
+        log.warning(
+            "float32 products do not use a GPU's tensor cores and take several times as long:"
+            " --workers.precision bfloat16 or --workers.float32-matmul high"
+        )
+
+
 def check(settings: PretrainConfig) -> TokenStore:
     """Validate the settings against the token store, before workers start. Raises `SettingError`."""
     if not settings.data.tokens:
@@ -218,18 +241,26 @@ def _write_or_check_config(settings: PretrainConfig, store: TokenStore, more: di
     data = json.dumps({"identity": identity, **provenance(settings)}, indent=1).encode()
     if storage.write_new(uri, data):
         return
+    if not committed:
+        storage.write(uri, data)
+        return
     existing = json.loads(storage.read(uri))["identity"]
     existing["optim"] = _with_schedule(existing["optim"])
     for name, section in (("model", ModelConfig()), ("optim", OptimConfig())):
         existing[name] = section.model_dump(mode="json") | existing[name]  # defaults of newer settings
-    differing = sorted(_differences(existing, identity))
-    if differing and not committed:
-        storage.write(uri, data)
-    elif differing:
+    if differing := sorted(_differences(existing, identity)):
         raise CheckpointError(
             f"the run at {settings.run.uri} was started with other settings ({'; '.join(differing)}):"
             " use those to resume it, or choose another --run.name"
         )
+
+
+def _workers_at_start(run: str) -> dict[str, Any] | None:
+    """The settings of the workers in a run's config.json; None for a run without a checkpoint."""
+    if not checkpoint.committed_steps(run):
+        return None
+    workers: dict[str, Any] = json.loads(storage.read(storage.join(run, "config.json")))["settings"]["workers"]
+    return workers | ({"micro_batch": "auto"} if workers.get("micro_batch") == 0 else {})  # before version 0.2
 
 
 def _with_schedule(optim: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +300,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     if config["bar"]:
         logging.getLogger(monitor.__name__).setLevel(logging.WARNING)
-    return loop.train(cfg, ray.train.torch.get_device(), should_stop.is_set, on_metrics)
+    return loop.train(cfg, device_of(cfg.workers.gpus), should_stop.is_set, on_metrics)
 
 
 def _gauges(run: str) -> Callable[[metrics.Line], None]:

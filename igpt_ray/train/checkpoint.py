@@ -22,18 +22,17 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from igpt_ray import artifact, storage
 from igpt_ray.data.token_format import Strict
 from igpt_ray.errors import CheckpointError, IgptError, StorageError
-from igpt_ray.train.torch_compat import tree_flatten, tree_unflatten
+from igpt_ray.train.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ class Saver:
     def __init__(self, run: str, keep: int = 0, keep_every: int | None = None):
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.group = dist.new_group(backend="gloo")
-        self.copy: dict[str, Any] = {}
+        self.copy = HostCopy()
+        self.optimizer: Optimizer | None = None
         self.thread: threading.Thread | None = None
         self.failed: str | None = None
         """Why the last save was not committed; None if it was."""
@@ -90,7 +90,8 @@ class Saver:
     ) -> bool:
         """Start to save the state after `step` steps. Returns False if the save is skipped.
 
-        Returns as soon as the state is copied. Rank 0 calls `before_commit` before the commit. With `must`, the
+        Returns as soon as the state is copied, or on a CUDA device before: the next update by the optimizer waits for
+        the copy on the device. Rank 0 calls `before_commit` before the commit. With `must`, the
         call waits for a save in progress instead of being skipped.
         """
         if must:
@@ -99,7 +100,10 @@ class Saver:
             if dist.get_rank() == 0:
                 log.warning("no checkpoint at step %d: the previous one is still uploading", step)
             return False
-        self.copy = _copied(_state(model, optimizer), self.copy)
+        self.copy.update(_state(model, optimizer))
+        if self.optimizer is not optimizer:
+            optimizer.register_step_pre_hook(lambda *_: self.copy.protect())
+            self.optimizer = optimizer
         self.failed = "it was never finished"
         self.thread = threading.Thread(target=self._store, args=(step, trainer, before_commit), daemon=True)
         self.thread.start()
@@ -124,6 +128,7 @@ class Saver:
 
     def _store(self, step: int, trainer: dict[str, Any], before_commit: Callable[[], None]) -> None:
         try:
+            self.copy.wait()
             self._commit(step, self._upload(step), trainer, before_commit)
             self.failed = None
         except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
@@ -135,7 +140,7 @@ class Saver:
         """Upload this rank's files; returns the files of all ranks. Raises on every rank if one has failed."""
         uri = uri_of(self.run, step)
         with tempfile.TemporaryDirectory() as folder:
-            dcp.save(self.copy, checkpoint_id=folder, process_group=self.group, planner=_Planner())
+            dcp.save(self.copy.state, checkpoint_id=folder, process_group=self.group, planner=_Planner())
             uploads = _on_all_ranks(lambda: [_upload(p, uri) for p in sorted(Path(folder).iterdir())], self.group)
         return list(chain.from_iterable(uploads))
 
@@ -152,22 +157,6 @@ class Saver:
                 prune(self.run, self.keep, self.keep_every)
             except StorageError as error:
                 log.warning("older checkpoints were not deleted: %s", error)
-
-
-def _copied(state: dict[str, Any], into: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the state in host memory, which reuses the memory of the previous copy if the structure is the same."""
-    leaves, shape = tree_flatten(state)
-    before, shape_before = tree_flatten(into)
-    if shape != shape_before:
-        return tree_unflatten([x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x for x in leaves], shape)
-    for x, old in zip(leaves, before, strict=True):
-        if isinstance(x, Tensor):
-            _local(old).copy_(_local(x))
-    return tree_unflatten([old if isinstance(x, Tensor) else x for x, old in zip(leaves, before, strict=True)], shape)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class _Planner(DefaultSavePlanner):

@@ -1,12 +1,15 @@
 """Settings of pretraining, fine-tuning and estimates."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from igpt_ray import storage
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.settings import Count, OptionalUri, Section, Uri
+
+CPU_MICRO_BATCH = 32
+"""Images per forward pass on a CPU, whose workers share memory, so that the number that fits is not known."""
 
 
 class OptimConfig(Section):
@@ -67,16 +70,20 @@ class WorkersConfig(Section):
     """CPUs, and threads, per worker."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
     """GPUs per worker, 0 or 1."""
-    micro_batch: Count | Literal["auto"] = 32
-    """Largest number of images per worker in one forward pass; gradients of several passes are accumulated. `auto` is
-    the largest number that fits into memory by the arithmetic of `igpt estimate`."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations in a step. Master weights, reductions and losses are float32."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Largest number of images per worker in one forward pass; gradients of several passes are accumulated. auto: 32 on
+    a CPU; on a GPU, the largest number that fits into its memory by the arithmetic of `igpt estimate`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of parameters and activations in a step. Master weights, reductions and losses are float32. auto: float32 on
+    a CPU, bfloat16 on a GPU."""
+    float32_matmul: Literal["highest", "high"] = "highest"
+    """Matrix products of float32 on GPUs: highest is float32; high is TF32 (10 bits of mantissa, tensor cores)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations that a block recomputes in the backward pass. selective: all but matrix products, which halves the
+    """Activations that a block recomputes in the backward pass. selective: all but matrix products, for a third less
     memory. full: all; computes a third more, and stores the activations of one block only."""
-    compile: bool = False
-    """Compile the blocks with torch.compile; needs a C++ compiler on every worker."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the blocks with torch.compile, which needs a C++ compiler on a CPU, and Triton and a C compiler on a GPU.
+    auto: False on a CPU, True on a GPU. If it fails on a worker, a warning says so and the blocks are not compiled."""
     collective_timeout_s: Count = 1800
     """Seconds after which a collective operation fails and all workers are restarted. Must be longer than sampling and
     the download of a checkpoint."""
@@ -90,6 +97,22 @@ class WorkersConfig(Section):
         if self.shard and self.n % self.shard:
             raise ValueError(f"n {self.n} is not a multiple of shard {self.shard}")
         return self
+
+    def resolved(self, on_gpu: bool, started: dict[str, Any] | None = None) -> Self:
+        """These settings with values in place of `auto`: those of the device, or of the run that is resumed.
+
+        `started` has the settings of the workers with which the run was started. Its precision is kept on any device,
+        because it changes losses; the others only if the run does not move between CPU and GPU. A number of images that
+        depends on the memory of a GPU remains `auto` until the workers know it.
+        """
+        values: dict[str, Any] = {"precision": "bfloat16", "compile": True, "micro_batch": "auto"}
+        if not on_gpu:
+            values = {"precision": "float32", "compile": False, "micro_batch": CPU_MICRO_BATCH}
+        if started is not None:
+            same_device = (started.get("gpus", 0) > 0) == on_gpu
+            names = values.keys() if same_device else {"precision"}
+            values |= {name: started[name] for name in names if started.get(name, "auto") != "auto"}
+        return self.model_copy(update={name: value for name, value in values.items() if getattr(self, name) == "auto"})
 
     @property
     def min_workers(self) -> int:
@@ -160,6 +183,10 @@ class PretrainConfig(Section):
     run: RunConfig = RunConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights and of the order of the images."""
+
+    def resolved(self, on_gpu: bool, started: dict[str, Any] | None = None) -> Self:
+        """See `WorkersConfig.resolved`."""
+        return self.model_copy(update={"workers": self.workers.resolved(on_gpu, started)})
 
 
 class TuneConfig(Section):
@@ -250,6 +277,9 @@ class ClusterConfig(Section):
 
 
 class EstimateConfig(PretrainConfig):
-    """Estimate memory, traffic, hours and cost of a run before it starts."""
+    """Estimate memory, traffic, hours and cost of a run before it starts. Every worker has a GPU."""
 
+    workers: Annotated[
+        WorkersConfig, Field(validate_default=True), AfterValidator(lambda workers: workers.resolved(on_gpu=True))
+    ] = WorkersConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 
 from igpt_ray.model.config import ModelConfig
 from igpt_ray.settings import Result
-from igpt_ray.train.config import ClusterConfig, DeviceName, EstimateConfig, OptimConfig, WorkersConfig
+from igpt_ray.train.config import ClusterConfig, DeviceName, EstimateConfig, OptimConfig, PretrainConfig, WorkersConfig
 from igpt_ray.train.optim import ROUNDS
 
 GB = 1e9
-SAVED_WIDTHS = 18
-"""Elements that a block saves per position for its backward pass, in widths C: the output of ln_1 (1), q, k, v (3),
-attention (1), the output of ln_2 (1), and three tensors of 4C in the MLP."""
+SAVED_WIDTHS = 16
+"""Elements that a block saves per position for its backward pass on a GPU, in widths C: input and output of both norms
+(4), q, k, v (3), attention (1), and c_fc's output and its GELU (4 each). The numbers per row of norms and attention are
+less than 1 %."""
+MODERN_WIDTHS = 3
+"""More with normalised or rotated queries and keys: these (2), and a copy of attention's output in another layout (1).
+The norms' inputs are the q and k above."""
 PRODUCT_WIDTHS = 11
 """The same with selective activation checkpointing: the block's input (1) and the outputs of matrix products: q, k, v
 (3), attention (1), its projection (1), and the MLP's two (4 and 1)."""
-SAVED_FLOAT32_WIDTHS = 4
-"""Elements that a block also saves in float32: each norm's input, and its value before the gain."""
+SAMPLES = 24
+"""Slots of the KV cache of `monitor.draw_samples`."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,13 @@ def flops_per_step(model: ModelConfig, optim: OptimConfig, causal: bool) -> int:
     return optim.batch_size * model.n_positions * flops_per_token(model, causal) + muon
 
 
-def state_bytes(model: ModelConfig, optim: OptimConfig, fsdp_size: int) -> float:
-    """Bytes of a worker's shard between steps: float32 weights, gradients, and Adam's two moments or Muon's one."""
+def state_bytes(model: ModelConfig, optim: OptimConfig, fsdp_size: int, passes: int = 1) -> float:
+    """Bytes of a worker's shard of float32 weights, gradients, and Adam's two moments or Muon's one.
+
+    With several passes, FSDP2 accumulates unsharded gradients. Fused Adam needs no temporary tensors.
+    """
     one_moment = 12 * model.n_layer * model.n_embd**2 if optim.muon_lr is not None else 0
-    return 4 * (4 * model.n_params - one_moment) / fsdp_size
+    return 4 * ((3 * model.n_params - one_moment) / fsdp_size + model.n_params / (fsdp_size if passes == 1 else 1))
 
 
 def gathered_bytes(model: ModelConfig, width: int) -> float:
@@ -78,45 +85,59 @@ def gathered_bytes(model: ModelConfig, width: int) -> float:
 
 
 def block_bytes(model: ModelConfig, width: int) -> int:
-    """Bytes per position that a block saves for its backward pass, divided by the width C.
-
-    Normalised or rotated queries and keys are saved in addition to the c_attn output, which the values need, and
-    attention's output is copied. The norms of queries and keys save as any norm; in float32 their input exists already.
-    """
-    widths, float32_widths = SAVED_WIDTHS, SAVED_FLOAT32_WIDTHS
-    if model.modern:
-        widths += 3
-    if model.qk_norm:
-        float32_widths += 4 if width < 4 else 2
-    return widths * width + float32_widths * 4
+    """Bytes per position that a block saves for its backward pass, divided by the width C."""
+    return width * (SAVED_WIDTHS + (MODERN_WIDTHS if model.modern else 0))
 
 
 def activation_bytes(model: ModelConfig, images: int, width: int, activation_checkpointing: str = "none") -> float:
-    """Bytes of the activations of one forward pass: tensors saved by blocks and ln_f, and the logits in the
-    precision of the step and in float32, with their gradient.
+    """Bytes of the activations of one forward pass on a GPU: tensors saved by blocks and ln_f; the logits in the
+    precision of the step, and in float32 with their gradient. Compiled blocks save less.
 
     With activation checkpointing, every block saves its input (full) or its matrix products (selective), and one block
     at a time saves all activations.
     """
     block = block_bytes(model, width)
     saved = {"none": block, "selective": PRODUCT_WIDTHS * width, "full": width}[activation_checkpointing]
-    widths = model.n_layer * saved + (0 if activation_checkpointing == "none" else block) + width + 2 * 4
-    return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (2 * width + 4))
+    widths = model.n_layer * saved + (0 if activation_checkpointing == "none" else block) + 2 * width
+    return images * model.n_positions * (model.n_embd * widths + model.n_vocab * (width + 8))
 
 
-def images_that_fit(model: ModelConfig, optim: OptimConfig, workers: WorkersConfig, share: int, memory: float) -> int:
-    """Largest micro-batch, at most `share` images, whose forward pass fits in 0.9 of `memory` bytes; at least 1."""
+def sample_bytes(settings: PretrainConfig) -> float:
+    """Bytes for `run.sample_every` on worker 0, between steps: the unsharded network and a KV cache."""
+    if settings.run.sample_every is None:
+        return 0.0
+    model = settings.model
+    cache = 2 * SAMPLES * model.n_layer * model.n_positions * model.n_embd
+    return float(width_of(settings.workers) * (model.n_params + cache))
+
+
+def memory_bytes(settings: PretrainConfig, images: int, passes: int) -> dict[str, float]:
+    """Bytes on a worker at the peak of a step, by purpose."""
+    model, workers = settings.model, settings.workers
     width = width_of(workers)
-    free = 0.9 * memory - state_bytes(model, optim, workers.fsdp_size) - gathered_bytes(model, width)
-    return max(1, min(share, int(free / activation_bytes(model, 1, width, workers.activation_checkpointing))))
+    return {
+        "weights_gradients_adam": state_bytes(model, settings.optim, workers.fsdp_size, passes),
+        "gathered_weights": gathered_bytes(model, width),
+        "activations": activation_bytes(model, images, width, workers.activation_checkpointing),
+    }
+
+
+def images_that_fit(settings: PretrainConfig, share: int, memory: float) -> int:
+    """Largest micro-batch, at most `share` images, with which a step fits in 0.9 of `memory` bytes; at least 1."""
+    if sum(memory_bytes(settings, share, passes=1).values()) <= 0.9 * memory:
+        return share
+    one, two = (memory_bytes(settings, images, passes=2) for images in (1, 2))
+    each = two["activations"] - one["activations"]
+    return max(1, min(share, 1 + int((0.9 * memory - sum(one.values())) / each)))
 
 
 def images_per_pass(settings: EstimateConfig) -> tuple[int, int]:
     """A worker's micro-batch, and the number of micro-batches per step."""
-    workers, batch_size = settings.workers, settings.optim.batch_size
-    share, memory = -(-batch_size // workers.n), DEVICES[settings.cluster.device].memory_gb * GB
-    fitting = images_that_fit(settings.model, settings.optim, workers, share, memory)
-    passes = -(-share // min(fitting if workers.micro_batch == "auto" else workers.micro_batch, share))
+    micro_batch = settings.workers.micro_batch
+    share = -(-settings.optim.batch_size // settings.workers.n)
+    if micro_batch == "auto":
+        micro_batch = images_that_fit(settings, share, DEVICES[settings.cluster.device].memory_gb * GB)
+    passes = -(-share // min(micro_batch, share))
     return -(-share // passes), passes
 
 
@@ -158,8 +179,9 @@ class Estimate(Result):
     passes_per_step: int
     """Micro-batches per step."""
     memory_gb: dict[str, float]
-    """Per worker: weights_gradients_adam, gathered_weights, activations."""
+    """Per worker: weights_gradients_adam, gathered_weights, activations; and samples, between steps on worker 0."""
     memory_gb_total: float
+    """At the peak, in a step or while samples are drawn."""
     memory_gb_there: float
     """Memory of the device."""
     fits: bool
@@ -186,11 +208,9 @@ def estimate(settings: EstimateConfig) -> Estimate:
     images, passes = images_per_pass(settings)
     tokens_per_step = optim.batch_size * model.n_positions
     full, causal = (flops_per_token(model, causal) for causal in (False, True))
-    memory = {
-        "weights_gradients_adam": state_bytes(model, optim, workers.fsdp_size),
-        "gathered_weights": gathered_bytes(model, width),
-        "activations": activation_bytes(model, images, width, workers.activation_checkpointing),
-    }
+    memory = memory_bytes(settings, images, passes)
+    samples = sample_bytes(settings)
+    total = max(sum(memory.values()), memory["weights_gradients_adam"] + samples)
     recompute = 4 / 3 if workers.activation_checkpointing == "full" else 1  # backward costs two forward passes
     work = recompute * flops_per_step(model, optim, causal=True)
     step_seconds = work / (workers.n * device.tflops * 1e12 * cluster.mfu)
@@ -212,10 +232,10 @@ def estimate(settings: EstimateConfig) -> Estimate:
         workers=workers.n,
         images_per_pass=images,
         passes_per_step=passes,
-        memory_gb={name: round(value / GB, 3) for name, value in memory.items()},
-        memory_gb_total=round(sum(memory.values()) / GB, 3),
+        memory_gb={name: round(value / GB, 3) for name, value in [*memory.items(), ("samples", samples)]},
+        memory_gb_total=round(total / GB, 3),
         memory_gb_there=device.memory_gb,
-        fits=sum(memory.values()) < 0.9 * device.memory_gb * GB,
+        fits=total < 0.9 * device.memory_gb * GB,
         step_seconds=step_seconds,
         traffic_gb_per_step=round(traffic / GB, 3),
         traffic_gb_between_copies=round(between / GB, 3),
@@ -240,7 +260,7 @@ def lines(settings: EstimateConfig, result: Estimate) -> list[str]:
         traffic += f" and {r.traffic_gb_between_copies:.3g} GB at {replica_bus:g} GB/s between replicas"
     hidden = "hidden" if r.traffic_seconds <= r.step_seconds else "the LIMIT"
     activations = f"{r.images_per_pass} images x {m.n_positions}"
-    activations += f" x ({_blocks(m, w, width)} + {width + 8} d + {2 * width + 4} V) bytes"
+    activations += f" x ({_blocks(m, w, width)} + {2 * width} d + {width + 8} V) bytes"
     step = f"{'4/3 ' if w.activation_checkpointing == 'full' else ''}causal FLOPs"
     step += f" / ({w.n} x {device.tflops:g} TFLOP/s x {c.mfu:g}), {r.passes_per_step} pass(es)"
     rows = [
@@ -261,10 +281,11 @@ def lines(settings: EstimateConfig, result: Estimate) -> list[str]:
         (
             "  between steps",
             gb["weights_gradients_adam"],
-            f"16 bytes{' (12 in the blocks: Muon)' if muon else ''} x parameters / {w.fsdp_size} workers",
+            _state(w.fsdp_size, muon, r.passes_per_step),
         ),
         ("  gathered", gb["gathered_weights"], f"{width} bytes x (2 blocks + embeddings, output layer)"),
         ("  activations", gb["activations"], activations),
+        *([("  samples", gb["samples"], "worker 0: network and KV cache")] if r.memory_gb["samples"] else []),
         ("step", f"{r.step_seconds:.4g} s", step),
         ("traffic", f"{r.traffic_seconds:.4g} s", f"{traffic} per worker and step, {hidden}"),
         ("speed", f"{r.tokens_per_second:,} tokens/s", "over all workers"),
@@ -273,6 +294,13 @@ def lines(settings: EstimateConfig, result: Estimate) -> list[str]:
     if c.price is not None:
         rows.append(("cost", f"${r.dollars:,}", f"at ${c.price:g} per {c.device} hour"))
     return [f"{name:18} {value:>20}   {arithmetic}" for name, value, arithmetic in rows]
+
+
+def _state(fsdp_size: int, muon: bool, passes: int) -> str:
+    """`state_bytes` as a formula."""
+    sharded = f"{16 if passes == 1 else 12} bytes{' (4 less in the blocks: Muon)' if muon else ''}"
+    unsharded = "" if passes == 1 else " + 4 bytes x parameters: unsharded gradients"
+    return f"{sharded} x parameters / {fsdp_size} workers{unsharded}"
 
 
 def _blocks(model: ModelConfig, workers: WorkersConfig, width: int) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from igpt_ray import weights
@@ -25,7 +25,7 @@ from igpt_ray.errors import TrainingError
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.provenance import provenance
 from igpt_ray.train import checkpoint, finetune, metrics, monitor, optim, parallelize, trackers
-from igpt_ray.train.batches import MicroBatch, MicroBatchLoader
+from igpt_ray.train.batches import MicroBatch, MicroBatchLoader, equal_micro_batch
 from igpt_ray.train.config import FinetuneRunConfig, PretrainConfig
 from igpt_ray.train.early_stopping import EarlyStopping
 from igpt_ray.train.memory import micro_batch_that_fits
@@ -48,6 +48,7 @@ def train(
     Rank 0 calls `on_metrics` with each line of metrics. Raises `TrainingError` if the loss or the gradient is not
     finite, before weights or optimiser change.
     """
+    cfg = cfg.resolved(on_gpu=device.type == "cuda")
     run, n_steps = cfg.run, cfg.optim.steps
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = TokenStore.open(cfg.data.tokens)
@@ -56,7 +57,10 @@ def train(
     micro_batch = cfg.workers.micro_batch
     if micro_batch == "auto":
         micro_batch = micro_batch_that_fits(cfg, device)
-    loader = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg))
+    equal = cfg.workers.compile is True
+    if equal:
+        micro_batch = equal_micro_batch(cfg.optim.batch_size, world_size, micro_batch)
+    loader = MicroBatchLoader(images, cfg.model, cfg.seed, micro_batch, device, finetune.augment_of(cfg), equal)
     held_out = (
         loader.with_images(SplitCache(store, cfg.data.val_split, labelled=labelled)) if cfg.data.val_split else loader
     )
@@ -77,10 +81,15 @@ def train(
         log.info("%s from step %d on %d worker(s)", "resumed" if resumed else "started", step, world_size)
         lines.flush()
 
+    def micro_batches_of(step: int) -> list[MicroBatch]:
+        if step == n_steps:
+            return []
+        with meter.timed("data_wait"):
+            return loader.micro_batches(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
+
+    micro_batches = micro_batches_of(step)
     while step < n_steps and not stopping.should_stop:
         profiler.before(step)
-        with meter.timed("data_wait"):
-            micro_batches = loader.micro_batches(global_batch(cfg.seed, step, cfg.optim.batch_size, len(images)))
         sums = []
         for i, micro in enumerate(micro_batches):
             parallelize.reduce_gradients(model, i == len(micro_batches) - 1)
@@ -89,16 +98,16 @@ def train(
             loss.backward()
             sums.append(summed.detach())
 
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.optim.clip or math.inf)
-        *step_sums, step_norm, stop_requests = _reduce_step(sums, grad_norm, should_stop())
+        grad_norm = _clipped_grad_norm(model, cfg.optim.clip)
+        reduced = _reduce_step(sums, grad_norm, should_stop())
+        lr = optim.lr_at(step, cfg.optim)
+        optim.step_if_finite(optimizer, lr, reduced[0] + reduced[-2])
+        next_micro_batches = micro_batches_of(step + 1)  # while a GPU computes
+        *step_sums, step_norm, stop_requests = reduced.tolist()  # the step's only device synchronisation
         if not math.isfinite(step_sums[0] + step_norm):
             saver.wait()
             raise TrainingError(_non_finite_message(cfg, store, step, micro_batches, sums, step_norm))
-        lr = optim.lr_at(step, cfg.optim)
-        optim.set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
+        step, micro_batches = step + 1, next_micro_batches
         meter.add(step_sums)
 
         saving, validating, sampling = (
@@ -122,7 +131,9 @@ def train(
                 tracker.log(line)
         if sampling:
             with meter.timed("evaluation"):
-                monitor.draw_samples(model, held_out.images, store.palette(), device, run.uri, step)
+                monitor.draw_samples(
+                    model, held_out.images, store.palette(), device, cfg.workers.precision, run.uri, step
+                )
         last = step == n_steps or stopping.should_stop
         if saving or last:
             with meter.timed("checkpoint_stall"):
@@ -147,6 +158,8 @@ def train(
 
 def build(cfg: PretrainConfig, device: torch.device) -> tuple[ImageGPT, Optimizer]:
     """The sharded network, initialised from the seed, and its optimiser. Every rank must call it."""
+    cfg = cfg.resolved(on_gpu=device.type == "cuda")
+    torch.set_float32_matmul_precision(cfg.workers.float32_matmul)
     torch.manual_seed(cfg.seed)
     mesh = parallelize.mesh_of(device.type, cfg.workers.shard)
     model = parallelize.shard(ImageGPT(cfg.model).to(device), mesh, cfg.workers)
@@ -156,17 +169,20 @@ def build(cfg: PretrainConfig, device: torch.device) -> tuple[ImageGPT, Optimize
 # ------------------------------------------------------------------------------------------------ finite losses
 
 
-def _reduce_step(sums: list[Tensor], grad_norm: Tensor, stop_requests: bool) -> list[float]:
-    """All-reduce of losses, gradient norm and stop requests: the step's only device synchronisation.
+def _clipped_grad_norm(model: ImageGPT, clip: float | None) -> Tensor:
+    """Norm of all gradients, which are then multiplied to a norm of at most `clip`; None leaves them as they are."""
+    if clip is not None:
+        return clip_grad_norm_(model.parameters(), clip)
+    return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
-    It waits for the backward pass, before any change of the weights is queued.
-    """
+
+def _reduce_step(sums: list[Tensor], grad_norm: Tensor, stop_requests: bool) -> Tensor:
+    """All-reduce of losses, gradient norm and number of stop requests, in this order: (losses + 2,) float64."""
     assert isinstance(grad_norm, DTensor)
     total = torch.stack(sums).double().sum(0)
     local = torch.cat([total, total.new_full((1,), stop_requests)])
     dist.all_reduce(local)
-    totals: list[float] = torch.cat([local[:-1], grad_norm.full_tensor().double()[None], local[-1:]]).tolist()
-    return totals
+    return torch.cat([local[:-1], grad_norm.full_tensor().double()[None], local[-1:]])
 
 
 def _non_finite_message(
@@ -175,7 +191,9 @@ def _non_finite_message(
     """Error message, the same on every rank, that names the images of the micro-batches whose loss is not finite, or
     of the whole batch if only its gradient is not finite."""
     mine = [
-        m.batch for m, summed in zip(micro_batches, sums, strict=True) if m.weight and not torch.isfinite(summed[0])
+        m.batch
+        for m, summed in zip(micro_batches, sums, strict=True)
+        if len(m.batch.rows) and not torch.isfinite(summed[0])
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

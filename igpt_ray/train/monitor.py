@@ -1,5 +1,6 @@
 """Monitoring of a run: speed and lost time, loss on held-out images, sample completions, profiles."""
 
+import gc
 import logging
 import resource
 import tempfile
@@ -31,7 +32,8 @@ from igpt_ray.train.config import PretrainConfig, RunConfig
 log = logging.getLogger(__name__)
 
 TIMED = ("data_wait", "checkpoint_stall", "evaluation")
-"""Activities between steps. Each is reported as a share of the time between two lines of metrics."""
+"""Activities of the host. Each is reported as a share of the time between two lines of metrics. `data_wait` is the
+preparation of batches, during which a GPU computes."""
 PROFILED = 3
 """Number of profiled steps."""
 PICTURES, COMPLETIONS = 8, 3
@@ -57,7 +59,7 @@ class Meter:
         self.seconds = dict.fromkeys(TIMED, 0.0)
 
     def add(self, sums: list[float]) -> None:
-        """Add the sums of `losses.loss_sums` of one step, over all ranks."""
+        """Add the sums of `MicroBatch.loss_sums` of one step, over all ranks."""
         for name, more in zip(self.sums, sums, strict=True):
             self.sums[name] += more
 
@@ -161,28 +163,43 @@ def held_out(model: ImageGPT, loader: MicroBatchLoader, n: int) -> dict[str, flo
 
 
 def draw_samples(
-    model: ImageGPT, split: SplitCache, palette: Palette, device: torch.device, run: str, step: int
+    model: ImageGPT, split: SplitCache, palette: Palette, device: torch.device, precision: str, run: str, step: int
 ) -> None:
     """Complete the upper halves of a few fixed images with fixed seeds, and write the figure to `<run>/samples/`.
 
-    Every rank must call it. Rank 0 gathers the unsharded network in float32, which takes 4 bytes per parameter in host
-    memory and on the device, and samples while the other ranks wait.
+    Every rank must call it. Rank 0 gathers the unsharded network, which takes 4 bytes per parameter in host memory, and
+    samples in `precision` on the device while the other ranks wait.
     """
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return
-    plain = outline(model.config)
-    plain.load_state_dict(full, assign=True)
-    plain.to(device).eval()
-
     originals = split[evenly_spaced_batch(split, PICTURES)]  # (N, T)
-    n_px = model.config.n_px
-    rows = n_px // 2
-    given = torch.from_numpy(originals[:, : rows * n_px].astype(np.int64)).to(device)
+    rows = model.config.n_px // 2
+    prompts = torch.from_numpy(originals[:, : rows * model.config.n_px].astype(np.int64)).to(device)
     seeds = [rng.seed_of("sample", i) for i in range(len(originals) * COMPLETIONS)]
-    done = completion.complete(plain, given, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
-    figure = completion.figure(palette, originals, done.reshape(len(originals), COMPLETIONS, -1), rows)
+    with _memory_for_sampling(device):
+        plain = outline(model.config)
+        plain.load_state_dict(full, assign=True)
+        plain.to(device, getattr(torch, precision)).eval()
+        samples = completion.complete(plain, prompts, COMPLETIONS, seeds).cpu().numpy().astype(np.uint16)
+        del plain
+    figure = completion.figure(palette, originals, samples.reshape(len(originals), COMPLETIONS, -1), rows)
     try:
         storage.write(storage.join(run, "samples", f"step_{step:08d}.png"), pixels.png(figure))
     except StorageError as error:
         log.warning("the samples of step %d were not written: %s", step, error)
+
+
+@contextmanager
+def _memory_for_sampling(device: torch.device) -> Iterator[None]:
+    """Return unused memory to a CUDA device: before sampling that of training, afterwards that of sampling.
+
+    A CUDA graph and a step of training allocate blocks of other sizes. Cached blocks that neither can use would
+    leave too little memory for a micro-batch that only just fits.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    yield
+    if device.type == "cuda":
+        gc.collect()  # an engine and its graph refer to each other
+        torch.cuda.empty_cache()

@@ -28,9 +28,22 @@ MATRICES = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
 def build(model: nn.Module, optim: OptimConfig, precision: str = "float32") -> Optimizer:
     """Adam, or Muon if `optim.muon_lr` is set. `precision` is the type of Muon's matrix products: in bfloat16, the last
     bit of a gradient, which depends on the number of workers, may change a step by 1 %."""
+    fused = (
+        True if next(model.parameters()).is_cuda else None
+    )  # one kernel, instead of about ten that write temporaries
+    optimizer: Optimizer
     if optim.muon_lr is None:
-        return Adam(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    return Muon(cast(ImageGPT, model), optim, getattr(torch, precision))
+        optimizer = Adam(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    else:
+        optimizer = Muon(cast(ImageGPT, model), optim, getattr(torch, precision), fused)
+
+    def keep_implementation(_: Optimizer, state: dict[str, Any]) -> None:
+        """A checkpoint's choice is that of the device it was written on."""
+        for group in state["param_groups"]:
+            group["fused"] = fused
+
+    optimizer.register_load_state_dict_pre_hook(keep_implementation)
+    return optimizer
 
 
 class Muon(Adam):
@@ -40,7 +53,7 @@ class Muon(Adam):
     sharding each rank orthogonalises its share of the layers: two collectives, and no duplicated work.
     """
 
-    def __init__(self, model: ImageGPT, optim: OptimConfig, dtype: torch.dtype):
+    def __init__(self, model: ImageGPT, optim: OptimConfig, dtype: torch.dtype, fused: bool | None = None):
         assert optim.muon_lr is not None
         muon = {"lr": optim.muon_lr, "lr_ratio": optim.muon_lr / optim.lr}
         groups: list[dict[str, Any]] = []
@@ -49,7 +62,7 @@ class Muon(Adam):
             groups.append({"params": matrices, "parts": parts, **muon})
         rest = [p for name, p in model.named_parameters() if not name.endswith(tuple(f"{m}.weight" for m in MATRICES))]
         groups.append({"params": rest, "parts": 0, "lr": optim.lr, "lr_ratio": 1.0})
-        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
         self.dtype = dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -63,7 +76,9 @@ class Muon(Adam):
             matrices = [p for p in group["params"] if p.grad is not None]
             if group["parts"] and matrices:
                 updates = orthogonal([self._momentum(p).to(self.dtype) for p in matrices], group["parts"])
+                skipped = self._skipped
                 for p, update in zip(matrices, updates, strict=True):
+                    update = update if skipped is None else torch.where(skipped, 0, update)
                     local(p).add_(update.to(p.dtype), alpha=-group["lr"])
                     p.grad = None
         super().step(closure)
@@ -74,8 +89,16 @@ class Muon(Adam):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+        momentum, gradient, skipped = local(state["momentum"]), local(p.grad), self._skipped
+        if skipped is not None:
+            gradient = torch.where(skipped, momentum, gradient)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
         return p.grad.lerp(state["momentum"], MOMENTUM)
+
+    @property
+    def _skipped(self) -> Tensor | None:
+        """Whether `step_if_finite` skips this step, decided on the device; None if it decides on the host."""
+        return self.found_inf > 0 if hasattr(self, "found_inf") else None
 
 
 def orthogonal(matrices: list[Tensor], parts: int) -> list[Tensor]:
@@ -129,6 +152,21 @@ def lr_at(step: int, optim: OptimConfig) -> float:
         return optim.lr * min(1.0, max(0.0, (optim.steps - step) / (optim.decay_fraction * optim.steps)))
     progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def step_if_finite(optimizer: Optimizer, lr: float, total: Tensor) -> None:
+    """Update the weights at learning rate `lr` and clear the gradients; without any change if `total` is not finite.
+
+    With fused Adam (on a GPU) the device decides, so that the update is queued while the host still waits for `total`.
+    """
+    if optimizer.defaults["fused"]:
+        skipped = (~total.isfinite()).to(torch.float32)
+        optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]  # read by fused Adam
+    elif not total.isfinite():
+        return
+    set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

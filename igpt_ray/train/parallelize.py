@@ -1,5 +1,6 @@
 """Parallelism, applied to a plain model: FSDP2 on any number of ranks, including one; HSDP if configured."""
 
+import logging
 import math
 from functools import partial
 from typing import Any, cast
@@ -15,6 +16,8 @@ from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT, outline
 from igpt_ray.train.config import WorkersConfig
 from igpt_ray.train.torch_compat import fake_store
+
+log = logging.getLogger(__name__)
 
 
 def mesh_of(device_type: str, fsdp_size: int | None) -> DeviceMesh:
@@ -37,6 +40,8 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: WorkersConfig) -> ImageGPT
     gathered; gradients are reduced in float32. Activation checkpointing and torch.compile are applied to the forward
     method of a block, so that parameters keep their names.
     """
+    workers = workers.resolved(on_gpu=mesh.device_type == "cuda")
+    compiled = workers.compile and _compiler_works(mesh.device_type)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, workers.precision), reduce_dtype=torch.float32)
     for block in model.blocks:
         if workers.activation_checkpointing != "none":
@@ -44,12 +49,26 @@ def shard(model: ImageGPT, mesh: DeviceMesh, workers: WorkersConfig) -> ImageGPT
             if workers.activation_checkpointing == "selective":
                 how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             block.forward = partial(checkpoint, block.forward, **how)  # type: ignore[method-assign]
-        if workers.compile:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if compiled:  # dynamic: kernels for any number of images are slower, and only few numbers occur
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "forward_with_classifier")  # gathers the weights
     return model
+
+
+def _compiler_works(device_type: str) -> bool:
+    """Compile and run a small function. If that fails, log a warning: training without compilation is only slower."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
+    except Exception as error:  # of torch, of Triton, or of a subprocess
+        log.warning(
+            "torch.compile does not work here, so the blocks are not compiled, which is slower: install Triton and a C"
+            " compiler (on a CPU, a C++ compiler), or use --workers.compile False. %s: %s",
+            *(type(error).__name__, str(error).strip().split("\n")[0]),
+        )
+        return False
+    return True
 
 
 PRODUCTS = {
@@ -78,7 +97,7 @@ def sharding_dry_run(model: ModelConfig, workers: WorkersConfig) -> tuple[int, i
     Uses torch's fake process group for the first and the last rank, and tensors without memory (meta). The calling
     process must have no process group.
     """
-    held = []
+    held, workers = [], workers.model_copy(update={"compile": False})
     for rank in (workers.fsdp_size - 1, 0):  # rows are split in equal parts, and the last rank gets the rest
         dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=workers.n)
         network = shard(outline(model), mesh_of("cpu", workers.shard), workers)

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, field
 from math import prod
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -175,6 +174,8 @@ def _varint(stream: io.BytesIO) -> int:
 
 def _masked_crc32c(data: bytes) -> int:
     """CRC-32C, masked as in LevelDB (util/crc32c.h), because the CRC of data that contains CRCs is a weak check."""
+    import google_crc32c  # here, because only TensorFlow bundles need it and every program imports this module
+
     crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

@@ -25,38 +25,38 @@ from igpt_ray.model import losses
 # ------------------------------------------------------------------------------------------------ a network's nats
 
 
-def test_the_nats_of_an_image_are_minus_the_log_of_its_probability() -> None:
+def test_the_nats_of_an_image_are_minus_the_log_of_its_probability(device: torch.device) -> None:
     """A sum over all pixels, including the first."""
-    model = random_model()
+    model = random_model(device=device)
     x = random_tokens(model, 7)
     p = torch.softmax(model(x).double(), -1).gather(-1, x[..., None])[..., 0]
-    nats = image_nats(model, x.numpy().astype(np.uint16), batch_size=4)
-    np.testing.assert_allclose(nats, -p.log().sum(1), rtol=1e-5)
+    nats = image_nats(model, x.cpu().numpy().astype(np.uint16), batch_size=4)
+    np.testing.assert_allclose(nats, -p.log().sum(1).cpu(), rtol=1e-5)
     assert nats.dtype == np.float64
 
 
-def test_results_do_not_depend_on_the_batch_size() -> None:
+def test_results_do_not_depend_on_the_batch_size(device: torch.device) -> None:
     """The last, smaller batch has the right weight."""
-    model = random_model()
-    x = random_tokens(model, 11).numpy().astype(np.uint16)
+    model = random_model(device=device)
+    x = random_tokens(model, 11).cpu().numpy().astype(np.uint16)
     reference = image_nats(model, x, 11)
     for batch_size in (1, 3, 10, 64):
         np.testing.assert_allclose(image_nats(model, x, batch_size), reference, rtol=1e-5)
     assert image_nats(model, x[:0], 4).shape == (0,)
 
 
-def test_a_masked_network_is_evaluated_with_five_masks_per_image() -> None:
+def test_a_masked_network_is_evaluated_with_five_masks_per_image(device: torch.device) -> None:
     """The masks depend on the image, not on the batch."""
-    model = random_model(std=0.15, objective="masked")
+    model = random_model(std=0.15, objective="masked", device=device)
     x = random_tokens(model, 7)
     keys = [f"cat/{i}.png" for i in range(7)]
-    nats = masked_nats(model, x.numpy().astype(np.uint16), keys, batch_size=3)
+    nats = masked_nats(model, x.cpu().numpy().astype(np.uint16), keys, batch_size=3)
     for i in (0, 6):
         one = x[i : i + 1]
-        keeps = [losses.visible_masks_of_keys(keys[i : i + 1], mask, 16) for mask in range(5)]
+        keeps = [losses.visible_masks_of_keys(keys[i : i + 1], mask, 16).to(device) for mask in range(5)]
         direct = [losses.masked_pixel(model(one, keep), one, keep).item() for keep in keeps]
         assert nats[i] == pytest.approx(np.mean(direct), rel=1e-5)
-    alone = masked_nats(model, x[4:5].numpy().astype(np.uint16), keys[4:5], batch_size=3)
+    alone = masked_nats(model, x[4:5].cpu().numpy().astype(np.uint16), keys[4:5], batch_size=3)
     assert alone[0] == pytest.approx(nats[4], rel=1e-5)
 
 
@@ -94,12 +94,12 @@ def test_images_of_two_sizes_are_not_added() -> None:
 # ------------------------------------------------------------------------------------------------ where and whom
 
 
-def test_sums_over_images_equal_sums_over_positions() -> None:
+def test_sums_over_images_equal_sums_over_positions(device: torch.device) -> None:
     """Positions are summed over all batches."""
-    model = random_model()
+    model = random_model(device=device)
     x = random_tokens(model, 11)
-    by_image, by_position = nats_by_image_and_position(model, x.numpy().astype(np.uint16), batch_size=4)
-    direct = losses.next_pixel(model(x), x).double().numpy()
+    by_image, by_position = nats_by_image_and_position(model, x.cpu().numpy().astype(np.uint16), batch_size=4)
+    direct = losses.next_pixel(model(x), x).double().cpu().numpy()
     np.testing.assert_allclose(by_image, direct.sum(1), rtol=1e-5)
     np.testing.assert_allclose(by_position, direct.sum(0), rtol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics
 
 from igpt_ray.errors import FeatureError
@@ -38,9 +39,10 @@ def probed(fit: Labelled, test: Labelled, n_classes: int, seed: int, method: Met
     return {"validation": choice.validation, "test": report["accuracy"], "l2": choice.setting, **report}
 
 
-def test_well_separated_classes_are_classified_correctly() -> None:
+def test_well_separated_classes_are_classified_correctly(device: torch.device) -> None:
     """Labels and features have the same order."""
-    found = probed(clusters(400, 16, 4, 0.2, seed=1), clusters(200, 16, 4, 0.2, seed=2), 4, seed=0)
+    method = Method(device=str(device))
+    found = probed(clusters(400, 16, 4, 0.2, seed=1), clusters(200, 16, 4, 0.2, seed=2), 4, seed=0, method=method)
     assert (found["validation"], found["test"]) == (1, 1)
     assert found["l2"] in L2
 
@@ -177,13 +179,14 @@ def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
 # ------------------------------------------------------------------------------------------------ SGD
 
 
-def test_sgd_selects_and_refits_like_l_bfgs() -> None:
+def test_sgd_selects_and_refits_like_l_bfgs(device: torch.device) -> None:
     """Five masks per image, streamed from a file; the learning rate is selected."""
     data, rng = clusters(300, 8, 3, 0.3, seed=12), np.random.default_rng(0)
     noisy = Labelled(
         (data.features[:, None].repeat(5, 1) + rng.normal(0, 2, (300, 5, 8))).astype(np.float32), data.labels
     )
-    by_sgd = probed(noisy, noisy, 3, seed=0, method=Method("sgd", SgdConfig(steps=500, lrs=(1, 0.1, 1e-6))))
+    method = Method("sgd", SgdConfig(steps=500, lrs=(1, 0.1, 1e-6)), device=str(device))
+    by_sgd = probed(noisy, noisy, 3, seed=0, method=method)
     assert by_sgd["l2"] != 1e-6
     assert by_sgd["test"] >= probed(noisy, noisy, 3, seed=0)["test"] - 0.01
 

@@ -40,10 +40,12 @@ def loss(weight: NDArray[np.floating], bias: NDArray[np.floating], x: Features, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("l2", [1e-4, 1e-2])
-def test_the_minimum_on_real_features_equals_scikit_learn_s(real: tuple[Features, Labels], l2: float) -> None:
+def test_the_minimum_on_real_features_equals_scikit_learn_s(
+    device: torch.device, real: tuple[Features, Labels], l2: float
+) -> None:
     """It does not stop early, the bias is not penalised, and the penalty does not grow with the number of images."""
     x, y = real
-    weight, bias = minimise(torch.from_numpy(x), torch.from_numpy(y), 10, (l2,))[l2]
+    weight, bias = minimise(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), 10, (l2,))[l2]
     with threadpool_limits(1):
         reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-9, max_iter=50_000).fit(x.astype(np.float64), y)
     theirs = loss(reference.coef_, reference.intercept_, x, y, l2)
@@ -74,11 +76,12 @@ def test_fewer_rows_than_features_have_the_same_minimum(real: tuple[Features, La
     assert loss(weight, bias, x, y, 1e-2) <= loss(*theirs, x, y, 1e-2) * (1 + 1e-4)
 
 
-def test_the_gradient_equals_autograd_s(real: tuple[Features, Labels]) -> None:
+def test_the_gradient_equals_autograd_s(device: torch.device, real: tuple[Features, Labels]) -> None:
     """With chunks that do not divide the rows."""
-    x, y = torch.from_numpy(real[0]).double().repeat(3, 1), torch.from_numpy(real[1]).repeat(3)
+    x, y = torch.from_numpy(real[0]).to(device).double().repeat(3, 1), torch.from_numpy(real[1]).to(device).repeat(3)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(10, 128, generator=generator).double(), torch.randn(10, generator=generator).double()
+    weight, bias = weight.to(device), bias.to(device)
     weight.requires_grad_()
     bias.requires_grad_()
     expected = torch.nn.functional.cross_entropy(x @ weight.T + bias, y)

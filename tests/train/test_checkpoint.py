@@ -40,11 +40,11 @@ ROOT = Path(__file__).resolve().parents[2]
 class Trainee:
     """A small network with its optimiser, plain or sharded as in a real run."""
 
-    def __init__(self, seed: int, sharded: bool = False, modern: bool = False):
+    def __init__(self, seed: int, sharded: bool = False, modern: bool = False, device: torch.device | str = "cpu"):
         shape = {"n_layer": 2, **(MODERN if modern else {})}
-        self.model: ImageGPT = random_model(seed, std=0.2, **shape).requires_grad_(True).train()
+        self.model: ImageGPT = random_model(seed, std=0.2, device=device, **shape).requires_grad_(True).train()
         if sharded:
-            parallelize.shard(self.model, init_device_mesh("cpu", (1,)), WorkersConfig())
+            parallelize.shard(self.model, init_device_mesh(torch.device(device).type, (1,)), WorkersConfig())
         self.optimizer: Optimizer = optim.build(self.model, OptimConfig(lr=1e-2, muon_lr=0.02 if modern else None))
 
     def train(self, *steps: int) -> "Trainee":
@@ -95,10 +95,10 @@ def run(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: str, sharded: bool) -> None:
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(device: torch.device, run: str, sharded: bool) -> None:
     """Including Adam's moments and its count of steps."""
-    first = Trainee(1, sharded).train(0, 1, 2).save(run, 3)
-    resumed = Trainee(2, sharded)
+    first = Trainee(1, sharded, device=device).train(0, 1, 2).save(run, 3)
+    resumed = Trainee(2, sharded, device=device)
     assert not equal(first, resumed)
     manifest = resumed.load(run)
     assert manifest is not None
@@ -109,10 +109,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: str, sharde
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_resumed_modern_run_is_bit_identical_too(run: str, sharded: bool) -> None:
+def test_a_resumed_modern_run_is_bit_identical_too(device: torch.device, run: str, sharded: bool) -> None:
     """Including Muon's momentum, groups and rates."""
-    first = Trainee(1, sharded, modern=True).train(0, 1, 2).save(run, 3)
-    resumed = Trainee(2, sharded, modern=True)
+    first = Trainee(1, sharded, modern=True, device=device).train(0, 1, 2).save(run, 3)
+    resumed = Trainee(2, sharded, modern=True, device=device)
     assert resumed.load(run) is not None
     assert equal(first, resumed)
     momenta = [name for name in resumed.state() if name.endswith(".momentum")]
@@ -139,13 +139,13 @@ def test_a_new_run_has_nothing_to_load(run: str) -> None:
     assert checkpoint.committed_steps(run) == []
 
 
-def test_the_newest_checkpoint_has_the_highest_step(run: str) -> None:
+def test_the_newest_checkpoint_has_the_highest_step(device: torch.device, run: str) -> None:
     """Not the last name or time: step 9 is before step 10."""
-    trainee = Trainee(1)
+    trainee = Trainee(1, device=device)
     for step in (9, 100, 10):
         trainee.train(step).save(run, step)
     assert checkpoint.committed_steps(run) == [9, 10, 100]
-    found = Trainee(2).load(run)
+    found = Trainee(2, device=device).load(run)
     assert found is not None
     assert found.step == 100
 
@@ -164,18 +164,18 @@ def test_a_step_saved_again_replaces_the_first(run: str) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_checkpoint_is_of_its_step_although_training_continues(run: str, sharded: bool) -> None:
+def test_a_checkpoint_is_of_its_step_although_training_continues(device: torch.device, run: str, sharded: bool) -> None:
     """The upload thread must read a copy of the tensors. The second save reuses the memory of the first copy."""
-    trainee, saver, stored = Trainee(1, sharded).train(0), checkpoint.Saver(run), threading.Event()
+    trainee, saver, stored = Trainee(1, sharded, device=device).train(0), checkpoint.Saver(run), threading.Event()
     for step in (1, 2):
         stored.clear()
         assert trainee.begin(saver, step, before_commit=stored.wait, must=True)
-        expected = Trainee(1, sharded).train(*range(step))
+        expected = Trainee(1, sharded, device=device).train(*range(step))
         trainee.train(step)
         assert checkpoint.committed_steps(run) == list(range(1, step))  # the steps above did not wait for it
         stored.set()
         saver.finish()
-        found = Trainee(2, sharded)
+        found = Trainee(2, sharded, device=device)
         manifest = found.load(run)
         assert manifest is not None
         assert manifest.step == step

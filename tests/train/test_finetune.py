@@ -62,7 +62,7 @@ def settings_for(store: TokenStore, folder: Path, name: str = "run", **changes: 
     sections: dict[str, Any] = {
         "tune": {"pad": 1, "flip": False, "patience": 3},
         "optim": {"lr": 1e-2, "batch_size": 5, "steps": STEPS, "warmup_steps": 2, "schedule": "constant"},
-        "workers": {"micro_batch": 2},
+        "workers": {"micro_batch": 2, "precision": "float32", "compile": False},
         "run": {"root": str(folder / "runs"), "name": name, "checkpoint_every": 8, "log_every": 2, "keep_every": 8}
         | {"validate_every": LOOK},
     }
@@ -146,30 +146,30 @@ def test_the_learning_rate_is_constant() -> None:
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_the_first_evaluation_is_of_the_release_and_the_run_learns_the_classes(
-    process_group: None, classes: TokenStore, tmp_path: Path, objective: str
+    device: torch.device, process_group: None, classes: TokenStore, tmp_path: Path, objective: str
 ) -> None:
     """The run starts with the weights of the release, and trains its head with the right labels."""
     tiny_steps = {"lr": 1e-12, "steps": LOOK}
     still = settings_for(classes, tmp_path, "still", shape={"objective": objective}, optim=tiny_steps)
-    report = loop.train(still, CPU)
+    report = loop.train(still, device)
     given, found = (weights.load_release(uri).model for uri in (still.release, report["release"]))
     for name, weight in given.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=1e-9)
 
-    learnt = loop.train(settings_for(classes, tmp_path, "learnt", tune={"patience": 99}), CPU)
+    learnt = loop.train(settings_for(classes, tmp_path, "learnt", tune={"patience": 99}), device)
     assert learnt["accuracy"] > 0.9
     assert learnt["step"] == STEPS
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_a_head_initialised_with_a_probe_predicts_like_the_probe(
-    process_group: None, classes: TokenStore, tmp_path: Path, objective: str
+    device: torch.device, process_group: None, classes: TokenStore, tmp_path: Path, objective: str
 ) -> None:
     """The head has neither bias nor standardisation: both are folded into its weights."""
     cfg = settings_for(classes, tmp_path, tune={"head": "probe"}, shape={"objective": objective})
-    model = loop.build(cfg, CPU)[0]
+    model = loop.build(cfg, device)[0]
     finetune.start(model, cfg)
-    whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    whole = {name: value.full_tensor().cpu() for name, value in model.state_dict().items()}
     given = weights.load_release(cfg.release).model.state_dict()
     assert all(torch.equal(whole[name], value) for name, value in given.items())
     headed = ImageGPT(cfg.model)
@@ -187,11 +187,11 @@ def test_a_head_initialised_with_a_probe_predicts_like_the_probe(
 
 
 def test_the_release_is_the_first_best_evaluation_and_training_stops_early(
-    process_group: None, classes: TokenStore, tmp_path: Path
+    device: torch.device, process_group: None, classes: TokenStore, tmp_path: Path
 ) -> None:
     """Held-out images are not augmented, and accuracy is per image."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 2})
-    report = loop.train(cfg, CPU)
+    report = loop.train(cfg, device)
     looks = {line["step"]: line["val_accuracy"] for line in metrics.read(cfg.run.uri) if "val_accuracy" in line}
     assert report["val_accuracy"] == max(looks.values())
     assert report["best_step"] == min(step for step, accuracy in looks.items() if accuracy == max(looks.values()))
@@ -210,19 +210,19 @@ def test_the_release_is_the_first_best_evaluation_and_training_stops_early(
     assert best["val_nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-5)
 
     written = Path(report["release"], "model.safetensors").stat().st_mtime_ns
-    assert loop.train(cfg, CPU) == report  # finished, it has nothing to do
+    assert loop.train(cfg, device) == report  # finished, it has nothing to do
     assert Path(report["release"], "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_run_resumed_before_its_best_evaluation_has_the_same_release(
-    process_group: None, classes: TokenStore, tmp_path: Path
+    device: torch.device, process_group: None, classes: TokenStore, tmp_path: Path
 ) -> None:
     """Patience, weights and augmentation continue where they were."""
     cfg = settings_for(classes, tmp_path, tune={"patience": 4})
-    report = loop.train(cfg, CPU)
+    report = loop.train(cfg, device)
     bits, lines = storage.read(storage.join(report["release"], "model.safetensors")), lines_of(cfg.run.uri)
     checkpoint.rewind(cfg.run.uri, 8)
-    again = loop.train(cfg, CPU)
+    again = loop.train(cfg, device)
     assert storage.read(storage.join(again["release"], "model.safetensors")) == bits
     assert lines_of(cfg.run.uri) == lines
 
@@ -252,15 +252,15 @@ def test_two_workers_train_and_report_like_one(classes: TokenStore, cache: Path,
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_predictions_do_not_depend_on_the_batch(objective: str) -> None:
+def test_predictions_do_not_depend_on_the_batch(device: torch.device, objective: str) -> None:
     """Masks depend on the image alone, and five masks vote."""
-    model = random_model(std=0.15, objective=objective, n_class=3)
+    model = random_model(std=0.15, objective=objective, n_class=3, device=device)
     tokens = np.random.default_rng(4).integers(0, 16, (7, 16)).astype(np.uint16)
     keys = [f"{i}.png" for i in range(7)]
     logits = class_logits(model, tokens, keys, batch_size=3)
     assert logits.shape == ((7, 3) if objective == "next" else (7, 5, 3))
     np.testing.assert_allclose(class_logits(model, tokens[4:], keys[4:], batch_size=7), logits[4:], rtol=1e-4)
-    x = torch.from_numpy(tokens[2:3].astype(np.int64))
-    keep = None if objective == "next" else losses.visible_masks_of_keys(["2.png"], 4, 16)
+    x = torch.from_numpy(tokens[2:3].astype(np.int64)).to(device)
+    keep = None if objective == "next" else losses.visible_masks_of_keys(["2.png"], 4, 16).to(device)
     one = logits[2] if objective == "next" else logits[2, 4]
-    np.testing.assert_allclose(model.forward_with_classifier(x, keep)[1][0].numpy(), one, rtol=1e-4)
+    np.testing.assert_allclose(model.forward_with_classifier(x, keep)[1][0].cpu().numpy(), one, rtol=1e-4)

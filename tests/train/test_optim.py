@@ -1,5 +1,7 @@
 """Optimisers and schedules: Adam and Muon equal their references; a schedule is a function of the step."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -68,12 +70,12 @@ def adam(
     return w
 
 
-def test_steps_are_adams() -> None:
+def test_steps_are_adams(device: torch.device) -> None:
     """No weight decay; betas and epsilon are exact; the rate is set before its step."""
-    model = random_model(std=0.1).requires_grad_(True)
+    model = random_model(std=0.1, device=device).requires_grad_(True)
     settings = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-3)
     optimizer, lrs = optim.build(model, settings), [1e-2, 3e-3, 5e-3]
-    before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    before = {name: p.detach().double().cpu().numpy().copy() for name, p in model.named_parameters()}
     gradients: dict[str, list[NDArray[np.float64]]] = {name: [] for name in before}
     for i, lr in enumerate(lrs):
         x = random_tokens(model, 4, seed=i)
@@ -81,12 +83,12 @@ def test_steps_are_adams() -> None:
         losses.next_pixel(model(x), x).mean().backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
-            gradients[name].append(p.grad.double().numpy().copy())
+            gradients[name].append(p.grad.double().cpu().numpy().copy())
         optim.set_lr(optimizer, lr)
         optimizer.step()
     for name, p in model.named_parameters():
         expected = adam(before[name], gradients[name], lrs, settings)
-        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(p.detach().cpu().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
         assert np.abs(expected - before[name]).max() > 1e-3
 
 
@@ -96,6 +98,49 @@ def test_the_default_is_the_paper_s_adam() -> None:
     (group,) = optim.build(model, OptimConfig()).param_groups
     assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0, 3e-3)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("settings", [OptimConfig(), OptimConfig(muon_lr=0.03)])
+def test_a_checkpoint_of_another_device_keeps_the_optimiser_of_this_device(settings: OptimConfig) -> None:
+    """Adam is fused on a GPU, where its step counts are on the device. The choice is stored in a checkpoint."""
+    models = [random_model(std=0.1).requires_grad_(True) for _ in range(2)]
+    ours, other = (optim.build(model, settings) for model in models)
+    for model, optimizer in zip(models, (ours, other), strict=True):
+        backward(model, 0)
+        optimizer.step()
+    state = deepcopy(other.state_dict())
+    for group in state["param_groups"]:
+        group["fused"] = True
+    ours.load_state_dict(state)
+    assert {group["fused"] for group in ours.param_groups} == {None}
+    for model, optimizer in zip(models, (ours, other), strict=True):
+        backward(model, 1)
+        optimizer.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: fused Adam is not compared")
+@pytest.mark.parametrize("settings", [OptimConfig(lr=1e-2), OptimConfig(lr=1e-2, muon_lr=0.03)])
+def test_fused_adam_on_a_gpu_gives_the_weights_of_the_cpu(settings: OptimConfig) -> None:
+    """Also after the state of a CPU run is loaded."""
+    cpu = random_model(std=0.1).requires_grad_(True)
+    gpu = random_model(std=0.1).requires_grad_(True).cuda()
+    ours, theirs = optim.build(gpu, settings), optim.build(cpu, settings)
+    assert {group["fused"] for group in ours.param_groups} == {True}
+    for seed in range(4):
+        backward(cpu, seed)
+        for a, b in zip(gpu.parameters(), cpu.parameters(), strict=True):
+            assert b.grad is not None
+            a.grad = b.grad.cuda()
+        theirs.step()
+        ours.step()
+        if seed == 1:
+            ours.load_state_dict(deepcopy(theirs.state_dict()))
+            assert {group["fused"] for group in ours.param_groups} == {True}
+    for a, b in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ the modern recipe
@@ -149,13 +194,13 @@ def test_steps_equal_torch_s_muon_and_adam() -> None:
             assert torch.equal(p, q), name
 
 
-def test_an_update_preserves_singular_vectors_and_its_singular_values_are_near_one() -> None:
+def test_an_update_preserves_singular_vectors_and_its_singular_values_are_near_one(device: torch.device) -> None:
     """U V' of the SVD is the exact result; five iterations give U S V' with S near 1."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((64, 16), (16, 64), (24, 24)):
         u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
         matrix = u * torch.linspace(0.3, 3, len(v)) @ v
-        (found,) = optim.orthogonal([matrix], 1)
+        (found,) = (update.cpu() for update in optim.orthogonal([matrix.to(device)], 1))
         inner = u.T @ (found.float() / max(1, shape[0] / shape[1]) ** 0.5) @ v.T
         values = inner.diagonal()
         assert 0.6 < values.min() < values.max() < 1.3

@@ -1,5 +1,6 @@
 """Sharding changes the placement of weights, and no result."""
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,23 +17,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from igpt_ray.model import losses as objectives
+from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
-from igpt_ray.train import optim, parallelize
+from igpt_ray.train import estimate, optim, parallelize
 from igpt_ray.train.config import OptimConfig, WorkersConfig
 from igpt_ray.train.presets import PRESETS
+from igpt_ray.train.torch_compat import fake_store
 
 MODERN = {"qk_norm": True, "rotary": True}
 MUON = OptimConfig(lr=1e-2, muon_lr=0.02)
 
 
 @pytest.fixture
-def mesh(process_group: None) -> DeviceMesh:
-    return init_device_mesh("cpu", (1,))
+def mesh(device: torch.device, process_group: None) -> DeviceMesh:
+    return init_device_mesh(device.type, (1,))
 
 
 def pair(mesh: DeviceMesh, precision: str = "float32") -> tuple[ImageGPT, ImageGPT]:
     """A network, plain and sharded."""
-    plain, sharded = (random_model(std=0.15).requires_grad_(True).train() for _ in range(2))
+    plain, sharded = (random_model(std=0.15, device=mesh.device_type).requires_grad_(True).train() for _ in range(2))
     return plain, parallelize.shard(sharded, mesh, WorkersConfig(precision=precision))
 
 
@@ -55,24 +58,31 @@ def test_a_sharded_network_has_the_same_loss_gradients_and_step(mesh: DeviceMesh
         loss = objectives.next_pixel(model(x), x).mean()
         loss.backward()
         losses.append(loss.detach())
-    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
     for name, a, b in both(plain, sharded, "grad"):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(b, a, **close(a), msg=name)
     for model in (plain, sharded):
         optim.build(model, OptimConfig(lr=1e-2)).step()
     for name, a, b in both(plain, sharded, "weight"):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 if mesh.device_type == "cpu" else 1e-4, msg=name)
 
 
-def test_a_sharded_network_fine_tunes(mesh: DeviceMesh) -> None:
+def close(expected: torch.Tensor) -> dict[str, float]:
+    """Tolerances of gradients. On CUDA some kernels sum in another order in every call."""
+    if expected.is_cuda:
+        return {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())}
+    return {"rtol": 1e-5, "atol": 1e-7}
+
+
+def test_a_sharded_network_fine_tunes(device: torch.device, mesh: DeviceMesh) -> None:
     """`forward_with_classifier` must be registered, or its weights would not be gathered."""
-    plain, sharded = (random_model(std=0.15, n_class=3).requires_grad_(True).train() for _ in range(2))
+    plain, sharded = (random_model(std=0.15, n_class=3, device=device).requires_grad_(True).train() for _ in range(2))
     sharded = parallelize.shard(sharded, mesh, WorkersConfig())
-    x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0])
+    x, labels = random_tokens(plain, 4), torch.tensor([0, 1, 2, 0], device=device)
     for model in (plain, sharded):
         objectives.loss_parts(model, x, labels)[0].mean().backward()
     for name, a, b in both(plain, sharded, "grad"):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(b, a, **close(a), msg=name)
 
 
 def test_every_block_and_the_rest_are_sharded_separately(mesh: DeviceMesh) -> None:
@@ -156,7 +166,59 @@ def test_muon_takes_the_same_steps_on_any_number_of_workers(world_size: int, fsd
         torch.testing.assert_close(found[0][1][name], p.detach(), rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # on CUDA another compiler is used
+def test_blocks_run_uncompiled_with_a_warning_where_the_compiler_does_not_work(
+    device: torch.device,
+    mesh: DeviceMesh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # without the results of a compiler
+    torch.compiler.reset()
+    model = random_model()
+    x = random_tokens(model, 2)
+    expected = model(x)
+    sharded = parallelize.shard(model, mesh, WorkersConfig(compile=True))
+    torch.testing.assert_close(sharded(x), expected)
+    (record,) = (record for record in caplog.records if record.name == parallelize.__name__)
+    assert "torch.compile does not work here" in record.message
+    assert "no-such-compiler" in record.message
+
+
 # ------------------------------------------------------------------------------------------------ large meshes
+
+
+def _accumulated_bytes(model: ModelConfig, n: int, passes: int) -> int:
+    """Bytes that exist after the backward passes of one of n workers, and did not before."""
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=n)
+    workers = WorkersConfig(n=n, precision="bfloat16")
+    network = parallelize.shard(ImageGPT(model), parallelize.mesh_of("cpu", None), workers)
+    tokens = torch.zeros(1, model.n_positions, dtype=torch.int64)
+
+    def storages() -> dict[int, int]:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu"]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+    before = storages()
+    for i in range(passes):
+        parallelize.reduce_gradients(network, i == 1)
+        objectives.next_pixel(network(tokens), tokens).sum().backward()
+    return sum(size for pointer, size in storages().items() if pointer not in before)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_accumulated_gradients_are_unsharded_float32(passes: int) -> None:
+    """They are reduced in the last pass. `estimate.state_bytes` counts them."""
+    model, n = ModelConfig(n_layer=3, n_embd=64, n_head=2, n_px=8, n_vocab=40), 4
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:
+        measured = one.submit(_accumulated_bytes, model, n, passes).result()
+    unsharded, sharded = 4 * model.n_params, 4 * model.n_params / n
+    assert measured == pytest.approx(unsharded if passes == 1 else sharded, rel=0.1)
+    extra = [estimate.state_bytes(model, OptimConfig(), n, passes) for passes in (1, 2)]
+    assert extra[1] - extra[0] == unsharded - sharded
 
 
 def test_a_mesh_has_replicas_only_if_configured(process_group: None) -> None:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
-import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from igpt_ray import weights
@@ -16,6 +15,7 @@ from igpt_ray.evaluate.features import Features, Pooling
 from igpt_ray.evaluate.heads import Head, load_head
 from igpt_ray.evaluate.likelihood import Nats, class_logits, pixel_nats
 from igpt_ray.evaluate.logistic import probabilities
+from igpt_ray.flows.device import assigned_device
 from igpt_ray.generate.engine import Engine, Request
 from igpt_ray.generate.quantize import Precision
 from igpt_ray.serve.engine_loop import EngineLoop
@@ -30,7 +30,7 @@ METRICS_INTERVAL_S = 0.5
 
 class Replica:
     def __init__(self, name: str, release: str, heads: dict[str, str], slots: int, precision: Precision = "float32"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = assigned_device()
         self.release_config = weights.load_config(release)
         weights.check_next(self.release_config, release)
         self.model = weights.load_release(release, device).model
