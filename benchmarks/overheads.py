@@ -27,6 +27,7 @@ from igpt_ray.model.config import ModelConfig
 from igpt_ray.model.image_gpt import ImageGPT
 from igpt_ray.settings import Count, Section, Uri
 from igpt_ray.train import loop, metrics, optim
+from igpt_ray.train.alone import train_alone
 from igpt_ray.train.config import DataConfig, OptimConfig, PretrainConfig, RunConfig, WorkersConfig
 
 Report = dict[str, Any]
@@ -121,10 +122,8 @@ def one_round(settings: BenchOverheadsConfig, model: ModelConfig, folder: str, i
 
 def _alone(rank: int, settings: str) -> None:
     os.nice(15)  # the priority of Ray's workers
-    _join(rank, 1, dist.HashStore())
     torch.set_num_threads(1)
-    loop.train(PretrainConfig.model_validate_json(settings), torch.device("cpu"))
-    dist.destroy_process_group()
+    train_alone(PretrainConfig.model_validate_json(settings), torch.device("cpu"))
 
 
 def _speed(run: PretrainConfig) -> Report:
