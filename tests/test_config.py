@@ -71,7 +71,7 @@ def test_presets_are_the_recipes_of_the_paper(name: str) -> None:
     assert (o.lr, o.batch_size, o.steps) == RECIPES[name]
     assert (o.betas, o.clip) == ((0.9, 0.95), None)
     assert abs(o.warmup_steps - 1_281_167 / o.batch_size) < 1  # one epoch of ImageNet
-    assert preset.workers.precision == "float32"
+    assert preset.workers.resolved(on_gpu=False).precision == "float32"
 
 
 @pytest.mark.parametrize("name", ["tiny", "igpt-s", "igpt-m", "igpt-l", "igpt-xl"])
@@ -95,6 +95,46 @@ def test_what_the_paper_does_not_state_is_said_where_it_is_chosen() -> None:
     assert OptimConfig.__doc__
     for choice in ("linear warm-up", "epsilon 1e-8", "no gradient clipping"):
         assert choice in OptimConfig.__doc__
+
+
+AUTO = ("precision", "compile", "micro_batch")
+
+
+def auto_of(workers: WorkersConfig) -> tuple[object, ...]:
+    return tuple(getattr(workers, name) for name in AUTO)
+
+
+def test_auto_is_resolved_by_device_and_only_once() -> None:
+    """The CPU keeps the settings with which the demo's results were measured."""
+    assert auto_of(WorkersConfig().resolved(on_gpu=False)) == ("float32", False, 32)
+    assert auto_of(WorkersConfig(gpus=1).resolved(on_gpu=True)) == ("bfloat16", True, "auto")
+    for on_gpu in (True, False):
+        once = PRESETS["igpt-s"][1].resolved(on_gpu)
+        assert once.resolved(on_gpu) == once
+    assert once.resolved(on_gpu=True).workers.precision == "float32"  # resolved for the CPU
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_explicit_settings_are_kept_on_every_device(on_gpu: bool) -> None:
+    chosen = WorkersConfig(precision="bfloat16", compile=False, micro_batch=5)
+    started = {"gpus": int(on_gpu), "precision": "float32", "compile": True, "micro_batch": 7}
+    assert chosen.resolved(on_gpu, started) == chosen
+
+
+def test_auto_keeps_the_settings_of_the_run_that_is_resumed() -> None:
+    """A run that moves to another device keeps its precision only, because that changes its losses."""
+    before = {"gpus": 1, "precision": "float32", "compile": False, "micro_batch": 32}  # the defaults before version 0.2
+    assert auto_of(WorkersConfig(gpus=1).resolved(True, before)) == ("float32", False, 32)
+    on_gpu = {"gpus": 1, "precision": "bfloat16", "compile": True, "micro_batch": "auto"}
+    assert auto_of(WorkersConfig().resolved(False, on_gpu)) == ("bfloat16", False, 32)
+    assert auto_of(WorkersConfig(gpus=1).resolved(True, {**before, "gpus": 0})) == ("float32", True, "auto")
+
+
+@pytest.mark.parametrize("words", [[], ["--workers.gpus", "1"], ["--workers.compile", "False"]])
+def test_auto_survives_the_command_line(words: list[str]) -> None:
+    """A preset must not fix the values of a CPU before the number of GPUs is known."""
+    workers = preset_from_words(["igpt-s", *words], PretrainConfig).workers
+    assert auto_of(workers) == ("auto", False if "False" in words else "auto", "auto")
 
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:

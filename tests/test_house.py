@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("errors", "interrupt", "object_clients", "object_store", "progress", "provenance", "rng", "settings", "storage"),
-    ("artifact",),
+    ("artifact", "device"),
     ("model", "data"),
     ("weights", "generate"),
     ("evaluate",),

@@ -34,7 +34,7 @@ def settings_for(source: str, prepared: str, tokens: Path, **others: object) -> 
 def test_a_palette_comes_with_a_report_and_a_picture(prepared: str) -> None:
     """A palette that nobody can judge, or a picture that overwrites the report."""
     report = json.loads(storage.read(storage.join(prepared, "palette.json")))
-    assert report["k"] == 16
+    assert (report["k"], report["device"]) == (16, "cpu")
     assert {"mse", "psnr_db", "entropy_nats", "colours_used", "made_by"} <= report.keys()
     assert pixels.decode(storage.read(storage.join(prepared, "palette.png"))).ndim == 3
 

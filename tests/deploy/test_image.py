@@ -5,10 +5,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+CONSTRAINTS_GPU = (ROOT / "constraints-gpu.txt").read_text()
+MIN_DRIVER = {"12.8": 570, "12.9": 575, "13.0": 580}
+"""Oldest driver branch by CUDA version, from the release notes of the CUDA toolkit."""
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -39,7 +44,7 @@ def test_all_files_that_the_image_copies_exist() -> None:
         words.split()[:-1] for lines in stages().values() for instruction, words in lines if instruction == "COPY"
     ]
     files = [file for files in copied for file in files]
-    assert {"igpt_ray", "jobs", "cluster", "constraints.txt"} <= set(files)
+    assert {"igpt_ray", "jobs", "cluster", "constraints.txt", "constraints-gpu.txt"} <= set(files)
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
@@ -55,6 +60,8 @@ def test_the_image_installs_the_pinned_versions() -> None:
     ]
     assert len(installs) == 4
     assert all("--constraint constraints.txt" in command or "--no-deps" in command for command in installs)
+    (gpu,) = [command for command in installs if "[gpu" in command]
+    assert "--constraint constraints-gpu.txt" in gpu
     extras = {extra for group in re.findall(r"\.\[([\w,]+)\]", " ".join(installs)) for extra in group.split(",")}
     assert extras == {"cpu", "gpu", "report"} <= PROJECT["optional-dependencies"].keys()
     for need in PROJECT["dependencies"]:
@@ -62,6 +69,42 @@ def test_the_image_installs_the_pinned_versions() -> None:
         locked = re.search(rf"^{name}==(.*)$", CONSTRAINTS, re.MULTILINE | re.IGNORECASE)
         assert locked, f"{name} is not locked"
         assert exact in (None, locked[1])
+
+
+def test_the_gpu_image_has_the_pinned_faiss_and_no_package_in_two_versions() -> None:
+    (need,) = [need.split(";")[0] for need in PROJECT["optional-dependencies"]["gpu"]]
+    pinned = pins(CONSTRAINTS_GPU)
+    name, version = need.split("==")
+    assert pinned[name] == version == pins(CONSTRAINTS)["faiss-cpu"]
+    assert {"nvidia-cublas-cu12", "nvidia-cuda-runtime-cu12", "nvidia-curand-cu12"} <= pinned.keys()
+    assert pinned.keys() & pins(CONSTRAINTS).keys() == set()
+
+
+def test_the_container_of_the_gpu_image_receives_the_host_s_gpus() -> None:
+    """`ray up` starts it with NVIDIA's runtime, which adds GPUs only to containers with NVIDIA_VISIBLE_DEVICES."""
+    env = " ".join(words for instruction, words in stages()["gpu"] if instruction == "ENV").split()
+    assert set(env) == {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"}
+    for name in ("aws.yaml", "gcp.yaml"):
+        for kind, node in yaml.safe_load((ROOT / "cluster" / name).read_text())["available_node_types"].items():
+            options = node.get("docker", {}).get("worker_run_options", [])
+            assert ("--gpus all" in options) == ("GPU" in node["resources"]), (name, kind)
+
+
+def test_the_machine_images_have_a_driver_for_torch_s_cuda() -> None:
+    """An older driver has no GPU for torch. AWS's image is the newest of its family (docs/gpus.md)."""
+    cuda = pins(CONSTRAINTS_GPU)["cuda-toolkit"]
+    needed = MIN_DRIVER[".".join(cuda.split(".")[:2])]
+    if torch.version.cuda:
+        assert torch.__version__.split("+")[0] != pins(CONSTRAINTS)["torch"] or cuda.startswith(torch.version.cuda)
+    branches = re.findall(r"images/family/\S*-nvidia-(\d+)", (ROOT / "cluster/gcp.yaml").read_text())
+    assert branches
+    assert all(int(branch) >= needed for branch in branches)
+    for name in ("infra/Dockerfile", "docs/gpus.md"):
+        assert f"driver >= {needed}" in (ROOT / name).read_text(), name
+
+
+def pins(constraints: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints, re.MULTILINE))
 
 
 def test_the_image_s_python_is_supported() -> None:

@@ -143,6 +143,27 @@ def test_a_run_without_a_newer_setting_is_resumed(undisturbed: dict[str, Any], p
     path.write_text(whole)
 
 
+def test_a_resumed_run_keeps_the_workers_settings_of_its_start(undisturbed: dict[str, Any], prepared: str) -> None:
+    """config.json has what `auto` was resolved to. The values of older runs are no change of settings."""
+    path = Path(undisturbed["run"], "config.json")
+    whole = path.read_text()
+    recorded = train._workers_at_start(undisturbed["run"])
+    assert recorded is not None
+    assert (recorded["precision"], recorded["compile"], recorded["micro_batch"]) == ("float32", False, 2)
+    settings = settings_for(prepared, "undisturbed", workers=WorkersConfig(n=2))
+    assert settings.resolved(False, recorded).workers.micro_batch == 2
+
+    older = json.loads(whole)
+    older["settings"]["workers"] |= {"gpus": 1, "precision": "float32", "compile": False, "micro_batch": 0}
+    path.write_text(json.dumps(older))
+    resumed = settings.resolved(True, train._workers_at_start(undisturbed["run"]))
+    assert (resumed.workers.precision, resumed.workers.compile) == ("float32", False)
+    assert resumed.workers.micro_batch == "auto"
+    train._write_or_check_config(resumed, train.check(resumed))
+    path.write_text(whole)
+    assert train._workers_at_start(storage.join(prepared, "runs", "not-started")) is None
+
+
 @pytest.mark.parametrize(
     ("cooldown", "schedule"),
     [
