@@ -55,11 +55,23 @@ class DeviceLoop:
         if device.type == "cuda":
             self._steps = [_recorded(step, device) for step in self._steps]
 
+    @torch.inference_mode()
     def _sampler_of_triton(self) -> ModuleType | None:
-        """Import Triton's sampling and try it; None, with a warning, if it fails."""
+        """Import Triton's sampling, and compare it with torch's; None, with a warning, if it fails or differs."""
         try:
             from igpt_ray.generate import triton_sampler
 
+            n, V = len(self.positions), self.cache.network.config.n_vocab
+            generator = torch.Generator().manual_seed(0)
+            logits = torch.randn(n, V, generator=generator).to(self.cache.kv)
+            uniforms = torch.rand(self.uniforms.shape, generator=generator, dtype=torch.float64).to(
+                self.uniforms.device
+            )
+            tokens, positions = torch.zeros_like(self.tokens), torch.zeros_like(self.positions)
+            state = self.temperature, self.prompt_mask, tokens, positions, self.active
+            triton_sampler.sample(logits, uniforms, *state)
+            if not torch.equal(tokens[:, 0], sampler.sample(logits, uniforms[:, 0], self.temperature, None)):
+                raise RuntimeError("its samples differ from those of torch's operations")
             self.sampler, self.compiled = triton_sampler, False
             self._plain_step()
             return triton_sampler

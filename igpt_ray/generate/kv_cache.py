@@ -175,12 +175,14 @@ class KVCache:
             return None
 
     def _linear_kernel_works(self) -> bool:
-        """Try Triton's linear layer on the first block; a failure is a warning."""
+        """Try Triton's linear layer on the first block, unless torch's is faster; a failure is a warning."""
         block, n, bfloat16 = self.network.blocks[0], self.slots, self.kv.dtype == torch.bfloat16
         try:
-            from igpt_ray.generate.triton_linear import MAX_FLOAT32_ROWS, MAX_ROWS
+            from igpt_ray.generate.triton_linear import MAX_FLOAT32_ROWS, MAX_ROWS, MAX_WIDTH
 
-            if n > (MAX_ROWS if bfloat16 else MAX_FLOAT32_ROWS):
+            int8 = block.attn.c_attn.weight.dtype == torch.int8
+            wide = n > 1 and block.attn.c_attn.weight.shape[1] > MAX_WIDTH and not int8
+            if wide or n > (MAX_ROWS if bfloat16 else MAX_FLOAT32_ROWS):
                 return False
             h, positions = self.network.wpe[:1].expand(n, 1, -1), torch.zeros(n, dtype=torch.long, device=self.device)
             rope = None if self.rope is None else self.rope[:, positions, None, None]

@@ -163,7 +163,27 @@ def test_a_device_loop_of_triton_kernels_gives_the_same_samples(monkeypatch: pyt
         cache.splits, cache.fused = (2, True) if kernels else (None, False)
         loop = DeviceLoop(cache, compiled=False)
         loop.sampler = triton_sampler if kernels else None
-        loop.load([0, 2], random_tokens(model, 1)[0], torch.arange(16) == 14, rng.uniforms([1, 2], 16), 0.5, 0, 1)
+        loop.load(
+            [0, 2],
+            random_tokens(model, 1)[0],
+            torch.arange(16) == 14,
+            rng.uniforms([1, 2], 16),
+            [0.5, 0.5],
+            [0, 0],
+            [1, 1],
+        )
         found.append([loop.run([0, 2], start, 3, False)[[0, 2]] for start in ([0, 10], [3, 13])])
     for expected, tokens in zip(*found, strict=True):
         assert torch.equal(tokens, expected)
+
+
+def test_sampling_that_differs_from_torch_s_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel that a compiler translates wrongly must not change samples without a message."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    loop = DeviceLoop(KVCache(random_model(n_layer=1).to(DEVICE), 3, "float32"), compiled=False)
+    assert loop._sampler_of_triton() is triton_sampler
+    monkeypatch.setattr(triton_sampler, "sample", lambda *state: None)  # leaves every token at 0
+    assert loop._sampler_of_triton() is None
+    assert "its samples differ" in caplog.text
