@@ -129,12 +129,23 @@ COMMANDS = {
     ),
 }
 
+GROUPS = {
+    "Data": ("palette", "prepare", "verify"),
+    "Training": ("estimate", "pretrain", "finetune"),
+    "Evaluation": ("evaluate", "features", "probe", "complete", "score", "audit", "report"),
+    "Serving and operation": ("serve", "convert", "watch"),
+}
+"""The commands in the order of `igpt --help`."""
+
 
 def main() -> None:
     """The console script `igpt`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
-        summaries = "\n".join(f"  {command:10} {parts.summary}" for command, parts in COMMANDS.items())
+        summaries = "\n\n".join(
+            "\n".join([f"{group}:", *(f"  {command:10} {COMMANDS[command].summary}" for command in commands)])
+            for group, commands in GROUPS.items()
+        )
         usage = "usage: igpt COMMAND [--setting VALUE ...]\n\nImage GPT on Ray, from images to an HTTP endpoint."
         options = "settings and an example of a command: igpt COMMAND --help; version: igpt --version"
         sys.stdout.write(f"{usage}\n\n{summaries}\n\n{options}\n")  # one write, so that `| head` does not raise
@@ -151,29 +162,29 @@ def main() -> None:
         sys.exit(2)
 
 
-def run(name: str, words: list[str] | None = None, prog: str | None = None) -> None:
-    """Run a command with `words` as its settings (by default sys.argv), and print its JSON line.
+def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Run a command with `arguments` as its settings (by default sys.argv), and print its JSON line.
 
     Exits with code 2 if the settings are invalid, 1 if the flow fails, 130 or 143 after an interrupt.
     """
     command = COMMANDS[name]
     with exits_on_interrupt():
-        settings = parse(name, sys.argv[1:] if words is None else words, prog or f"python jobs/{name}.py")
+        settings = parse(name, sys.argv[1:] if arguments is None else arguments, prog or f"python jobs/{name}.py")
         job = import_module("igpt_ray.flows.job")
         local = (name == "serve" and settings.check) or (name == "prepare" and settings.dry_run)
         job.finish(_load(command.flow), settings, command.cluster and not local)
 
 
-def parse(name: str, words: list[str], prog: str) -> Any:
-    """The settings of a command. Prints help or the error and exits if `words` are not valid settings."""
+def parse(name: str, arguments: list[str], prog: str) -> Any:
+    """The settings of a command. Prints help or the error and exits if `arguments` are not valid settings."""
     import tyro
 
     command = COMMANDS[name]
     kind = _load(command.settings)
     if command.preset:
-        return import_module("igpt_ray.train.presets").preset_from_words(words, kind, prog)
+        return import_module("igpt_ray.train.presets").preset_from_arguments(arguments, kind, prog)
     description = f"{kind.__doc__}\n\nExample: {prog} {command.example}"
-    return tyro.cli(kind, args=words, prog=prog, description=description)
+    return tyro.cli(kind, args=arguments, prog=prog, description=description)
 
 
 def _load(path: str) -> Any:

@@ -16,7 +16,7 @@ from igpt_ray.provenance import provenance
 from igpt_ray.serve.config import ServeConfig
 from igpt_ray.settings import PoolConfig, Section
 from igpt_ray.train.config import OptimConfig, PretrainConfig, RunConfig, WorkersConfig
-from igpt_ray.train.presets import PRESETS, preset_from_words
+from igpt_ray.train.presets import PRESETS, preset_from_arguments
 
 PAPER = {
     "igpt-s": (24, 512, 8, 32, 76_571_648),
@@ -133,7 +133,7 @@ def test_auto_keeps_the_settings_of_the_run_that_is_resumed() -> None:
 @pytest.mark.parametrize("words", [[], ["--workers.gpus", "1"], ["--workers.compile", "False"]])
 def test_auto_survives_the_command_line(words: list[str]) -> None:
     """A preset must not fix the values of a CPU before the number of GPUs is known."""
-    workers = preset_from_words(["igpt-s", *words], PretrainConfig).workers
+    workers = preset_from_arguments(["igpt-s", *words], PretrainConfig).workers
     assert auto_of(workers) == ("auto", False if "False" in words else "auto", "auto")
 
 
@@ -219,13 +219,13 @@ def test_places_are_absolute_once_they_are_settings() -> None:
     """Ray's workers have another working directory."""
     assert RunConfig(root="file:///a/b/").root == "/a/b"
     assert RunConfig(root="runs").root.startswith("/")
-    assert preset_from_words(["tiny", "--data.tokens", "tokens"], PretrainConfig).data.tokens.startswith("/")
+    assert preset_from_arguments(["tiny", "--data.tokens", "tokens"], PretrainConfig).data.tokens.startswith("/")
     assert RunConfig(root="s3://bucket/runs/", name="x").uri == "s3://bucket/runs/x"
 
 
 def test_a_word_on_the_command_line_changes_that_setting_alone() -> None:
     """A preset whose other sections fall back to defaults when one is touched."""
-    settings = preset_from_words(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"], PretrainConfig)
+    settings = preset_from_arguments(["igpt-l-48", "--optim.lr", "1e-3", "--workers.n", "4"], PretrainConfig)
     preset = PRESETS["igpt-l-48"][1]
     expected = preset.model_dump() | {"optim": preset.optim.model_dump() | {"lr": 1e-3}}
     expected |= {"workers": preset.workers.model_dump() | {"n": 4}}
@@ -246,7 +246,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 ) -> None:
     """An ignored word: the run would start with the default and nobody would know."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(words, PretrainConfig)
+        preset_from_arguments(words, PretrainConfig)
     assert caught.value.code == 2
     printed = capsys.readouterr()
     advice = re.split("Perhaps you meant|did you mean", printed.err)[1]
@@ -257,7 +257,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest_name(
 def test_an_impossible_word_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     """A job must stop at the command line, with its reason on stderr."""
     with pytest.raises(SystemExit) as caught:
-        preset_from_words(["tiny", "--model.n-head", "3"], PretrainConfig)
+        preset_from_arguments(["tiny", "--model.n-head", "3"], PretrainConfig)
     assert caught.value.code == 2
     assert "not a multiple of n_head 3" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

@@ -160,7 +160,7 @@ def _available_workers(workers: WorkersConfig) -> int:
 
 def _reserve(workers: WorkersConfig, i: int) -> PlacementGroup:
     """Reserve the resources of one worker. A pending reservation makes an autoscaler add nodes."""
-    return placement_group([_resources(workers)], name=f"seat-{i}")
+    return placement_group([_resources(workers)], name=f"reservation-{i}")
 
 
 def _is_available(reservation: PlacementGroup) -> bool:
@@ -171,7 +171,7 @@ def _release_reservations(workers: WorkersConfig) -> None:
     """Remove all reservations, which would otherwise last until the job ends."""
     for i in range(workers.n):
         with suppress(ValueError):  # no reservation has that name
-            remove_placement_group(get_placement_group(f"seat-{i}"))
+            remove_placement_group(get_placement_group(f"reservation-{i}"))
 
 
 def _warn_if_short(workers: WorkersConfig) -> None:
@@ -291,7 +291,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     kind = FinetuneRunConfig if "tune" in settings else PretrainConfig
     cfg = kind.model_validate(settings)
     should_stop = threading.Event()
-    threading.Thread(target=_watch, args=(cfg.workers, config["status"], should_stop), daemon=True).start()
+    threading.Thread(target=_watch_resources, args=(cfg.workers, config["status"], should_stop), daemon=True).start()
     export = _gauges(cfg.run.name)
 
     def on_metrics(line: metrics.Line) -> None:
@@ -316,7 +316,7 @@ def _gauges(run: str) -> Callable[[metrics.Line], None]:
     return on_metrics
 
 
-def _watch(workers: WorkersConfig, status: Any, should_stop: threading.Event) -> None:
+def _watch_resources(workers: WorkersConfig, status: Any, should_stop: threading.Event) -> None:
     """Set `should_stop` when a node of the group is being preempted and, on rank 0, when the driver is interrupted or
     more workers can start.
 
@@ -324,20 +324,20 @@ def _watch(workers: WorkersConfig, status: Any, should_stop: threading.Event) ->
     without saving. Resources for more workers are reserved only after the current workers have theirs.
     """
     context, started = ray.train.get_context(), time.monotonic()
-    n, first = context.get_world_size(), context.get_world_rank() == 0
+    n, is_rank_0 = context.get_world_size(), context.get_world_rank() == 0
     reservations: list[PlacementGroup] = []
     while not should_stop.wait(POLL_INTERVAL_S):
         notice = ray.train.get_preemption_info()
         if notice is not None:
-            if first:
+            if is_rank_0:
                 when = f"in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else "soon"
                 log.warning(
                     "%d node(s) are preempted %s: saving, then restarting", len(notice.preempted_node_ids), when
                 )
             should_stop.set()
-        elif first and run_status.stop_requested(status):
+        elif is_rank_0 and run_status.stop_requested(status):
             should_stop.set()
-        elif first and time.monotonic() - started > workers.grow_after:
+        elif is_rank_0 and time.monotonic() - started > workers.grow_after:
             reservations = reservations or [_reserve(workers, i) for i in range(workers.n - n)]
             if free := sum(map(_is_available, reservations)):
                 log.info("resources for %d more worker(s): saving, then restarting with %d", free, n + free)

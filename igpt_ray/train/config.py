@@ -50,7 +50,7 @@ class DataConfig(Section):
     val_split: str = ""
     """Split for the held-out loss (`holdout`, `val`) and for the images of the samples."""
     val_images: Count = 2048
-    """Largest number of its images, evenly spaced."""
+    """Largest number of images of val_split to evaluate, evenly spaced."""
 
 
 class WorkersConfig(Section):
@@ -88,7 +88,7 @@ class WorkersConfig(Section):
     """Seconds after which a collective operation fails and all workers are restarted. Must be longer than sampling and
     the download of a checkpoint."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Number of failures of workers or their controller, without a new checkpoint in between, that a run survives."""
+    """Failures of workers or their controller that a run survives; a new checkpoint starts the count again."""
 
     @model_validator(mode="after")
     def _numbers_of_workers_agree(self) -> Self:
@@ -132,7 +132,7 @@ class RunConfig(Section):
     """Name of the run. A command with the same name and settings resumes it."""
     resume: Literal["auto", "never"] | Annotated[int, Field(gt=0)] = "auto"
     """auto resumes from the newest valid checkpoint; never refuses a run that has one; a number resumes from the
-    checkpoint of that step and sets later ones aside."""
+    checkpoint of that step and sets later ones aside: leave it out when the command is repeated."""
     log_every: Count = 10
     """Steps between lines of metrics."""
     checkpoint_every: Count = 1000
@@ -213,7 +213,7 @@ class FinetuningConfig(Section):
     val_split: str = "holdout"
     """Split for early stopping. Report the accuracy on another split."""
     val_images: Count = 10_000
-    """Largest number of its images, evenly spaced."""
+    """Largest number of images of val_split to evaluate, evenly spaced."""
     tune: TuneConfig = TuneConfig()
     optim: OptimConfig = OptimConfig(lr=3e-4, steps=20_000, warmup_steps=500, schedule="constant")
     workers: WorkersConfig = WorkersConfig()

@@ -65,7 +65,7 @@ PRESETS: dict[str, tuple[str, PretrainConfig]] = {
 P = TypeVar("P", bound=PretrainConfig)
 
 
-def preset_from_words(words: list[str], settings: type[P], prog: str | None = None) -> P:
+def preset_from_arguments(arguments: list[str], settings: type[P], prog: str | None = None) -> P:
     """Settings from a preset and options, such as `["igpt-s", "--optim.lr", "1e-3"]`.
 
     Exits with code 2 and the nearest name if the first word is not a preset. tyro parses the options of one preset
@@ -73,19 +73,19 @@ def preset_from_words(words: list[str], settings: type[P], prog: str | None = No
     """
     import tyro
 
-    first = words[0] if words else "--help"
+    name = arguments[0] if arguments else "--help"
     prog = prog or f"jobs/{settings.__name__.removesuffix('Config').lower()}.py"
-    if first in PRESETS:
-        preset = PRESETS[first][1]
-        default = settings(**{name: getattr(preset, name) for name in PretrainConfig.model_fields})
-        return tyro.cli(settings, default=default, args=words[1:], prog=f"{prog} {first}")
-    if first in ("-h", "--help"):
+    if name in PRESETS:
+        preset = PRESETS[name][1]
+        default = settings(**{field: getattr(preset, field) for field in PretrainConfig.model_fields})
+        return tyro.cli(settings, default=default, args=arguments[1:], prog=f"{prog} {name}")
+    if name in ("-h", "--help"):
         print(f"usage: {prog} PRESET [--setting VALUE ...]\n\n{settings.__doc__}\n\npresets:")
-        for name, (clause, _) in PRESETS.items():
-            print(f"  {name:20} {clause}")
+        for preset_name, (description, _) in PRESETS.items():
+            print(f"  {preset_name:20} {description}")
         print(f"\nsettings of a preset: {prog} tiny --help")
         sys.exit(0)
-    nearest = difflib.get_close_matches(first, PRESETS, 1)
+    nearest = difflib.get_close_matches(name, PRESETS, 1)
     hint = f", did you mean {nearest[0]}?" if nearest else "."
-    print(f"error: expected a preset ({', '.join(PRESETS)}), got {first!r}{hint} See {prog} --help", file=sys.stderr)
+    print(f"error: expected a preset ({', '.join(PRESETS)}), got {name!r}{hint} See {prog} --help", file=sys.stderr)
     sys.exit(2)
