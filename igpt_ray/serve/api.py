@@ -65,7 +65,7 @@ class Model(Protocol):
 
     def complete(self, request: engine.Request) -> AsyncIterator[tuple[int, Tokens]]: ...
 
-    def call(self, what: str, *words: Any) -> Awaitable[Any]: ...
+    def call(self, method: str, *arguments: Any) -> Awaitable[Any]: ...
 
 
 class ServedModel:
@@ -131,14 +131,14 @@ def application(served: dict[str, ServedModel], keys: Keys | None, queue: int) -
     async def readyz() -> dict[str, str]:
         try:
             async with asyncio.timeout(READY_SECONDS):
-                await asyncio.gather(*(one.model.call("ready") for one in served.values()))
+                await asyncio.gather(*(served_model.model.call("ready") for served_model in served.values()))
         except Exception as error:
             raise APIError(503, "not_ready", f"a model is not ready ({type(error).__name__})") from error
         return {"status": "ready"}
 
     @app.get("/v1/models", summary="The served models", responses=_error_responses(401))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [one.listing() for one in served.values()]}
+        return {"object": "list", "data": [served_model.listing() for served_model in served.values()]}
 
     return app
 
@@ -147,57 +147,59 @@ def _add_model_routes(app: FastAPI, served: dict[str, ServedModel]) -> None:
     @app.post("/v1/completions", **_takes(CompletionRequest, stream=True))
     async def completions(request: Request) -> Response:
         body = await parsed(request, CompletionRequest)
-        one = _model_of(served, body)
-        if body.n > one.slots:
-            raise SettingError(f"n is {body.n}, expected at most {one.slots} on this server")
+        served_model = _model_of(served, body)
+        if body.n > served_model.slots:
+            raise SettingError(f"n is {body.n}, expected at most {served_model.slots} on this server")
         deadline = asyncio.get_running_loop().time() + REQUEST_SECONDS
         async with asyncio.timeout_at(deadline):
-            answer = Completion(one, body, await one.reader.request(body))
+            answer = Completion(served_model, body, await served_model.reader.request(body))
             if body.stream:
                 events, headers = answer.events(deadline), {"cache-control": "no-store"}
                 return StreamingResponse(events, media_type="text/event-stream", headers=headers)
             async for _ in answer.rows():
                 pass
-        return JSONResponse(answer.whole())
+        return JSONResponse(answer.to_json())
 
     @app.post("/v1/features", **_takes(FeaturesRequest))
     async def features(request: Request) -> Response:
         body = await parsed(request, FeaturesRequest)
-        one = _model_of(served, body)
-        n_layer = one.reader.release.model.n_layer
+        served_model = _model_of(served, body)
+        n_layer = served_model.reader.release.model.n_layer
         layer = n_layer // 2 if body.layer is None else body.layer
         if layer > n_layer:
             raise SettingError(f"layer is {layer}, expected 0 to {n_layer}")
-        results = await _call(one, body, "features", layer, body.pooling)
+        results = await _call(served_model, body, "features", layer, body.pooling)
         data = [{"index": i, "features": row.tolist()} for i, row in enumerate(results[1])]
-        return JSONResponse({"model": one.name, "layer": layer, "pooling": body.pooling, "data": data})
+        return JSONResponse({"model": served_model.name, "layer": layer, "pooling": body.pooling, "data": data})
 
     @app.post("/v1/classify", **_takes(ClassifyRequest))
     async def classify(request: Request) -> Response:
         body = await parsed(request, ClassifyRequest)
-        one = _model_of(served, body)
-        head = body.head or next(iter(one.heads), "")
-        if head not in one.heads:
-            raise APIError(404, "head_not_found", f"{one.name} has the heads {', '.join(one.heads) or '(none)'}")
-        results, classes = await _call(one, body, "classify", head), one.heads[head]
+        served_model = _model_of(served, body)
+        head = body.head or next(iter(served_model.heads), "")
+        if head not in served_model.heads:
+            raise APIError(
+                404, "head_not_found", f"{served_model.name} has the heads {', '.join(served_model.heads) or '(none)'}"
+            )
+        results, classes = await _call(served_model, body, "classify", head), served_model.heads[head]
         data = [{"index": i, "classes": _likeliest(row, classes, body.top_k)} for i, row in enumerate(results[1])]
-        return JSONResponse({"model": one.name, "head": head, "data": data})
+        return JSONResponse({"model": served_model.name, "head": head, "data": data})
 
     @app.post("/v1/score", **_takes(ScoreRequest))
     async def score(request: Request) -> Response:
         body = await parsed(request, ScoreRequest)
-        one = _model_of(served, body)
-        tokens, nats = await _call(one, body, "score")
+        served_model = _model_of(served, body)
+        tokens, nats = await _call(served_model, body, "score")
         data = []
-        for i, (picture, by_pixel) in enumerate(zip(tokens, nats, strict=True)):
+        for i, (image, by_pixel) in enumerate(zip(tokens, nats, strict=True)):
             total = float(by_pixel.sum())
             nats_per_pixel = total / len(by_pixel)
             entry = {"index": i, "nats": total, "nats_per_pixel": nats_per_pixel}
             entry["bits_per_pixel"] = nats_per_pixel / math.log(2)
             if body.per_pixel:
-                entry |= {"nats_by_pixel": by_pixel.tolist(), "tokens": picture.tolist()}
+                entry |= {"nats_by_pixel": by_pixel.tolist(), "tokens": image.tolist()}
             data.append(entry)
-        return JSONResponse({"model": one.name, "pixels": int(nats.size), "data": data})
+        return JSONResponse({"model": served_model.name, "pixels": int(nats.size), "data": data})
 
 
 def _model_of(served: dict[str, ServedModel], body: BaseRequest) -> ServedModel:
@@ -208,11 +210,11 @@ def _model_of(served: dict[str, ServedModel], body: BaseRequest) -> ServedModel:
     return served[body.model]
 
 
-async def _call(one: ServedModel, body: BaseRequest, what: str, *words: Any) -> tuple[Tokens, Any]:
+async def _call(served_model: ServedModel, body: BaseRequest, method: str, *arguments: Any) -> tuple[Tokens, Any]:
     """The images' tokens, and the model's answer."""
     async with asyncio.timeout(REQUEST_SECONDS):
-        tokens = await one.reader.pictures(body)
-        return tokens, await one.model.call(what, tokens, *words)
+        tokens = await served_model.reader.image_tokens(body)
+        return tokens, await served_model.model.call(method, tokens, *arguments)
 
 
 def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
@@ -226,18 +228,18 @@ def _likeliest(row: Any, classes: list[str], k: int) -> list[dict[str, Any]]:
 class Completion:
     """A completion request in progress, and its answer."""
 
-    def __init__(self, one: ServedModel, body: CompletionRequest, engine_request: engine.Request):
-        self.one = one
+    def __init__(self, served_model: ServedModel, body: CompletionRequest, engine_request: engine.Request):
+        self.served_model = served_model
         self.body = body
         self.engine_request = engine_request
-        self.n_px = one.reader.n_px
+        self.n_px = served_model.reader.n_px
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.tokens = engine_request.tokens[None].repeat(body.n, axis=0)
         """(n, T): the original's tokens, replaced as they are generated."""
 
     async def rows(self) -> AsyncIterator[tuple[int, Tokens]]:
-        generation = self.one.model.complete(self.engine_request)
+        generation = self.served_model.model.complete(self.engine_request)
         try:
             async for row, generated in generation:
                 self.tokens[:, row * self.n_px : (row + 1) * self.n_px] = generated
@@ -258,13 +260,13 @@ class Completion:
                     break
                 data = [{"index": i, **self._encoded(strip)} for i, strip in enumerate(generated)]
                 yield _event("row", {"row": row, "data": data})
-            yield _event("completed", self.whole())
+            yield _event("completed", self.to_json())
         except Exception as error:
             yield _event("error", api_error_of(error).body)
         finally:
             await rows.aclose()  # type: ignore[attr-defined]
 
-    def whole(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         seeds = self.body.seeds
         data = [{"index": i, "seed": seeds[i], **self._encoded(x)} for i, x in enumerate(self.tokens)]
         generated = int((~self.engine_request.prompt_mask).sum()) * self.body.n
@@ -272,10 +274,16 @@ class Completion:
 
     def _head(self) -> dict[str, Any]:
         original = self._encoded(self.engine_request.tokens)
-        return {"id": self.id, "created": self.created, "model": self.one.name, "n_px": self.n_px, "original": original}
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.served_model.name,
+            "n_px": self.n_px,
+            "original": original,
+        }
 
     def _encoded(self, tokens: NDArray[np.integer]) -> dict[str, Any]:
-        return self.one.reader.encoded(tokens, self.body.response_format)
+        return self.served_model.reader.encoded(tokens, self.body.response_format)
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
@@ -315,13 +323,16 @@ def _takes(body: type[BaseRequest], stream: bool = False) -> dict[str, Any]:
     form["properties"] = form["properties"] | {"image": file} | ({"mask": file} if "mask" in form["properties"] else {})
     form["required"] = ["image"]
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
-    said = {200: {"description": "The answer"}, **_error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504)}
+    responses = {
+        200: {"description": "The answer"},
+        **_error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
+    }
     if stream:
-        said[200]["content"] = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+        responses[200]["content"] = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     return {
         "summary": (body.__doc__ or "").strip(),
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": said,
+        "responses": responses,
     }
 
 

@@ -145,7 +145,7 @@ class Reader:
         self.n_px = release.model.n_px
         palette.encode(np.zeros((1, 3), np.uint8))  # builds the lookup table before the first request
 
-    async def pictures(self, body: BaseRequest) -> Tokens:
+    async def image_tokens(self, body: BaseRequest) -> Tokens:
         """Tokens (N, T). Raises `ImageError` or `SettingError` for images that cannot be read."""
         T, V = self.release.model.n_positions, self.release.model.n_vocab
         if body.image:
@@ -156,14 +156,14 @@ class Reader:
         for tokens in body.tokens:
             if len(tokens) != T or max(tokens) >= V:
                 raise SettingError(
-                    f"tokens: {len(tokens)} colours up to {max(tokens)}; this model's pictures have {T}, below {V}"
+                    f"tokens: {len(tokens)} colours up to {max(tokens)}; this model's images have {T}, below {V}"
                 )
         return np.array(body.tokens, np.uint16)
 
     async def request(self, body: CompletionRequest) -> Request:
         """The request to the engine."""
         mask = await self.prompt_mask(body)
-        tokens = (await self.pictures(body))[0]
+        tokens = (await self.image_tokens(body))[0]
         return Request(tokens, mask, body.seeds, body.temperature, body.top_k, body.top_p)
 
     async def prompt_mask(self, body: CompletionRequest) -> NDArray[np.bool_]:

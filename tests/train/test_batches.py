@@ -67,18 +67,25 @@ def test_the_next_batch_is_prepared_before_the_step_waits_and_the_last_step_prep
     process_group: None, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = []
-    micro_batches, reduce_step = MicroBatchLoader.micro_batches, loop._reduce_step
+    micro_batches, reduce_step, tolist = MicroBatchLoader.micro_batches, loop._reduce_step, torch.Tensor.tolist
+    reduced = []
 
     def prepared(*arguments: Any) -> Any:
         events.append("prepare")
         return micro_batches(*arguments)
 
-    def waited(*arguments: Any) -> Any:
-        events.append("wait")
-        return reduce_step(*arguments)
+    def step_sums(*arguments: Any) -> Any:
+        reduced.append(reduce_step(*arguments))
+        return reduced[-1]
+
+    def read(tensor: torch.Tensor) -> Any:
+        if any(tensor is sums for sums in reduced):
+            events.append("wait")
+        return tolist(tensor)
 
     monkeypatch.setattr(MicroBatchLoader, "micro_batches", prepared)
-    monkeypatch.setattr(loop, "_reduce_step", waited)
+    monkeypatch.setattr(loop, "_reduce_step", step_sums)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
     loop.train(settings_for(store, tmp_path, optim={"steps": 3}), CPU)
     assert events == ["prepare", "prepare", "wait", "prepare", "wait", "wait"]
 
