@@ -7,9 +7,9 @@ images of the task are decoded in isolation, and after `MAX_DEATHS` the job ends
 import functools
 import logging
 import pickle
-from collections import Counter
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.data
 from ray.actor import ActorHandle
@@ -75,23 +75,41 @@ def _head_label() -> dict[str, str]:
     return {PART: labels[PART]} if PART in labels else {}
 
 
+class _Process(NamedTuple):
+    """A worker process."""
+
+    node: str
+    id: str
+
+
 class _Attempts:
     """Counts the processes that died during each task."""
 
     def __init__(self) -> None:
-        self.running: dict[int, str] = {}
-        """Task -> node."""
-        self.deaths = Counter[int]()
+        self.running: dict[int, _Process] = {}
+        """Task -> the process that started it last."""
+        self.dead: dict[int, set[_Process]] = {}
+        """Task -> processes that did not finish it, and have not started another task since."""
 
-    def start(self, task: int, node: str) -> int:
-        """Record that `task` runs on `node`. Returns the number of processes that died during it on live nodes."""
-        if self.running.get(task) in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
-            self.deaths[task] += 1
-        self.running[task] = node
-        return self.deaths[task]
+    def start(self, task: int, process: _Process) -> int:
+        """Record that `process` runs `task`. Returns the number of processes that died during it on live nodes.
 
-    def finish(self, task: int) -> None:
+        A lost message may repeat a task although its process lives: a process that calls again has not died.
+        """
+        self._lives(process)
+        before = self.running.get(task, process)
+        if before != process and before.node in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+            self.dead.setdefault(task, set()).add(before)
+        self.running[task] = process
+        return len(self.dead.get(task, ()))
+
+    def finish(self, task: int, process: _Process) -> None:
+        self._lives(process)
         self.running.pop(task, None)
+
+    def _lives(self, process: _Process) -> None:
+        for processes in self.dead.values():
+            processes.discard(process)
 
 
 class _Actor:
@@ -102,16 +120,16 @@ class _Actor:
     ):
         self.worker = functools.cache(lambda: worker(**arguments))
         self.attempts = attempts
-        self.node = ray.get_runtime_context().get_node_id()
+        self.process = _Process(ray.get_runtime_context().get_node_id(), uuid.uuid4().hex)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
         index, task = int(row["index"]), pickle.loads(row["pickle"])
-        deaths = ray.get(self.attempts.start.remote(index, self.node))
+        deaths = ray.get(self.attempts.start.remote(index, self.process))
         try:
             result = self._result(task, deaths)
         except IgptError as error:
             result = error
-        self.attempts.finish.remote(index)
+        self.attempts.finish.remote(index, self.process)
         return {"pickle": pickle.dumps(result)}
 
     def _result(self, task: Any, deaths: int) -> Any:

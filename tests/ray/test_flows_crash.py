@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from dying import Dies, Fatal
 
 from igpt_ray.data.config import PaletteConfig, PixelsConfig, PrepareConfig, VerifyConfig
@@ -17,7 +18,7 @@ from igpt_ray.data.token_store import TokenStore
 from igpt_ray.errors import SourceError
 from igpt_ray.evaluate.config import ScoreConfig
 from igpt_ray.flows import batch, prepare
-from igpt_ray.flows.actor_map import MAX_DEATHS, actor_map
+from igpt_ray.flows.actor_map import MAX_DEATHS, _Attempts, _Process, actor_map
 from igpt_ray.generate.config import CompleteConfig
 from igpt_ray.settings import PoolConfig
 
@@ -104,3 +105,17 @@ def test_a_task_during_which_processes_die_again_and_again_ends_the_job_with_its
     tasks[2] = Fatal("train", "00002", MAX_DEATHS)
     with pytest.raises(SourceError, match=f"{MAX_DEATHS} worker processes died during the unit train/00002"):
         list(actor_map(tasks, Dies, {"folder": str(tmp_path)}, PoolConfig(cpus=0.5)))
+
+
+def test_a_task_that_a_lost_message_repeats_is_not_a_death() -> None:
+    """A process that calls again lives, whether it repeats the task or starts another; one that is silent died."""
+    list(actor_map([0], lambda: lambda task: task, {}, PoolConfig(cpus=0.5)))  # joins the cluster
+    node = ray.get_runtime_context().get_node_id()
+    first, second, third = (_Process(node, name) for name in ("first", "second", "third"))
+    attempts = _Attempts()
+    assert [attempts.start(7, first), attempts.start(7, first)] == [0, 0]  # the request was repeated
+    assert attempts.start(7, second) == 1  # `first` is silent
+    attempts.finish(3, first)  # and yet lives
+    assert attempts.start(7, third) == 1  # `second` alone
+    assert attempts.start(7, _Process("a node that has died", "fourth")) == 2
+    assert attempts.start(7, first) == 2  # the fourth died with its node
