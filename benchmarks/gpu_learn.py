@@ -302,8 +302,8 @@ def learn(s: LearnConfig) -> Report:
 def releases_of(s: LearnConfig) -> dict[str, str]:
     """Recipe -> release of an earlier call, from `release` or from the runs in `work`."""
     runs = {recipe: storage.join(s.work, "runs", recipe, "release") for recipe in PRESET_OF}
-    found = {recipe: uri for recipe, uri in runs.items() if storage.exists(storage.join(uri, "config.json"))}
-    return found | ({"modern": release_parts.join_parts(s.release, "modern", s.work)} if s.release else {})
+    existing = {recipe: uri for recipe, uri in runs.items() if storage.exists(storage.join(uri, "config.json"))}
+    return existing | ({"modern": release_parts.join_parts(s.release, "modern", s.work)} if s.release else {})
 
 
 def learn_part(part: Any) -> None:

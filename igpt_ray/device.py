@@ -31,5 +31,5 @@ def device_of(gpus: float) -> torch.device:
 
 def _driver_version() -> str:
     """The version of the loaded kernel module, such as 580.65.06; `none` if there is no NVIDIA driver."""
-    found = re.search(r"\b\d{3}\.\d[\d.]*", DRIVER.read_text()) if DRIVER.exists() else None
-    return found[0] if found else "none"
+    version = re.search(r"\b\d{3}\.\d[\d.]*", DRIVER.read_text()) if DRIVER.exists() else None
+    return version[0] if version else "none"

@@ -178,9 +178,8 @@ def _add_model_routes(app: FastAPI, served: dict[str, ServedModel]) -> None:
         served_model = _model_of(served, body)
         head = body.head or next(iter(served_model.heads), "")
         if head not in served_model.heads:
-            raise APIError(
-                404, "head_not_found", f"{served_model.name} has the heads {', '.join(served_model.heads) or '(none)'}"
-            )
+            heads = ", ".join(served_model.heads) or "(none)"
+            raise APIError(404, "head_not_found", f"{served_model.name} has the heads {heads}")
         results, classes = await _call(served_model, body, "classify", head), served_model.heads[head]
         data = [{"index": i, "classes": _likeliest(row, classes, body.top_k)} for i, row in enumerate(results[1])]
         return JSONResponse({"model": served_model.name, "head": head, "data": data})

@@ -96,9 +96,9 @@ def test_a_sample_is_the_same_alone_and_among_31_others(precision: Precision) ->
     """The width is one at which libraries choose between kernels."""
     model = random_model(std=0.06, n_layer=2, n_embd=256, n_px=6, n_vocab=64)
     pictures = random_tokens(model, 16).numpy()
-    asked = [Request(pictures[i], np.arange(36) < 2 * i, (100 + i, 200 + i)) for i in range(16)]
+    requests_in_order = [Request(pictures[i], np.arange(36) < 2 * i, (100 + i, 200 + i)) for i in range(16)]
     crowd, single = Engine(model, 32, precision), Engine(model, 1, precision)
-    together = [crowd.submit(request) for request in asked]
+    together = [crowd.submit(request) for request in requests_in_order]
     drained(crowd)
     for ticket in together[::5]:
         for row, seed in enumerate(ticket.request.seeds):
@@ -117,14 +117,14 @@ def test_the_recorded_device_loop_gives_the_cpu_s_samples(
     """Slots are at different positions, some are idle, and a slot is used again. Triton's kernels may overlap."""
     monkeypatch.setattr(pytest.importorskip("igpt_ray.generate.triton_kernels"), "OVERLAP_LAUNCHES", overlap)
     std = 0.1 if shape else 0.4
-    asked = [
+    requests_in_order = [
         Request(PICTURES[0], np.arange(16) < 5, (1, 2)),
         Request(PICTURES[1], np.arange(16) % 3 == 0, (3,), top_k=3),
         Request(PICTURES[2], np.zeros(16, bool), (4,), temperature=0),
         Request(PICTURES[3], TOP_ROWS, (5, 6), temperature=0.5, top_p=0.8),
     ]
     engines = Engine(random_model(std=std, **shape), 5), Engine(random_model(std=std, **shape).cuda(), 5)
-    generations = [[engine.submit(request) for request in asked] for engine in engines]
+    generations = [[engine.submit(request) for request in requests_in_order] for engine in engines]
     for engine in engines:
         drained(engine)
     for expected, found in zip(*generations, strict=True):
