@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -150,7 +151,6 @@ def one_query(n_head: int, width: int, n: int, device: torch.device) -> dict[str
 def palette_part(part: Part) -> None:
     """Seconds and squared error of k-means with 884,000 random colours and 512 centres, on the CPU and on the GPU."""
     import faiss
-    import numpy as np
 
     from igpt_ray.data import kmeans
 
@@ -167,8 +167,6 @@ def palette_part(part: Part) -> None:
 
 
 def cluster(points: Any, k: int, gpu: bool) -> dict[str, float]:
-    import numpy as np
-
     from igpt_ray.data import kmeans
 
     taken, centres = timed(lambda: kmeans.fit(points, k, gpu=gpu))

@@ -1,6 +1,7 @@
 """Parts `train` and `checkpoint` of `benchmarks/gpu.py`: the training loop and its checkpoints, without Ray."""
 
 import hashlib
+import json
 import logging
 import statistics
 import tempfile
@@ -61,9 +62,7 @@ def train_part(part: Part) -> None:
     logging.basicConfig(level=logging.INFO)
     ceilings = part.out / "where.json"
     if ceilings.exists():
-        from json import loads
-
-        part.report["ceiling_tflops"] = loads(ceilings.read_text())["product_tflops"]["square"]
+        part.report["ceiling_tflops"] = json.loads(ceilings.read_text())["product_tflops"]["square"]
     with tempfile.TemporaryDirectory() as folder:
         stores: dict[ModelConfig, str] = {}
         for size, variant in MEASURED:
